@@ -1,0 +1,417 @@
+//! The module's ABI: `/dev/blanket` for the VMM, the switch block for the core.
+//!
+//! `blanket/kmod/blanket.h` is the same contract in C; `cargo xtask test`
+//! compiles a program that compares every size, offset and number of the two.
+//! What the host does for each exit reason is written down in `docs/module-abi.md`.
+
+/// Version of everything in this module. The VMM, the core and the module must
+/// agree on it exactly.
+pub const API_VERSION: u32 = 1;
+
+/// `'B' << 8`, the ioctl type.
+const IOC: u32 = 0xb7 << 8;
+const fn ior(nr: u32, size: usize) -> u32 {
+    0x8000_0000 | ((size as u32) << 16) | IOC | nr
+}
+const fn iow(nr: u32, size: usize) -> u32 {
+    0x4000_0000 | ((size as u32) << 16) | IOC | nr
+}
+
+/// On the device: fills an [`Info`].
+pub const GET_INFO: u32 = ior(0, size_of::<Info>());
+/// On the device: takes a [`CreateVm`], returns a VM descriptor.
+pub const CREATE_VM: u32 = iow(1, size_of::<CreateVm>());
+/// On a VM: argument is the vCPU id, returns a vCPU descriptor.
+pub const CREATE_VCPU: u32 = IOC | 2;
+/// On a VM: argument is the event channel port to raise, as an interdomain
+/// notification from the backend.
+pub const RAISE: u32 = IOC | 3;
+/// On a VM: fills a [`VmStats`].
+pub const GET_STATS: u32 = ior(4, size_of::<VmStats>());
+/// On a vCPU: enter the guest until something needs the VMM. Fails with EINTR on
+/// a pending signal or [`Run::immediate_exit`].
+pub const RUN: u32 = IOC | 5;
+/// On a VM: raise a virtual interrupt line of the toolstack on vCPU 0 (argument: VIRQ number).
+pub const RAISE_VIRQ: u32 = IOC | 6;
+
+/// Answer to [`GET_INFO`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Info {
+    /// [`API_VERSION`] of the module.
+    pub api: u32,
+    /// Most vCPUs of a VM.
+    pub max_vcpus: u32,
+    /// Largest VM in frames.
+    pub max_frames: u64,
+    /// Hash of the core image inside the module.
+    pub build_id: [u8; 32],
+    /// Bits of [`features`].
+    pub features: u64,
+    /// Frequency of the TSC, kHz.
+    pub tsc_khz: u64,
+}
+
+/// Bits of [`Info::features`].
+pub mod features {
+    /// The host's TSC is stable: guests get the stable flag in pvclock.
+    pub const STABLE_TSC: u64 = 1 << 0;
+    /// The host runs with 5-level paging.
+    pub const LA57: u64 = 1 << 1;
+    /// The host has XSAVE.
+    pub const XSAVE: u64 = 1 << 2;
+}
+
+/// Argument of [`CREATE_VM`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CreateVm {
+    /// User address of the VM's memory, page aligned, a shared mapping.
+    pub user_addr: u64,
+    /// Frames of it: RAM and the hypervisor's frames above.
+    pub nr_frames: u64,
+    /// Most pages the shadow pool may take; 0 = the module's default.
+    pub pool_limit: u64,
+    /// vCPUs, 1 to [`Info::max_vcpus`].
+    pub nr_vcpus: u32,
+    /// Must be 0.
+    pub flags: u32,
+    /// How the first vCPU starts.
+    pub boot: Boot,
+}
+
+/// What the core must know to start a domain: the result of the domain builder.
+/// All of it is checked by the core, none of it is trusted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Boot {
+    /// Frames of guest RAM, from gfn 0.
+    pub ram_frames: u64,
+    /// gfn of the shared info page (above RAM).
+    pub shared_info: u64,
+    /// First gfn of the grant table (above RAM).
+    pub grant_base: u64,
+    /// Frames of the grant table.
+    pub grant_frames: u64,
+    /// gfn of the initial L4.
+    pub cr3: u64,
+    /// Initial instruction pointer (ELF note ENTRY).
+    pub rip: u64,
+    /// Initial stack pointer.
+    pub rsp: u64,
+    /// Virtual address of start_info.
+    pub start_info: u64,
+    /// Event channel port of the xenstore ring.
+    pub store_port: u32,
+    /// Event channel port of the console ring.
+    pub console_port: u32,
+    /// Bits of [`boot_flags`].
+    pub flags: u64,
+    /// Virtual address of the hypercall page that the builder filled, or 0.
+    pub hypercall_page: u64,
+    /// Unused, 0.
+    pub reserved: [u64; 4],
+}
+
+/// Bits of [`Boot::flags`].
+pub mod boot_flags {
+    /// Write the core's own log lines for every refused hypercall.
+    pub const VERBOSE: u64 = 1 << 0;
+}
+
+/// Shared page of a vCPU, mapped by the VMM at offset 0 of the vCPU descriptor.
+/// Everything here except `immediate_exit` is written by the module.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Why RUN returned: one of [`exit`].
+    pub exit: u32,
+    /// Set by the VMM (any thread): RUN returns EINTR as soon as it can.
+    pub immediate_exit: u32,
+    /// Arguments of the exit.
+    pub args: [u64; 4],
+    /// Bytes used in `data`.
+    pub data_len: u32,
+    /// Unused.
+    pub pad: u32,
+    /// Console bytes, or the text of a crash report.
+    pub data: [u8; RUN_DATA],
+}
+
+/// Bytes of [`Run::data`].
+pub const RUN_DATA: usize = 2048;
+
+/// Exit reasons. Those below [`exit::USER`] are between the core and the module
+/// and never reach the VMM.
+pub mod exit {
+    /// A host interrupt arrived; arg 0 = vector.
+    pub const INTR: u32 = 1;
+    /// An NMI arrived.
+    pub const NMI: u32 = 2;
+    /// A machine check arrived.
+    pub const MCE: u32 = 3;
+    /// Nothing to run until an event, or the deadline in the switch block.
+    pub const IDLE: u32 = 4;
+    /// Guest frame arg 0 has no window entry: find it through the host's page
+    /// tables and write the entry. Return value 0, or a negative errno.
+    pub const FRAME: u32 = 5;
+    /// Make the vCPUs in mask arg 0 leave the guest or wake up.
+    pub const KICK: u32 = 6;
+    /// As KICK, and return only when each has reloaded CR3.
+    pub const FLUSH: u32 = 7;
+    /// The deadline moved earlier than the armed host timer.
+    pub const DEADLINE: u32 = 8;
+    /// Add arg 0 pages to the shadow pool. Returns the number added.
+    pub const POOL: u32 = 9;
+    /// Let others run: the vCPU spins for something that another holds.
+    pub const YIELD: u32 = 10;
+
+    /// First reason that the VMM sees.
+    pub const USER: u32 = 16;
+    /// The guest notified backend port arg 0.
+    pub const SEND: u32 = 16;
+    /// The guest wrote `data` with console_io.
+    pub const CONSOLE: u32 = 17;
+    /// The guest shut down; arg 0 = `SHUTDOWN_*` of the Xen ABI.
+    pub const SHUTDOWN: u32 = 18;
+    /// The guest cannot go on; `data` is the report, arg 0 one of [`super::crash`].
+    pub const CRASH: u32 = 19;
+}
+
+/// Why a VM was ended (argument of [`exit::CRASH`]).
+pub mod crash {
+    /// The guest did something that has no defined outcome, for instance an
+    /// event frame that does not fit its stack.
+    pub const GUEST: u64 = 1;
+    /// The core found its own state wrong. A bug of ours; the report says where.
+    pub const CORE: u64 = 2;
+    /// The host could not give memory.
+    pub const MEMORY: u64 = 3;
+}
+
+/// Number of exit reasons that are counted.
+pub const EXIT_REASONS: usize = 32;
+
+/// Answer to [`GET_STATS`]: sums over the VM's vCPUs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct VmStats {
+    /// World switches by exit reason.
+    pub exits: [u64; EXIT_REASONS],
+    /// Counters of the core, see [`counter`].
+    pub counters: [u64; COUNTERS],
+    /// Frames of guest memory present.
+    pub frames: u64,
+    /// Pages in the shadow pool.
+    pub pool: u64,
+    /// Nanoseconds spent in the core world.
+    pub guest_ns: u64,
+}
+
+/// Number of counters that the core keeps for each vCPU.
+pub const COUNTERS: usize = 64;
+
+/// Indices into [`VmStats::counters`].
+pub mod counter {
+    /// Hypercalls by number: index = hypercall number (below 48).
+    pub const HYPERCALL: usize = 0;
+    /// Page faults handed to the guest.
+    pub const PF_GUEST: usize = 48;
+    /// Page faults that filled a shadow.
+    pub const PF_SHADOW: usize = 49;
+    /// Page-table writes emulated.
+    pub const PT_WRITE: usize = 50;
+    /// Privileged instructions emulated.
+    pub const PRIV_OP: usize = 51;
+    /// Events delivered.
+    pub const UPCALL: usize = 52;
+    /// Shadow pages made.
+    pub const SHADOW_MADE: usize = 53;
+    /// Times that all shadows were dropped.
+    pub const SHADOW_DROP_ALL: usize = 54;
+    /// CR3 loads of the slow paths.
+    pub const CR3_LOAD: usize = 55;
+    /// System calls that took the slow path.
+    pub const SLOW_SYSCALL: usize = 56;
+    /// Iret hypercalls that took the slow path.
+    pub const SLOW_IRET: usize = 57;
+    /// Exceptions handed to the guest, other than page faults.
+    pub const TRAP: usize = 58;
+}
+
+/// Page shared by the module and the core of one VM (at [`crate::layout::VM_PAGE`]).
+#[repr(C)]
+#[derive(Debug)]
+pub struct VmPage {
+    /// Copy of [`CreateVm::boot`].
+    pub boot: Boot,
+    /// Frames of the VM.
+    pub nr_frames: u64,
+    /// vCPUs of the VM.
+    pub nr_vcpus: u32,
+    /// Nonzero on a host with 5-level paging.
+    pub la57: u32,
+    /// Pool pages that exist (grows; the module stores it with release order).
+    pub pool_pages: u64,
+    /// Sequence count of the time parameters: odd while they change.
+    pub time_version: u32,
+    /// pvclock shift.
+    pub tsc_shift: i8,
+    /// pvclock flags (bit 0: stable).
+    pub time_flags: u8,
+    /// Padding.
+    pub pad: u16,
+    /// pvclock multiplier.
+    pub tsc_mul: u32,
+    /// Padding.
+    pub pad2: u32,
+    /// TSC at `system_time`.
+    pub tsc_timestamp: u64,
+    /// Guest system time, ns.
+    pub system_time: u64,
+    /// Wall clock at system time 0, seconds.
+    pub wall_sec: u64,
+    /// Wall clock at system time 0, nanoseconds of the second.
+    pub wall_nsec: u32,
+    /// Mask of XCR0 bits that guests may use; 0 without XSAVE.
+    pub xcr0_mask: u32,
+    /// Frequency of the TSC, kHz.
+    pub tsc_khz: u64,
+    /// Bit per port: notifications from backends that the core has not seen.
+    pub raised: [u64; 64],
+    /// Bit per VIRQ raised by the toolstack for vCPU 0.
+    pub raised_virqs: u64,
+    /// Which vCPU each port is bound to, for the module to choose whom to kick.
+    pub port_vcpu: [u8; 2048],
+}
+
+/// Flags of [`Switch::pending`].
+pub mod pending {
+    /// The vCPU was asked to look at its events.
+    pub const KICK: u32 = 1 << 0;
+    /// Something is in [`super::VmPage::raised`].
+    pub const RAISED: u32 = 1 << 1;
+}
+
+/// Descriptor-table register image, padded to 16 bytes. The CPU reads ten bytes
+/// from `limit` on.
+#[repr(C, align(16))]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Dtr {
+    /// Padding that lets `limit` and `base` be contiguous and `base` aligned.
+    pub pad: [u16; 3],
+    /// Limit.
+    pub limit: u16,
+    /// Linear base address.
+    pub base: u64,
+}
+
+/// The switch block at the start of a vCPU's hardware page: all that passes
+/// between the worlds. The assembly on both sides knows these offsets.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub struct Switch {
+    /// Core stack pointer while in the host world.
+    pub core_rsp: u64,
+    /// Host stack pointer while in the core world.
+    pub host_rsp: u64,
+    /// Root of the transition address space.
+    pub trans_cr3: u64,
+    /// Host CR3.
+    pub host_cr3: u64,
+    /// Host CR4.
+    pub host_cr4: u64,
+    /// CR4 of the core world.
+    pub core_cr4: u64,
+    /// Host FS base.
+    pub host_fs_base: u64,
+    /// Host GS base.
+    pub host_gs_base: u64,
+    /// Host inactive GS base.
+    pub host_kgs_base: u64,
+    /// Host TR.
+    pub host_tr: u16,
+    /// Host LDTR.
+    pub host_ldt: u16,
+    /// Host DS.
+    pub host_ds: u16,
+    /// Host ES.
+    pub host_es: u16,
+    /// Host FS.
+    pub host_fs: u16,
+    /// Host GS.
+    pub host_gs: u16,
+    /// Host SS.
+    pub host_ss: u16,
+    /// Host CS.
+    pub host_cs: u16,
+    /// Core GDT.
+    pub core_gdtr: Dtr,
+    /// Core IDT.
+    pub core_idtr: Dtr,
+    /// Transition GDT.
+    pub trans_gdtr: Dtr,
+    /// Host GDT.
+    pub host_gdtr: Dtr,
+    /// Host IDT.
+    pub host_idtr: Dtr,
+    /// Exit reason (core to host).
+    pub exit: u32,
+    /// Bits of [`pending`], set by others atomically.
+    pub pending: u32,
+    /// Arguments of the exit.
+    pub args: [u64; 4],
+    /// Answer to the exit (host to core).
+    pub ret: i64,
+    /// Absolute guest system time at which the core wants to be entered, ns;
+    /// `u64::MAX` = none. The module arms its timer with it before each entry.
+    pub deadline: u64,
+    /// Deadline that the module's timer is armed for.
+    pub armed: u64,
+    /// Values for STAR, LSTAR, CSTAR, SFMASK in the core world.
+    pub syscall_msrs: [u64; 4],
+    /// XCR0 of the guest; 0 without XSAVE.
+    pub guest_xcr0: u64,
+    /// TSC_AUX of the guest.
+    pub guest_tsc_aux: u64,
+    /// Guest DR7; the module saves its own debug registers only if this or its own is armed.
+    pub guest_dr7: u64,
+    /// The vCPU's id.
+    pub vcpu_id: u32,
+    /// Padding.
+    pub pad: u32,
+    /// Counters, see [`counter`].
+    pub counters: [u64; COUNTERS],
+    /// Text for CONSOLE and CRASH exits.
+    pub data: [u8; RUN_DATA],
+}
+
+/// Header at the start of the core image (`blanket.ko` carries the image and
+/// maps each section with its own rights). Offsets are from the image base.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ImageHeader {
+    /// [`IMAGE_MAGIC`].
+    pub magic: u64,
+    /// [`API_VERSION`].
+    pub api: u32,
+    /// `size_of::<Switch>()`, a cheap check that both were built from one tree.
+    pub switch_size: u32,
+    /// Entry section (read, execute; mapped again in each vCPU area).
+    pub entry_start: u64,
+    /// End of the entry section, page aligned.
+    pub entry_end: u64,
+    /// End of text (read, execute), page aligned; text begins at the header.
+    pub text_end: u64,
+    /// End of read-only data, page aligned.
+    pub rodata_end: u64,
+    /// End of writable data and zeroed data, page aligned: pages of the image.
+    pub data_end: u64,
+    /// Bytes in the file; the rest up to `data_end` is zero.
+    pub file_end: u64,
+    /// First instruction of a vCPU, on its main stack.
+    pub start: u64,
+}
+
+/// `"BLKTCORE"`, little endian.
+pub const IMAGE_MAGIC: u64 = 0x4552_4f43_544b_4c42;

@@ -1,0 +1,3 @@
+//! The logic of Blanket's core.
+#![no_std]
+#![forbid(unsafe_code)]
