@@ -4,6 +4,8 @@
 //! compiles a program that compares every size, offset and number of the two.
 //! What the host does for each exit reason is written down in `docs/module-abi.md`.
 
+use core::sync::atomic::{AtomicI8, AtomicU8, AtomicU32, AtomicU64};
+
 /// Version of everything in this module. The VMM, the core and the module must
 /// agree on it exactly.
 pub const API_VERSION: u32 = 1;
@@ -252,37 +254,37 @@ pub struct VmPage {
     /// Nonzero on a host with 5-level paging.
     pub la57: u32,
     /// Pool pages that exist (grows; the module stores it with release order).
-    pub pool_pages: u64,
+    pub pool_pages: AtomicU64,
     /// Sequence count of the time parameters: odd while they change.
-    pub time_version: u32,
+    pub time_version: AtomicU32,
     /// pvclock shift.
-    pub tsc_shift: i8,
+    pub tsc_shift: AtomicI8,
     /// pvclock flags (bit 0: stable).
-    pub time_flags: u8,
+    pub time_flags: AtomicU8,
     /// Padding.
     pub pad: u16,
     /// pvclock multiplier.
-    pub tsc_mul: u32,
+    pub tsc_mul: AtomicU32,
     /// Padding.
     pub pad2: u32,
     /// TSC at `system_time`.
-    pub tsc_timestamp: u64,
+    pub tsc_timestamp: AtomicU64,
     /// Guest system time, ns.
-    pub system_time: u64,
+    pub system_time: AtomicU64,
     /// Wall clock at system time 0, seconds.
-    pub wall_sec: u64,
+    pub wall_sec: AtomicU64,
     /// Wall clock at system time 0, nanoseconds of the second.
-    pub wall_nsec: u32,
+    pub wall_nsec: AtomicU32,
     /// Mask of XCR0 bits that guests may use; 0 without XSAVE.
     pub xcr0_mask: u32,
     /// Frequency of the TSC, kHz.
     pub tsc_khz: u64,
     /// Bit per port: notifications from backends that the core has not seen.
-    pub raised: [u64; 64],
+    pub raised: [AtomicU64; 64],
     /// Bit per VIRQ raised by the toolstack for vCPU 0.
-    pub raised_virqs: u64,
+    pub raised_virqs: AtomicU64,
     /// Which vCPU each port is bound to, for the module to choose whom to kick.
-    pub port_vcpu: [u8; 2048],
+    pub port_vcpu: [AtomicU8; 2048],
 }
 
 /// Flags of [`Switch::pending`].
@@ -358,16 +360,16 @@ pub struct Switch {
     /// Exit reason (core to host).
     pub exit: u32,
     /// Bits of [`pending`], set by others atomically.
-    pub pending: u32,
+    pub pending: AtomicU32,
     /// Arguments of the exit.
     pub args: [u64; 4],
     /// Answer to the exit (host to core).
     pub ret: i64,
     /// Absolute guest system time at which the core wants to be entered, ns;
     /// `u64::MAX` = none. The module arms its timer with it before each entry.
-    pub deadline: u64,
+    pub deadline: AtomicU64,
     /// Deadline that the module's timer is armed for.
-    pub armed: u64,
+    pub armed: AtomicU64,
     /// Values for STAR, LSTAR, CSTAR, SFMASK in the core world.
     pub syscall_msrs: [u64; 4],
     /// XCR0 of the guest; 0 without XSAVE.

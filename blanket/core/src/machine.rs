@@ -1,0 +1,113 @@
+//! What the logic needs from below: memory, a CPU, and a host.
+//!
+//! Three traits, one implementor each in the hal and one set of fakes in the
+//! host tests. [`Host`] is the small one that differs between the module and a
+//! KVM VM; [`Memory`] and [`Cpu`] are the same on both.
+
+use blanket_abi::device::{Switch, VmPage};
+use blanket_abi::{Gfn, Va};
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
+
+/// A guest frame or pool page as words. Guests and other vCPUs change them at
+/// any time, hence atomics; relaxed accesses compile to plain moves.
+pub type Words = [AtomicU64; 512];
+
+/// Memory that the core reaches: guest frames by gfn, pool pages by number, and
+/// guest virtual addresses of the address space that is loaded.
+pub trait Memory {
+    /// The frame's words, or `None` while the host has not given the frame.
+    /// `gfn` must be below the VM's frame count.
+    fn frame(&self, gfn: Gfn) -> Option<&Words>;
+    /// The same frame as bytes.
+    fn frame_bytes(&self, gfn: Gfn) -> Option<&[AtomicU8; 4096]>;
+    /// Host-frame bits for a leaf that maps `gfn` (0 while it is absent).
+    fn frame_pte(&self, gfn: Gfn) -> u64;
+    /// A pool page's words. `page` must be below the number of pool pages.
+    fn pool(&self, page: u32) -> &Words;
+    /// Host-frame bits of a pool page.
+    fn pool_pte(&self, page: u32) -> u64;
+    /// The array that says which gfn each entry of a leaf shadow maps.
+    fn gfns(&self, page: u32) -> &[AtomicU32; 512];
+    /// Copies from the guest's current address space; `va` must have passed
+    /// [`Va::is_guest`] for its whole range.
+    ///
+    /// # Errors
+    /// The address whose translation is missing in the shadow.
+    fn copy_from_guest(&self, va: Va, to: &mut [u8]) -> Result<(), Va>;
+    /// Copies to the guest's current address space, with the guest's own rights.
+    ///
+    /// # Errors
+    /// The address whose translation is missing in the shadow.
+    fn copy_to_guest(&self, va: Va, from: &[u8]) -> Result<(), Va>;
+}
+
+/// The physical CPU under the vCPU.
+pub trait Cpu {
+    /// Loads a root (physical address for CR3); flushes the TLB.
+    fn load_root(&self, cr3: u64);
+    /// Flushes one address.
+    fn invlpg(&self, va: Va);
+    /// Exchanges active and inactive GS base.
+    fn swapgs(&self);
+    /// FS base.
+    fn fs_base(&self) -> u64;
+    /// Sets the FS base (canonical).
+    fn set_fs_base(&self, base: u64);
+    /// Active GS base.
+    fn gs_base(&self) -> u64;
+    /// Sets the active GS base (canonical).
+    fn set_gs_base(&self, base: u64);
+    /// Inactive GS base.
+    fn inactive_gs_base(&self) -> u64;
+    /// Sets the inactive GS base (canonical).
+    fn set_inactive_gs_base(&self, base: u64);
+    /// Loads a selector into the inactive (user) GS; null if the CPU refuses it.
+    fn load_user_gs(&self, sel: u16);
+    /// Data segment selectors DS, ES, FS, GS.
+    fn data_selectors(&self) -> [u16; 4];
+    /// Loads DS, ES, FS, GS selectors; a selector that the CPU refuses becomes
+    /// null and `false` is returned. The GS base is preserved.
+    fn load_data_selectors(&self, sel: [u16; 4]) -> bool;
+    /// Time-stamp counter.
+    fn tsc(&self) -> u64;
+    /// CPUID as eax, ebx, ecx, edx.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
+    /// Sets a debug register (checked by the caller).
+    fn set_dr(&self, nr: u8, val: u64);
+    /// Address of the last page fault.
+    fn cr2(&self) -> u64;
+    /// Status of the last debug exception; reading resets it.
+    fn take_dr6(&self) -> u64;
+    /// Writes entry `index` of the core's copy of the guest GDT.
+    fn write_gdt(&self, index: u32, desc: u64);
+    /// Writes entry `index` of the core's copy of the guest LDT.
+    fn write_ldt(&self, index: u32, desc: u64);
+    /// Activates the first `entries` of the LDT copy (0 = no LDT).
+    fn load_ldt(&self, entries: u32);
+    /// Sets XCR0 (checked by the caller).
+    fn set_xcr0(&self, val: u64);
+    /// Sets TSC_AUX.
+    fn set_tsc_aux(&self, val: u64);
+}
+
+/// What a host gives the core: the whole difference between the module below a
+/// stock kernel and a VM inside KVM.
+pub trait Host {
+    /// Leaves to the host for `reason` (`blanket_abi::device::exit`) and returns
+    /// its answer. CR3, selectors and all other guest state are as before.
+    fn exit(&self, reason: u32, args: [u64; 4]) -> i64;
+    /// This vCPU's switch block: deadline, pending flags, counters.
+    fn switch(&self) -> &Switch;
+    /// Another vCPU's pending flags.
+    fn pending_of(&self, vcpu: u32) -> &AtomicU32;
+    /// Whether a vCPU may be in the core world, holding TLB entries.
+    fn in_world(&self, vcpu: u32) -> bool;
+    /// The page that module and core share.
+    fn vm_page(&self) -> &VmPage;
+    /// Gives a text to the next CONSOLE or CRASH exit; cut to what fits.
+    fn set_data(&self, text: &[u8]) -> usize;
+}
+
+/// All three together.
+pub trait Machine: Memory + Cpu + Host {}
+impl<T: Memory + Cpu + Host> Machine for T {}
