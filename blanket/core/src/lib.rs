@@ -1,3 +1,5 @@
 //! The logic of Blanket's core.
 #![no_std]
 #![forbid(unsafe_code)]
+
+pub mod insn;
