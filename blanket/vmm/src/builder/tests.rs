@@ -1,0 +1,200 @@
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::check::check;
+use super::*;
+use crate::kernel::{Error as KernelError, Kernel};
+use crate::testkernel::{Synthetic, bzimage};
+
+const MIB: u64 = 1 << 20;
+
+fn config(memory: u64, cmdline: &str) -> Config {
+    Config {
+        memory,
+        cmdline: cmdline.to_owned(),
+        verbose: false,
+    }
+}
+
+fn built(kernel: &Kernel, initrd: &[u8], memory: u64, cmdline: &str) -> Domain {
+    let domain = build(kernel, Some(initrd), &config(memory, cmdline)).expect("it fits");
+    check(&domain, kernel, initrd, memory, cmdline);
+    domain
+}
+
+/// The kernel of `BLANKET_TEST_KERNEL`, or one made here.
+fn test_kernel() -> Kernel {
+    match std::env::var_os("BLANKET_TEST_KERNEL") {
+        Some(path) => Kernel::load(Path::new(&path)).unwrap_or_else(|e: KernelError| panic!("{e}")),
+        None => Kernel::parse(bzimage(&Synthetic::default().elf())).expect("a kernel"),
+    }
+}
+
+#[test]
+fn a_kernel_as_debian_ships_it() {
+    let kernel = test_kernel();
+    let initrd: Vec<u8> = (0..3 * MIB + 17).map(|n| (n % 251) as u8).collect();
+    for memory in [128, 256, 512] {
+        built(&kernel, &initrd, memory * MIB, "console=hvc0 panic=-1");
+    }
+    built(&kernel, &[], 128 * MIB, "");
+}
+
+#[test]
+fn an_older_kernel_gets_its_hypercall_page() {
+    let kernel = Synthetic {
+        hypercall_page: true,
+        ..Synthetic::default()
+    }
+    .kernel();
+    let domain = built(&kernel, b"initrd", 64 * MIB, "");
+    let page = domain.layout.hypercall_page.expect("asked for");
+    let mut stub = [0; 5];
+    domain
+        .memory
+        .read_slice(&mut stub, GuestAddress(page.base() + 17 * 32 + 3))
+        .expect("inside");
+    assert_eq!(stub, [0xb8, 17, 0, 0, 0]);
+}
+
+#[test]
+fn a_kernel_that_wants_everything_mapped() {
+    let kernel = Synthetic {
+        mod_start_pfn: false,
+        init_p2m: None,
+        ..Synthetic::default()
+    }
+    .kernel();
+    built(&kernel, &[7; 9000], 64 * MIB, "quiet");
+}
+
+#[test]
+fn large_memory_needs_more_p2m_tables() {
+    let kernel = Synthetic::default().kernel();
+    // 2 GiB: 1024 frames of list, so two L1 tables.
+    built(&kernel, &[], 2048 * MIB, "");
+}
+
+#[test]
+fn too_little_memory_says_how_much_is_needed() {
+    let kernel = Synthetic::default().kernel();
+    let initrd = vec![1; 40 << 20];
+    let Err(Error::TooLittleMemory { needed, .. }) =
+        build(&kernel, Some(&initrd), &config(64 * MIB, ""))
+    else {
+        panic!("64 MiB cannot hold it");
+    };
+    let text = build(&kernel, Some(&initrd), &config(64 * MIB, ""))
+        .expect_err("same")
+        .to_string();
+    assert!(
+        text.contains("64 MiB") && text.contains("initrd of 40 MiB"),
+        "{text}"
+    );
+    // What it says is true: with that much it works.
+    built(&kernel, &initrd, needed.next_multiple_of(MIB), "");
+}
+
+#[test]
+fn bad_requests_are_refused_with_the_reason() {
+    let kernel = Synthetic::default().kernel();
+    let text = |config: Config| {
+        build(&kernel, None, &config)
+            .expect_err("refused")
+            .to_string()
+    };
+    assert!(text(config(0, "")).contains("memory size"));
+    assert!(text(config(MIB + 1, "")).contains("multiple of 4096"));
+    assert!(text(config(64 * MIB, &"x".repeat(1024))).contains("1024 bytes"));
+    assert!(text(config(64 * MIB, "a\0b")).contains("NUL"));
+    assert!(text(config(1 << 40, "")).contains("too much"));
+}
+
+#[test]
+fn impossible_notes_are_refused() {
+    for (kernel, word) in [
+        (
+            Synthetic {
+                entry: 0xffff_ffff_9000_0000,
+                ..Synthetic::default()
+            },
+            "entry",
+        ),
+        (
+            Synthetic {
+                virt_base: 0x1000,
+                ..Synthetic::default()
+            },
+            "VIRT_BASE",
+        ),
+        (
+            Synthetic {
+                virt_base: 0xffff_8000_0000_0000,
+                ..Synthetic::default()
+            },
+            "VIRT_BASE",
+        ),
+        (
+            Synthetic {
+                init_p2m: Some(0xffff_8000_0000_0000),
+                ..Synthetic::default()
+            },
+            "INIT_P2M",
+        ),
+        (
+            Synthetic {
+                init_p2m: Some(0x80_0000_0008),
+                ..Synthetic::default()
+            },
+            "INIT_P2M",
+        ),
+        (
+            Synthetic {
+                init_p2m: Some(0xffff_ff80_0000_0000),
+                ..Synthetic::default()
+            },
+            "INIT_P2M",
+        ),
+    ] {
+        let kernel = kernel.kernel();
+        let error = build(&kernel, None, &config(64 * MIB, ""))
+            .expect_err("refused")
+            .to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn every_promise_holds_for_any_size(
+        pages in 4096u64..65536,
+        initrd in 0usize..(6 << 20),
+        image in 1u64..(20 << 20),
+        mapped in any::<bool>(),
+        hypercall_page in any::<bool>(),
+        cmdline in "[ -~]{0,200}",
+    ) {
+        let kernel = Synthetic {
+            bss: image,
+            mod_start_pfn: !mapped,
+            init_p2m: (!mapped).then_some(0x80_0000_0000),
+            hypercall_page,
+            ..Synthetic::default()
+        }
+        .kernel();
+        let initrd: Vec<u8> = (0..initrd).map(|n| (n * 31 >> 5) as u8).collect();
+        let memory = pages * PAGE_SIZE;
+        match build(&kernel, Some(&initrd), &config(memory, &cmdline)) {
+            Ok(domain) => check(&domain, &kernel, &initrd, memory, &cmdline),
+            Err(Error::TooLittleMemory { needed, .. }) => {
+                prop_assert!(needed > memory);
+                let domain = build(&kernel, Some(&initrd), &config(needed, &cmdline));
+                check(&domain.expect("enough now"), &kernel, &initrd, needed, &cmdline);
+            }
+            Err(other) => prop_assert!(false, "{other}"),
+        }
+    }
+}
