@@ -1,0 +1,258 @@
+//! `build`: the freestanding core image, the kernel module, the static command.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use xshell::{Shell, cmd};
+
+use crate::kernels::{self, Flavour, Kernel};
+use crate::project::{Project, copy_if_changed, write_if_changed};
+use crate::setup::{self, Need, on_path};
+
+/// Compiler flags of the freestanding core. Paths are relative to the checkout.
+const CORE_RUSTFLAGS: &[&str] = &[
+    "-C",
+    "relocation-model=static",
+    "-C",
+    "no-redzone=yes",
+    "-C",
+    "force-frame-pointers=no",
+    "-C",
+    "link-arg=-Tblanket/image/link.ld",
+];
+
+const CORE_TARGET: &str = "x86_64-unknown-none";
+const HOST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What to build.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The freestanding core image.
+    Core,
+    /// The kernel module.
+    Module,
+    /// The static `blanket` command.
+    Command,
+}
+
+/// Arguments of `build`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Parts to build [default: all].
+    parts: Vec<Part>,
+    /// Stock kernels to build the module for.
+    #[arg(long, default_value = "cloud")]
+    kernel: Vec<Flavour>,
+    /// Build the module against these kernel headers instead.
+    #[arg(long, conflicts_with = "kernel")]
+    headers: Option<PathBuf>,
+}
+
+/// The `build` verb.
+pub fn run(project: &Project, args: &Args) -> Result<()> {
+    let wants = |part| args.parts.is_empty() || args.parts.contains(&part);
+    setup::ensure(project, &[Need::Build])?;
+    if wants(Part::Core) {
+        println!("{}", core(project)?.display());
+    }
+    if wants(Part::Module) {
+        if let Some(headers) = &args.headers {
+            let headers = fs::canonicalize(headers)
+                .with_context(|| format!("no headers at {}", headers.display()))?;
+            println!("{}", module(project, &headers)?.display());
+        } else {
+            for flavour in &args.kernel {
+                let kernel = kernels::fetch(project, *flavour)?;
+                println!("{}", module_for(project, &kernel)?.display());
+            }
+        }
+    }
+    if wants(Part::Command) {
+        println!("{}", command(project)?.display());
+    }
+    Ok(())
+}
+
+/// Builds the core and answers with its flat binary.
+pub fn core(project: &Project) -> Result<PathBuf> {
+    let _lock = project.lock("core")?;
+    let sh = project.shell()?;
+    let cargo = project.cargo();
+    let toolchain = CoreToolchain::find(project, &sh)?;
+    let (extra, bootstrap) = match toolchain {
+        CoreToolchain::Target => (&[][..], "0"),
+        // Only core and alloc are built; Debian's compiler is a stable one.
+        CoreToolchain::BuildStd => (&["-Zbuild-std=core,alloc"][..], "1"),
+    };
+    let build = cmd!(
+        sh,
+        "{cargo} build --quiet -p blanket-image --profile core --target {CORE_TARGET} {extra...}"
+    )
+    .env("CARGO_ENCODED_RUSTFLAGS", CORE_RUSTFLAGS.join("\x1f"));
+    let build = if bootstrap == "1" {
+        build.env("RUSTC_BOOTSTRAP", "1")
+    } else {
+        build
+    };
+    build.quiet().run().context("cannot build the core image")?;
+    let elf = project
+        .cargo_target
+        .join(CORE_TARGET)
+        .join("core/blanket-image");
+    let dir = project.out_dir("core")?;
+    let (fresh, bin) = (dir.join("blanket-core.new"), dir.join("blanket-core.bin"));
+    cmd!(sh, "objcopy -O binary {elf} {fresh}").quiet().run()?;
+    copy_if_changed(&fresh, &bin)?;
+    copy_if_changed(&elf, &dir.join("blanket-core.elf"))?;
+    Ok(bin)
+}
+
+/// How to compile for a target without an operating system.
+enum CoreToolchain {
+    /// The target's library is installed.
+    Target,
+    /// The library is built from source.
+    BuildStd,
+}
+
+impl CoreToolchain {
+    fn find(project: &Project, sh: &Shell) -> Result<Self> {
+        let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
+        let sysroot = PathBuf::from(cmd!(sh, "{rustc} --print sysroot").quiet().read()?);
+        let target = sysroot.join("lib/rustlib").join(CORE_TARGET).join("lib");
+        if target.is_dir() {
+            return Ok(Self::Target);
+        }
+        if on_path("rustup")
+            && cmd!(sh, "rustup target add {CORE_TARGET}")
+                .quiet()
+                .ignore_stderr()
+                .run()
+                .is_ok()
+            && target.is_dir()
+        {
+            return Ok(Self::Target);
+        }
+        let source = sysroot.join("lib/rustlib/src/rust/library/core");
+        if !source.is_dir() {
+            if on_path("rustup") {
+                cmd!(sh, "rustup component add rust-src").quiet().run()?;
+            } else {
+                setup::install(project, &["rust-web-src"])?;
+            }
+        }
+        ensure!(
+            source.is_dir(),
+            "no {CORE_TARGET} target and no library source under {}: \
+             install one with `rustup target add {CORE_TARGET}` or Debian's rust-web-src",
+            sysroot.display()
+        );
+        Ok(Self::BuildStd)
+    }
+}
+
+/// Builds the module for a stock kernel.
+pub fn module_for(project: &Project, kernel: &Kernel) -> Result<PathBuf> {
+    module(project, &kernel.headers(project)?)
+}
+
+/// Builds the module, with the core image inside, against a kernel's headers.
+pub fn module(project: &Project, headers: &Path) -> Result<PathBuf> {
+    let core = core(project)?;
+    module_from(
+        project,
+        &project.root.join("blanket/kmod"),
+        Some(&core),
+        headers,
+    )
+}
+
+/// Builds the module in `source` out of tree. Its files are copied, since kbuild
+/// leaves its objects beside them.
+fn module_from(
+    project: &Project,
+    source: &Path,
+    core: Option<&Path>,
+    headers: &Path,
+) -> Result<PathBuf> {
+    let sh = project.shell()?;
+    let release = cmd!(sh, "make -s -C {headers} kernelrelease")
+        .quiet()
+        .read()
+        .with_context(|| {
+            format!(
+                "{} does not look like the headers of a kernel",
+                headers.display()
+            )
+        })?;
+    let _lock = project.lock(&format!("kmod-{release}"))?;
+    let dir = project.out_dir(&format!("kmod/{release}"))?;
+    for entry in
+        fs::read_dir(source).with_context(|| format!("cannot read {}", source.display()))?
+    {
+        let path = entry?.path();
+        if let (true, Some(name)) = (path.is_file(), path.file_name()) {
+            copy_if_changed(&path, &dir.join(name))?;
+        }
+    }
+    if let Some(core) = core {
+        copy_if_changed(core, &dir.join("blanket-core.bin"))?;
+    }
+    let m: OsString = [OsString::from("M="), dir.clone().into()]
+        .into_iter()
+        .collect();
+    let log = cmd!(sh, "make -s -C {headers} {m} modules")
+        .quiet()
+        .ignore_status()
+        .output()?;
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&log.stdout),
+        String::from_utf8_lossy(&log.stderr)
+    );
+    write_if_changed(&dir.join("build.log"), text.as_bytes())?;
+    // Headers packages carry no vmlinux, so kbuild always says this.
+    for line in text.lines().filter(|line| !line.contains("BTF generation")) {
+        eprintln!("{line}");
+    }
+    ensure!(
+        log.status.success(),
+        "the module does not build for {release}"
+    );
+    let ko = dir.join("blanket.ko");
+    ensure!(ko.exists(), "kbuild made no {}", ko.display());
+    Ok(ko)
+}
+
+/// Builds the static `blanket` command.
+pub fn command(project: &Project) -> Result<PathBuf> {
+    static_binaries(project, &["--bin", "blanket"], "blanket")
+}
+
+/// Builds release binaries that need no shared library; `select` are cargo's
+/// options that choose them, `name` the one to answer with.
+pub fn static_binaries(project: &Project, select: &[&str], name: &str) -> Result<PathBuf> {
+    let sh = project.shell()?;
+    let cargo = project.cargo();
+    cmd!(
+        sh,
+        "{cargo} build --quiet --release --target {HOST_TARGET} {select...}"
+    )
+    .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static")
+    .quiet()
+    .run()
+    .with_context(|| format!("cannot build {name}"))?;
+    let built = project
+        .cargo_target
+        .join(HOST_TARGET)
+        .join("release")
+        .join(name);
+    let kept = project.out_dir("bin")?.join(name);
+    copy_if_changed(&built, &kept)?;
+    let sh = project.shell()?;
+    cmd!(sh, "chmod 755 {kept}").quiet().run()?;
+    Ok(kept)
+}

@@ -1,0 +1,41 @@
+//! `cargo xtask`: builds, boots, tests and packages Blanket.
+//!
+//! One file for each verb; what several verbs need is in [`project`] (paths),
+//! [`kernels`] (stock Debian kernels), [`initramfs`] and [`qemu`].
+
+mod build;
+mod initramfs;
+mod kernels;
+mod lab;
+mod project;
+mod qemu;
+mod setup;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, boots, tests and packages Blanket.
+#[derive(Parser)]
+#[command(name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install the Debian packages that the other verbs need.
+    Setup,
+    /// Build the core image, the kernel module and the static `blanket` command.
+    Build(build::Args),
+    /// Boot stock-kernel instances in QEMU and run a command in the first.
+    Lab(lab::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    let project = project::Project::locate()?;
+    match Cli::parse().verb {
+        Verb::Setup => setup::run(&project),
+        Verb::Build(args) => build::run(&project, &args),
+        Verb::Lab(args) => lab::run(&project, &args),
+    }
+}

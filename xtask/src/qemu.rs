@@ -1,0 +1,582 @@
+//! QEMU as the cloud's hypervisor (L0): machines, accelerators, running one.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use xshell::cmd;
+
+use crate::initramfs::Initramfs;
+use crate::kernels::{self, Flavour, Kernel};
+use crate::project::{Project, write_if_changed};
+
+const QEMU: &str = "qemu-system-x86_64";
+
+/// The virtual hardware that a provider gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Hardware {
+    /// virtio-net and virtio-blk.
+    #[default]
+    Virtio,
+    /// NVMe and an Intel network card.
+    NvmeE1000e,
+    /// vmxnet3 and pvscsi.
+    Vmware,
+}
+
+impl Hardware {
+    /// Drivers to load, by module name.
+    pub fn modules(self) -> &'static [&'static str] {
+        match self {
+            Self::Virtio => &["virtio_pci", "virtio_net", "virtio_blk"],
+            Self::NvmeE1000e => &["nvme", "e1000e"],
+            Self::Vmware => &["vmxnet3", "vmw_pvscsi", "sd_mod"],
+        }
+    }
+
+    /// A stock kernel that has these drivers.
+    pub fn kernel(self) -> Flavour {
+        match self {
+            Self::Virtio => Flavour::Cloud,
+            Self::NvmeE1000e | Self::Vmware => Flavour::Generic,
+        }
+    }
+
+    fn network_card(self) -> &'static str {
+        match self {
+            Self::Virtio => "virtio-net-pci",
+            Self::NvmeE1000e => "e1000e",
+            Self::Vmware => "vmxnet3",
+        }
+    }
+
+    fn disk(self) -> &'static [&'static str] {
+        match self {
+            Self::Virtio => &["virtio-blk-pci,drive=disk"],
+            Self::NvmeE1000e => &["nvme,drive=disk,serial=blanket-lab"],
+            Self::Vmware => &["pvscsi", "scsi-hd,drive=disk"],
+        }
+    }
+}
+
+/// What runs the machine's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU's translator.
+    Tcg,
+    /// The host's KVM.
+    Kvm,
+}
+
+/// One instance's hardware and kernel.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// QEMU CPU model with its options.
+    pub cpu: String,
+    /// Virtual hardware.
+    pub hardware: Hardware,
+    /// Stock kernel.
+    pub kernel: Kernel,
+    /// Memory as QEMU's `-m` takes it.
+    pub memory: String,
+    /// CPUs.
+    pub smp: u32,
+    /// Count instructions: one CPU, one nanosecond for each instruction.
+    pub icount: bool,
+    /// Added to the kernel's command line.
+    pub append: String,
+    /// Number in the group, from 1.
+    pub node: u32,
+    /// Address of the group's network (`ADDRESS:PORT`, multicast); none alone.
+    pub group: Option<String>,
+}
+
+impl Machine {
+    /// The model with what every run needs taken off. QEMU 7.2 checks the stack
+    /// reads of a ring-3 `iretq` as supervisor accesses, so a guest kernel in
+    /// ring 3 dies under SMAP; and it counts a `rep stosb` byte by byte, which a
+    /// CPU with ERMS would use to clear pages.
+    fn cpu_option(&self) -> String {
+        let mut cpu = self.cpu.clone();
+        for flag in ["-smap"].into_iter().chain(self.icount.then_some("-erms")) {
+            if !cpu.split(',').any(|option| option == flag) {
+                cpu.push(',');
+                cpu.push_str(flag);
+            }
+        }
+        cpu
+    }
+
+    fn options(&self, accelerator: Accelerator) -> Vec<String> {
+        let mut options = vec!["-machine".to_owned(), "q35".into()];
+        let mut add = |words: &[&str]| options.extend(words.iter().map(|word| (*word).to_owned()));
+        add(&["-cpu", &self.cpu_option(), "-m", &self.memory]);
+        if self.icount {
+            add(&["-accel", "tcg,thread=single", "-smp", "1"]);
+            add(&[
+                "-icount",
+                "shift=0,sleep=off",
+                "-rtc",
+                "base=2026-01-01,clock=vm",
+            ]);
+        } else {
+            let accel = match accelerator {
+                Accelerator::Tcg => "tcg,thread=multi",
+                Accelerator::Kvm => "kvm",
+            };
+            add(&["-accel", accel, "-smp", &self.smp.to_string()]);
+        }
+        add(&[
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
+        let netdev = match &self.group {
+            Some(group) => format!("socket,id=net,mcast={group},localaddr=127.0.0.1"),
+            None => "user,id=net,restrict=on".into(),
+        };
+        let card = format!(
+            "{},netdev=net,mac=52:54:00:77:00:{:02x}",
+            self.hardware.network_card(),
+            self.node
+        );
+        add(&["-netdev", &netdev, "-device", &card]);
+        add(&["-drive", "if=none,id=disk,file=disk.img,format=raw"]);
+        for device in self.hardware.disk() {
+            add(&["-device", device]);
+        }
+        options
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The command in the instance ended with this code.
+    Exit(i32),
+    /// The machine stopped before the command had ended: a panic, an oops.
+    Died,
+    /// The time was over.
+    TimedOut,
+}
+
+/// What is left of a run.
+pub struct Outcome {
+    /// How it ended.
+    pub end: End,
+    /// Lines of the instance's kernel log that report a bug or a warning.
+    pub complaints: u32,
+    /// Directory of the run; removed by [`Outcome::discard`].
+    pub dir: PathBuf,
+}
+
+impl Outcome {
+    /// The instance's console log.
+    pub fn console(&self) -> PathBuf {
+        self.dir.join("console.log")
+    }
+
+    /// Last lines of the console log and QEMU's own messages.
+    pub fn console_tail(&self, lines: usize) -> String {
+        let mut text = String::new();
+        for name in ["qemu.log", "console.log"] {
+            let bytes = fs::read(self.dir.join(name)).unwrap_or_default();
+            let log = String::from_utf8_lossy(&bytes);
+            let all: Vec<&str> = log
+                .lines()
+                .filter(|line| !line.contains("TCG doesn't support requested feature"))
+                .collect();
+            for line in &all[all.len().saturating_sub(lines)..] {
+                text.push_str(line.trim_end_matches('\r'));
+                text.push('\n');
+            }
+        }
+        text
+    }
+
+    /// Removes the run's directory.
+    pub fn discard(self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A fresh directory `target/lab/N`.
+pub fn run_dir(project: &Project) -> Result<PathBuf> {
+    let base = project.out_dir("lab")?;
+    for number in 1..100_000 {
+        let dir = base.join(number.to_string());
+        match fs::create_dir(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot create {}", dir.display()));
+            }
+        }
+    }
+    bail!("{} is full: remove it", base.display())
+}
+
+/// A QEMU process with its files in a directory of its own.
+struct Running {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Large and made anew for each run.
+        for name in ["initramfs", "disk.img"] {
+            let _ = fs::remove_file(self.dir.join(name));
+        }
+    }
+}
+
+/// How the second serial line is connected.
+enum Line {
+    /// Read by us.
+    Piped,
+    /// The user's terminal.
+    Terminal,
+    /// Nobody listens.
+    Null,
+}
+
+fn start(
+    machine: &Machine,
+    accelerator: Accelerator,
+    payload: &Initramfs,
+    dir: &Path,
+    nonce: &str,
+    line: &Line,
+) -> Result<Running> {
+    payload.write(&dir.join("initramfs"))?;
+    let disk = File::create(dir.join("disk.img"))?;
+    disk.set_len(256 << 20)?;
+    let append = format!(
+        "console=ttyS0 tsc=reliable panic=-1 oops=panic quiet LAB_NODE={} LAB_NONCE={nonce} {}",
+        machine.node, machine.append
+    );
+    // QEMU must not outlive us, however we end.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", QEMU]);
+    command.args(machine.options(accelerator));
+    command.args([
+        "-chardev",
+        "file,id=console,path=console.log",
+        "-serial",
+        "chardev:console",
+    ]);
+    match line {
+        Line::Piped | Line::Terminal => {
+            command.args([
+                "-chardev",
+                "stdio,id=line,signal=off",
+                "-serial",
+                "chardev:line",
+            ]);
+        }
+        Line::Null => {
+            command.args(["-serial", "null"]);
+        }
+    }
+    command.args(["-qmp", "unix:qmp,server=on,wait=off"]);
+    command.arg("-kernel").arg(&machine.kernel.vmlinuz);
+    command.args(["-initrd", "initramfs", "-append", &append]);
+    let text: Vec<OsString> = command.get_args().map(ToOwned::to_owned).collect();
+    fs::write(dir.join("command"), format!("{text:?}\n"))?;
+    command
+        .current_dir(dir)
+        .stderr(File::create(dir.join("qemu.log"))?);
+    match line {
+        Line::Piped => command.stdin(Stdio::null()).stdout(Stdio::piped()),
+        Line::Terminal => command.stdin(Stdio::inherit()).stdout(Stdio::inherit()),
+        Line::Null => command.stdin(Stdio::null()).stdout(Stdio::null()),
+    };
+    let child = command
+        .spawn()
+        .context("cannot start QEMU through setpriv")?;
+    Ok(Running {
+        child,
+        dir: dir.to_path_buf(),
+    })
+}
+
+/// Boots `machines` with `payload`; the first runs the command in it. What the
+/// command writes goes to `sink` as it comes.
+pub fn run(
+    project: &Project,
+    machines: &[Machine],
+    payload: &Initramfs,
+    timeout: Duration,
+    sink: &mut dyn Write,
+) -> Result<Outcome> {
+    let deadline = Instant::now() + timeout;
+    let (first, others) = machines.split_first().context("a group without machines")?;
+    let dir = run_dir(project)?;
+    let nonce = nonce()?;
+    let accelerator = accelerator(project)?;
+    let mut companions = Vec::new();
+    for machine in others {
+        let dir = dir.join(format!("node{}", machine.node));
+        fs::create_dir(&dir)?;
+        companions.push(start(
+            machine,
+            accelerator,
+            payload,
+            &dir,
+            &nonce,
+            &Line::Null,
+        )?);
+    }
+    let mut running = start(first, accelerator, payload, &dir, &nonce, &Line::Piped)?;
+    let output = running.child.stdout.take().context("QEMU has no output")?;
+    let mut reader = LineReader::new(output, &nonce);
+    let end = reader.pump(deadline, sink)?;
+    if matches!(end, End::Exit(_)) {
+        // It powers off on its own; this gives its console log time to be whole.
+        reader.wait_end(Instant::now() + Duration::from_secs(5));
+    }
+    Ok(Outcome {
+        end,
+        complaints: reader.complaints,
+        dir,
+    })
+}
+
+/// Boots `machine` with the user's terminal on its second serial line.
+pub fn interactive(project: &Project, machine: &Machine, payload: &Initramfs) -> Result<()> {
+    let dir = run_dir(project)?;
+    let accelerator = accelerator(project)?;
+    let mut running = start(machine, accelerator, payload, &dir, "-", &Line::Terminal)?;
+    running.child.wait()?;
+    drop(running);
+    let _ = fs::remove_dir_all(&dir);
+    Ok(())
+}
+
+/// A word that the command cannot guess: marks the end of its output.
+fn nonce() -> Result<String> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Reads an instance's second serial line: the command's output, then a frame
+/// `<RS>LAB-EXIT <nonce> <code> <complaints>\n`.
+struct LineReader {
+    chunks: Receiver<Vec<u8>>,
+    mark: Vec<u8>,
+    held: Vec<u8>,
+    complaints: u32,
+}
+
+impl LineReader {
+    fn new(mut output: impl Read + Send + 'static, nonce: &str) -> Self {
+        let (sender, chunks) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = output.read(&mut buffer) {
+                if sender.send(buffer[..count].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        let mark = format!("\x1eLAB-EXIT {nonce} ").into_bytes();
+        Self {
+            chunks,
+            mark,
+            held: Vec::new(),
+            complaints: 0,
+        }
+    }
+
+    fn pump(&mut self, deadline: Instant, sink: &mut dyn Write) -> Result<End> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.chunks.recv_timeout(left) {
+                Ok(chunk) => {
+                    self.held.extend_from_slice(&chunk);
+                    if let Some(end) = self.take(sink)? {
+                        return Ok(end);
+                    }
+                }
+                Err(end) => {
+                    sink.write_all(&self.held)?;
+                    sink.flush()?;
+                    return Ok(match end {
+                        RecvTimeoutError::Timeout => End::TimedOut,
+                        RecvTimeoutError::Disconnected => End::Died,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Passes on all that cannot be part of the frame.
+    fn take(&mut self, sink: &mut dyn Write) -> Result<Option<End>> {
+        let mut from = 0;
+        while let Some(at) = self.held[from..].iter().position(|byte| *byte == 0x1e) {
+            let at = from + at;
+            let rest = &self.held[at..];
+            if rest.starts_with(&self.mark) {
+                let Some(length) = rest.iter().position(|byte| *byte == b'\n') else {
+                    return self.release(at, sink).map(|()| None);
+                };
+                let text = String::from_utf8_lossy(&rest[self.mark.len()..length]).into_owned();
+                let mut words = text.split_whitespace();
+                let code = words.next().and_then(|word| word.parse().ok());
+                let code = code.with_context(|| format!("bad end frame: {text:?}"))?;
+                self.complaints = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+                self.release(at, sink)?;
+                return Ok(Some(End::Exit(code)));
+            }
+            if self.mark.starts_with(rest) {
+                return self.release(at, sink).map(|()| None);
+            }
+            from = at + 1;
+        }
+        self.release(self.held.len(), sink).map(|()| None)
+    }
+
+    fn release(&mut self, count: usize, sink: &mut dyn Write) -> Result<()> {
+        sink.write_all(&self.held[..count])?;
+        sink.flush()?;
+        self.held.drain(..count);
+        Ok(())
+    }
+
+    fn wait_end(&self, deadline: Instant) {
+        while self
+            .chunks
+            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            .is_ok()
+        {}
+    }
+}
+
+/// KVM where a stock kernel really boots under it, else the translator. A
+/// `/dev/kvm` that opens proves nothing: some machines have one under which no
+/// kernel gets past its first instructions. The answer is kept for this host
+/// kernel and QEMU.
+pub fn accelerator(project: &Project) -> Result<Accelerator> {
+    if File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_err()
+    {
+        return Ok(Accelerator::Tcg);
+    }
+    let _lock = project.lock("kvm-probe")?;
+    let sh = project.shell()?;
+    let version = cmd!(sh, "{QEMU} --version").quiet().read()?;
+    let release = cmd!(sh, "uname -rv").quiet().read()?;
+    let key = format!(
+        "{}\n{release}\n",
+        version.lines().next().unwrap_or_default()
+    );
+    let cache = project.out_dir("lab")?.join("kvm-probe");
+    if let Ok(known) = fs::read_to_string(&cache)
+        && let Some(answer) = known.strip_prefix(&key)
+    {
+        return Ok(if answer == "yes" {
+            Accelerator::Kvm
+        } else {
+            Accelerator::Tcg
+        });
+    }
+    eprintln!("lab: trying whether a stock kernel boots under this machine's /dev/kvm");
+    let works = kvm_boots(project)?;
+    let answer = if works { "yes" } else { "no" };
+    eprintln!("lab: {answer}");
+    write_if_changed(&cache, format!("{key}{answer}").as_bytes())?;
+    Ok(if works {
+        Accelerator::Kvm
+    } else {
+        Accelerator::Tcg
+    })
+}
+
+fn kvm_boots(project: &Project) -> Result<bool> {
+    let mut payload = Initramfs::with_busybox(project)?;
+    payload.text(
+        "init",
+        0o755,
+        "#!/bin/sh\nmount -t devtmpfs dev /dev\n\
+         printf '\\036LAB-EXIT %s 0 0\\n' $LAB_NONCE >/dev/ttyS1\npoweroff -f\n",
+    );
+    let machine = Machine {
+        cpu: "EPYC,-svm".into(),
+        hardware: Hardware::Virtio,
+        kernel: kernels::fetch(project, Flavour::Cloud)?,
+        memory: "512M".into(),
+        smp: 2,
+        icount: false,
+        append: String::new(),
+        node: 1,
+        group: None,
+    };
+    let dir = run_dir(project)?;
+    let nonce = nonce()?;
+    let mut running = start(
+        &machine,
+        Accelerator::Kvm,
+        &payload,
+        &dir,
+        &nonce,
+        &Line::Piped,
+    )?;
+    let output = running.child.stdout.take().context("QEMU has no output")?;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let end = LineReader::new(output, &nonce).pump(deadline, &mut std::io::sink())?;
+    drop(running);
+    let _ = fs::remove_dir_all(&dir);
+    Ok(end == End::Exit(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn feed(chunks: &[&[u8]]) -> (End, Vec<u8>, u32) {
+        let bytes: Vec<u8> = chunks.concat();
+        let mut reader = LineReader::new(std::io::Cursor::new(bytes), "abc");
+        let mut sink = Vec::new();
+        let end = reader
+            .pump(Instant::now() + Duration::from_secs(5), &mut sink)
+            .unwrap();
+        (end, sink, reader.complaints)
+    }
+
+    #[test]
+    fn frame_ends_the_output() {
+        let (end, out, complaints) = feed(&[b"hello\n\x1eLAB-EXIT abc 3 2\nmore"]);
+        assert_eq!(
+            (end, out.as_slice(), complaints),
+            (End::Exit(3), &b"hello\n"[..], 2)
+        );
+    }
+
+    #[test]
+    fn other_separators_pass() {
+        let (end, out, _) = feed(&[b"a\x1eb\x1eLAB-EXIT xyz 0 0\n", b"\x1eLAB-EXIT abc 0 0\n"]);
+        assert_eq!(end, End::Exit(0));
+        assert_eq!(out, b"a\x1eb\x1eLAB-EXIT xyz 0 0\n");
+    }
+
+    #[test]
+    fn end_without_frame_is_a_death() {
+        let (end, out, _) = feed(&[b"text\x1eLAB-EX"]);
+        assert_eq!((end, out.as_slice()), (End::Died, &b"text\x1eLAB-EX"[..]));
+    }
+}
