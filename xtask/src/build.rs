@@ -49,6 +49,9 @@ pub struct Args {
     /// Build the module against these kernel headers instead.
     #[arg(long, conflicts_with = "kernel")]
     headers: Option<PathBuf>,
+    /// Build the module in this directory instead of Blanket's.
+    #[arg(long, hide = true)]
+    source: Option<PathBuf>,
 }
 
 /// The `build` verb.
@@ -58,7 +61,15 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if wants(Part::Core) {
         println!("{}", core(project)?.display());
     }
-    if wants(Part::Module) {
+    if let Some(source) = &args.source {
+        for flavour in &args.kernel {
+            let headers = kernels::fetch(project, *flavour)?.headers(project)?;
+            println!(
+                "{}",
+                module_from(project, source, None, &headers)?.display()
+            );
+        }
+    } else if wants(Part::Module) {
         if let Some(headers) = &args.headers {
             let headers = fs::canonicalize(headers)
                 .with_context(|| format!("no headers at {}", headers.display()))?;

@@ -8,7 +8,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use xshell::cmd;
 
@@ -41,10 +41,12 @@ impl Flavour {
         }
     }
 
-    fn suite(self) -> &'static str {
+    /// Backports are taken only when named; the newest of all other suites is
+    /// what a Debian 12 machine has.
+    fn release(self) -> &'static [&'static str] {
         match self {
-            Self::Cloud | Self::Generic | Self::Rt => SUITE,
-            Self::Cloud612 | Self::Generic612 => BACKPORTS,
+            Self::Cloud | Self::Generic | Self::Rt => NEWEST,
+            Self::Cloud612 | Self::Generic612 => BACKPORTED,
         }
     }
 }
@@ -148,6 +150,8 @@ fn module_name(file: &str) -> String {
 
 const SUITE: &str = "bookworm";
 const BACKPORTS: &str = "bookworm-backports";
+const NEWEST: &[&str] = &[];
+const BACKPORTED: &[&str] = &["-o", "APT::Default-Release=bookworm-backports"];
 const MIRROR: &str = "http://mirror.invalid/debian";
 const SECURITY_MIRROR: &str = "http://security.mirror.invalid/debian-security";
 
@@ -163,13 +167,13 @@ pub fn fetch(project: &Project, flavour: Flavour) -> Result<Kernel> {
         setup::ensure(project, &[Need::Boot])?;
         let apt = Apt::new(project)?;
         let package = apt
-            .depends(flavour.metapackage(), flavour.suite())?
+            .depends(flavour.metapackage(), flavour.release())?
             .into_iter()
             .find(|package| package.starts_with("linux-image-"))
             .with_context(|| format!("{} depends on no image", flavour.metapackage()))?;
         let release = package.trim_start_matches("linux-image-").to_owned();
         eprintln!("kernels: fetching {name} ({package})");
-        apt.unpack(&[package.clone()], flavour.suite(), &dir, &root)?;
+        apt.unpack(&[package.clone()], flavour.release(), &dir, &root)?;
         let sh = &project.sh;
         cmd!(sh, "depmod -b {root} {release}")
             .env("PATH", path_with_sbin())
@@ -198,17 +202,17 @@ fn path_with_sbin() -> String {
 fn fetch_headers(project: &Project, kernel: &Kernel, root: &Path) -> Result<()> {
     setup::ensure(project, &[Need::Build, Need::Boot])?;
     let apt = Apt::new(project)?;
-    let suite = if kernel.name.ends_with("6.12") {
-        BACKPORTS
+    let release = if kernel.name.ends_with("6.12") {
+        BACKPORTED
     } else {
-        SUITE
+        NEWEST
     };
     let mut packages = BTreeSet::new();
     let mut todo = vec![format!("linux-headers-{}", kernel.release)];
     while let Some(package) = todo.pop() {
         if packages.insert(package.clone()) {
             todo.extend(
-                apt.depends(&package, suite)?
+                apt.depends(&package, release)?
                     .into_iter()
                     .filter(|dependency| {
                         dependency.starts_with("linux-headers-")
@@ -222,7 +226,7 @@ fn fetch_headers(project: &Project, kernel: &Kernel, root: &Path) -> Result<()> 
     let dir = root.parent().context("kernel root has no parent")?;
     let staging = dir.join("headers");
     let _ = fs::remove_dir_all(&staging);
-    apt.unpack(&packages, suite, dir, &staging)?;
+    apt.unpack(&packages, release, dir, &staging)?;
     // The headers' Makefile includes that of the -common package by its
     // absolute path on an installed system.
     let src = staging.join("usr/src");
@@ -306,19 +310,20 @@ impl<'a> Apt<'a> {
             .context("apt-get update failed")
     }
 
-    /// Direct dependencies of `package` as `suite` has it.
-    fn depends(&self, package: &str, suite: &str) -> Result<Vec<String>> {
+    /// Direct dependencies of `package` in the version that `release` selects.
+    fn depends(&self, package: &str, release: &[&str]) -> Result<Vec<String>> {
         let (sh, options) = (&self.project.sh, &self.options);
         let show = cmd!(
             sh,
-            "apt-cache {options...} -o APT::Default-Release={suite} show --no-all-versions {package}"
+            "apt-cache {options...} {release...} show --no-all-versions {package}"
         )
         .quiet()
-        .read()?;
+        .read()
+        .with_context(|| format!("Debian has no package {package}"))?;
         let line = show
             .lines()
             .find_map(|line| line.strip_prefix("Depends: "))
-            .ok_or_else(|| anyhow!("{suite} has no package {package}, or it depends on nothing"))?;
+            .unwrap_or_default();
         Ok(line
             .split([',', '|'])
             .filter_map(|dependency| dependency.split_whitespace().next())
@@ -327,7 +332,7 @@ impl<'a> Apt<'a> {
     }
 
     /// Downloads `packages` and unpacks them to `root`.
-    fn unpack(&self, packages: &[String], suite: &str, dir: &Path, root: &Path) -> Result<()> {
+    fn unpack(&self, packages: &[String], release: &[&str], dir: &Path, root: &Path) -> Result<()> {
         let _lock = self.project.lock("apt")?;
         let debs = dir.join("debs");
         fs::create_dir_all(&debs)?;
@@ -338,7 +343,7 @@ impl<'a> Apt<'a> {
         let download = || {
             cmd!(
                 sh,
-                "apt-get -qq {options...} -o APT::Default-Release={suite} download {packages...}"
+                "apt-get -qq {options...} {release...} download {packages...}"
             )
             .quiet()
             .ignore_stdout()

@@ -11,6 +11,8 @@ mod project;
 mod qemu;
 mod setup;
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 /// Builds, boots, tests and packages Blanket.
@@ -31,11 +33,21 @@ enum Verb {
     Lab(lab::Args),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    match verb(&Cli::parse().verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn verb(verb: &Verb) -> anyhow::Result<()> {
     let project = project::Project::locate()?;
-    match Cli::parse().verb {
+    match verb {
         Verb::Setup => setup::run(&project),
-        Verb::Build(args) => build::run(&project, &args),
-        Verb::Lab(args) => lab::run(&project, &args),
+        Verb::Build(args) => build::run(&project, args),
+        Verb::Lab(args) => lab::run(&project, args),
     }
 }
