@@ -190,15 +190,7 @@ fn module_from(
     headers: &Path,
 ) -> Result<PathBuf> {
     let sh = project.shell()?;
-    let release = cmd!(sh, "make -s -C {headers} kernelrelease")
-        .quiet()
-        .read()
-        .with_context(|| {
-            format!(
-                "{} does not look like the headers of a kernel",
-                headers.display()
-            )
-        })?;
+    let release = release_of(headers)?;
     let _lock = project.lock(&format!("kmod-{release}"))?;
     let dir = project.out_dir(&format!("kmod/{release}"))?;
     for entry in
@@ -215,20 +207,21 @@ fn module_from(
     let m: OsString = [OsString::from("M="), dir.clone().into()]
         .into_iter()
         .collect();
-    let log = cmd!(sh, "make -s -C {headers} {m} modules")
-        .quiet()
-        .ignore_status()
-        .output()?;
+    // BTF for modules wants pahole, and gives nothing that the module needs.
+    let log = cmd!(
+        sh,
+        "make -s -C {headers} {m} CONFIG_DEBUG_INFO_BTF_MODULES= modules"
+    )
+    .quiet()
+    .ignore_status()
+    .output()?;
     let text = format!(
         "{}{}",
         String::from_utf8_lossy(&log.stdout),
         String::from_utf8_lossy(&log.stderr)
     );
     write_if_changed(&dir.join("build.log"), text.as_bytes())?;
-    // Headers packages carry no vmlinux, so kbuild always says this.
-    for line in text.lines().filter(|line| !line.contains("BTF generation")) {
-        eprintln!("{line}");
-    }
+    eprint!("{text}");
     ensure!(
         log.status.success(),
         "the module does not build for {release}"
@@ -236,6 +229,17 @@ fn module_from(
     let ko = dir.join("blanket.ko");
     ensure!(ko.exists(), "kbuild made no {}", ko.display());
     Ok(ko)
+}
+
+/// `uname -r` of the kernel that these headers belong to.
+fn release_of(headers: &Path) -> Result<String> {
+    let file = headers.join("include/generated/utsrelease.h");
+    let text = fs::read_to_string(&file)
+        .with_context(|| format!("{} are no kernel headers", headers.display()))?;
+    text.split('"')
+        .nth(1)
+        .map(str::to_owned)
+        .with_context(|| format!("{} names no release", file.display()))
 }
 
 /// Builds the static `blanket` command.
