@@ -54,7 +54,7 @@ pub struct Args {
     /// Do not load the module.
     #[arg(long)]
     no_module: bool,
-    /// Use the module and the command as they were built last.
+    /// Build nothing: use the module and the command if they are there.
     #[arg(long)]
     no_build: bool,
     /// Keep the run's directory under target/lab.
@@ -131,8 +131,11 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             outcome.complaints
         );
     }
-    if code != 0 || outcome.complaints > 0 {
-        eprintln!("lab: last lines of {}:", outcome.console().display());
+    if code != 0 {
+        eprintln!("lab: console log: {}", outcome.console().display());
+    }
+    if outcome.complaints > 0 || !matches!(outcome.end, End::Exit(_)) {
+        eprintln!("lab: its last lines:");
         eprint!("{}", outcome.console_tail(100));
     }
     match outcome.end {
@@ -160,8 +163,8 @@ pub fn find_module(project: &Project, kernel: &Kernel, as_is: bool) -> Result<Op
         .join("kmod")
         .join(&kernel.release)
         .join("blanket.ko");
-    if as_is && built.exists() {
-        return Ok(Some(built));
+    if as_is {
+        return Ok(built.exists().then_some(built));
     }
     build::module_for(project, kernel).map(Some)
 }
@@ -172,8 +175,8 @@ pub fn find_command(project: &Project, as_is: bool) -> Result<Option<PathBuf>> {
         return Ok(None);
     }
     let built = project.out.join("bin/blanket");
-    if as_is && built.exists() {
-        return Ok(Some(built));
+    if as_is {
+        return Ok(built.exists().then_some(built));
     }
     build::command(project).map(Some)
 }
@@ -226,7 +229,7 @@ elif [ -e /lab/command ]; then
     stty -F $line raw -echo clocal
     sh /lab/command </dev/null >&3 2>&1
     code=$?
-    complaints=$(dmesg | grep -cE 'WARNING: |BUG: |Oops: |INFO: task|rcu.*(stall|detected)|Call Trace:')
+    complaints=$(dmesg | grep -cE 'WARNING: CPU|BUG: |Oops: |INFO: task|rcu.*(stall|detected)|Call Trace:')
     if [ $code != 0 ] || [ $complaints != 0 ]; then dmesg | tail -n 120 >/dev/ttyS0; fi
     printf '\036LAB-EXIT %s %s %s\n' $LAB_NONCE $code $complaints >&3
 else
