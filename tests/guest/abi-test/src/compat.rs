@@ -57,7 +57,11 @@ fn int80(ctx: &Ctx) -> Verdict {
     for _ in 0..ctx.n(1000) {
         equal("getpid by int 0x80", int80_call(20), pid)?;
     }
-    equal("unknown call", int80_call(0xffff), (-i64::from(libc::ENOSYS)) as u64)?;
+    equal(
+        "unknown call",
+        int80_call(0xffff),
+        (-i64::from(libc::ENOSYS)) as u64,
+    )?;
     Ok(Note::Pass)
 }
 
@@ -99,7 +103,11 @@ fn visit(ctx: &Ctx) -> Verdict {
     let top = stack.addr() + 15 * 4096;
     for _ in 0..ctx.n(2000) {
         let pid = code.run(0x23, top).value()?;
-        equal("getpid from compatibility mode", pid, u64::from(std::process::id()))?;
+        equal(
+            "getpid from compatibility mode",
+            pid,
+            u64::from(std::process::id()),
+        )?;
     }
     Ok(Note::Pass)
 }
@@ -137,7 +145,9 @@ fn elf32_path() -> Result<CString, String> {
 }
 
 fn exec32(path: &CString, letter: &str, stdout: Option<i32>) -> i32 {
-    let Ok(arg) = CString::new(letter) else { return 97 };
+    let Ok(arg) = CString::new(letter) else {
+        return 97;
+    };
     let argv = [path.as_ptr(), arg.as_ptr(), std::ptr::null()];
     let envp = [std::ptr::null()];
     // SAFETY: null-terminated arrays of C strings that live until the call.
@@ -168,7 +178,9 @@ fn exec_write(_: &Ctx) -> Verdict {
     let child = sys::fork(|| exec32(&path, "w", Some(writer.as_raw_fd())))?;
     drop(writer);
     let mut text = String::new();
-    reader.read_to_string(&mut text).map_err(|e| e.to_string())?;
+    reader
+        .read_to_string(&mut text)
+        .map_err(|e| e.to_string())?;
     equal("status", child.wait(), Status::Exit(42))?;
     equal("output", text.as_str(), "hello from 32 bits\n")?;
     Ok(Note::Pass)
@@ -178,7 +190,9 @@ fn exec_loop(ctx: &Ctx) -> Verdict {
     let path = elf32_path()?;
     for i in 0..ctx.n(200) {
         let status = sys::fork(|| exec32(&path, "e", None))?.wait();
-        require(status == Status::Exit(5), || format!("run {i} ended with {status}"))?;
+        require(status == Status::Exit(5), || {
+            format!("run {i} ended with {status}")
+        })?;
     }
     Ok(Note::Pass)
 }

@@ -42,7 +42,11 @@ pub struct Check {
 
 /// A check with the usual time limit.
 pub const fn check(name: &'static str, run: fn(&Ctx) -> Verdict) -> Check {
-    Check { name, seconds: 30, run }
+    Check {
+        name,
+        seconds: 30,
+        run,
+    }
 }
 
 /// A check that does a lot of work and may take `seconds`.
@@ -52,7 +56,11 @@ pub const fn slow(name: &'static str, seconds: u32, run: fn(&Ctx) -> Verdict) ->
 
 /// Fails with a message that shows both values unless they are equal.
 pub fn equal<T: PartialEq + std::fmt::Debug>(what: &str, got: T, want: T) -> Result<(), String> {
-    if got == want { Ok(()) } else { Err(format!("{what}: got {got:?}, want {want:?}")) }
+    if got == want {
+        Ok(())
+    } else {
+        Err(format!("{what}: got {got:?}, want {want:?}"))
+    }
 }
 
 /// Fails with `why` unless `holds`.
@@ -114,7 +122,9 @@ pub fn run_all(groups: &[&[Check]], options: &Options) -> Tally {
 fn run_one(check: &Check, options: &Options) -> Verdict {
     let limit = Duration::from_secs_f64(f64::from(check.seconds) * options.timeout_scale);
     let (mut reader, writer) = std::io::pipe().map_err(|e| format!("pipe: {e}"))?;
-    let ctx = Ctx { scale: options.scale };
+    let ctx = Ctx {
+        scale: options.scale,
+    };
     let child = sys::fork(|| {
         sys::lead_group_and_die_with_parent();
         let line = match (check.run)(&ctx) {

@@ -107,7 +107,10 @@ fn port_io(_: &Ctx) -> Verdict {
             ("in al,dx 3f8", &[0x66, 0xba, 0xf8, 0x03, 0xec]),
             ("insb", &[0x66, 0xba, 0xf8, 0x03, 0x6c]),
             ("outsb", &[0x48, 0x89, 0xfe, 0x66, 0xba, 0xf8, 0x03, 0x6e]),
-            ("rep insd", &[0x66, 0xba, 0xf8, 0x03, 0xb9, 1, 0, 0, 0, 0xf3, 0x6d]),
+            (
+                "rep insd",
+                &[0x66, 0xba, 0xf8, 0x03, 0xb9, 1, 0, 0, 0, 0xf3, 0x6d],
+            ),
         ],
     )
 }
@@ -171,7 +174,9 @@ fn far_transfers(_: &Ctx) -> Verdict {
     ])?;
     equal("retfq to 0x33", code.run(0x33, 0).value()?, 7)?;
     let mut wrong = Vec::new();
-    for cs in [0x00_u64, 0x10, 0x18, 0x2b, 0x40, 0x43, 0x07, 0xe008, 0xe00b, 0xe030, 0xfff3] {
+    for cs in [
+        0x00_u64, 0x10, 0x18, 0x2b, 0x40, 0x43, 0x07, 0xe008, 0xe00b, 0xe030, 0xfff3,
+    ] {
         match code.run(cs, 0) {
             Ran::Faulted(f) if f.sig == libc::SIGSEGV => {}
             other => wrong.push(format!("retf {cs:#x}: {}", other.brief())),
@@ -209,14 +214,18 @@ fn int_n(_: &Ctx) -> Verdict {
 fn int_n_error_code(_: &Ctx) -> Verdict {
     probe::install();
     let fault = probe::snippet(&[0xcd, 0x21], 0, 0)?.fault()?;
-    Ok(Note::Info(format!("trap {} err {:#x}", fault.trapno, fault.err)))
+    Ok(Note::Info(format!(
+        "trap {} err {:#x}",
+        fault.trapno, fault.err
+    )))
 }
 
 /// pushf; or [rsp],rdi ; popf ; pushf ; pop rax ; clean flags again
 const SET_FLAGS: &[u8] = &[
     0x9c, 0x48, 0x09, 0x3c, 0x24, 0x9d, // pushf; or [rsp],rdi; popf
     0x9c, 0x58, // pushf; pop rax
-    0x9c, 0x48, 0xf7, 0xd7, 0x48, 0x21, 0x3c, 0x24, 0x9d, // pushf; not rdi; and [rsp],rdi; popf
+    0x9c, 0x48, 0xf7, 0xd7, 0x48, 0x21, 0x3c, 0x24,
+    0x9d, // pushf; not rdi; and [rsp],rdi; popf
     0xc3,
 ];
 
@@ -245,7 +254,9 @@ fn popf(_: &Ctx) -> Verdict {
 fn interrupt_flag(_: &Ctx) -> Verdict {
     probe::install();
     // pushf; and qword [rsp], ~0x200; popf; pushf; pop rax
-    let code = [0x9c, 0x48, 0x81, 0x24, 0x24, 0xff, 0xfd, 0xff, 0xff, 0x9d, 0x9c, 0x58];
+    let code = [
+        0x9c, 0x48, 0x81, 0x24, 0x24, 0xff, 0xfd, 0xff, 0xff, 0x9d, 0x9c, 0x58,
+    ];
     let flags = probe::snippet(&code, 0, 0)?.value()?;
     equal("IF after popf without it", flags >> 9 & 1, 1)?;
     Ok(Note::Pass)
@@ -265,7 +276,11 @@ fn store_tables(_: &Ctx) -> Verdict {
         let buffer = sys::Region::new(4096)?;
         let end = match probe::snippet(&bytes, buffer.addr(), 0)? {
             Ran::Returned(_) if bytes[2] & 0xc0 == 0 => {
-                format!("limit {:#x} base {:#x}", buffer.load(0) & 0xffff, buffer.load(2))
+                format!(
+                    "limit {:#x} base {:#x}",
+                    buffer.load(0) & 0xffff,
+                    buffer.load(2)
+                )
             }
             Ran::Returned(value) => format!("{:#x}", value & 0xffff_ffff),
             Ran::Faulted(fault) => fault.brief(),
@@ -297,7 +312,9 @@ fn vmcall(_: &Ctx) -> Verdict {
 /// sysenter from 64-bit mode: any end of the process will do, the kernel must live.
 fn sysenter64(_: &Ctx) -> Verdict {
     let child = sys::fork(|| {
-        let Ok(code) = probe::Code::with_ret(&[0xb8, 20, 0, 0, 0, 0x0f, 0x34]) else { return 1 };
+        let Ok(code) = probe::Code::with_ret(&[0xb8, 20, 0, 0, 0, 0x0f, 0x34]) else {
+            return 1;
+        };
         probe::install();
         match code.run(0, 0) {
             Ran::Returned(_) => 10,

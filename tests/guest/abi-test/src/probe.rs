@@ -140,7 +140,6 @@ impl Ran {
 /// A handler for SA_SIGINFO.
 pub type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
 
-
 /// The saved general registers of an interrupted context, `libc::REG_*` order.
 ///
 /// # Safety
@@ -208,8 +207,11 @@ pub fn set_handler(sig: i32, handler: Handler, flags: i32) {
 pub fn alternate_stack() {
     const SIZE: usize = 128 * 1024;
     let memory = Box::leak(vec![0_u8; SIZE].into_boxed_slice());
-    let stack =
-        libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: SIZE };
+    let stack = libc::stack_t {
+        ss_sp: memory.as_mut_ptr().cast(),
+        ss_flags: 0,
+        ss_size: SIZE,
+    };
     // SAFETY: the memory is leaked, so the stack stays valid.
     unsafe { libc::sigaltstack(&stack, std::ptr::null_mut()) };
 }
@@ -218,7 +220,14 @@ pub fn alternate_stack() {
 pub fn install() {
     FS_BASE.store(segment_base(0x1003), SeqCst);
     alternate_stack();
-    for sig in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS] {
+    for sig in [
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGTRAP,
+        libc::SIGSYS,
+    ] {
         set_handler(sig, on_fault, libc::SA_NODEFER);
     }
 }

@@ -76,7 +76,12 @@ fn segv_read_only(_: &Ctx) -> Verdict {
     page.store(0, 7);
     page.protect(libc::PROT_READ)?;
     let fault = probe::store(page.addr() + 8, 1)?.fault()?;
-    expect_page_fault(&fault, SEGV_ACCERR, page.addr() + 8, PF_PROT | PF_USER | PF_WRITE)?;
+    expect_page_fault(
+        &fault,
+        SEGV_ACCERR,
+        page.addr() + 8,
+        PF_PROT | PF_USER | PF_WRITE,
+    )?;
     equal("value", page.load(0), 7)?;
     page.protect(libc::PROT_READ | libc::PROT_WRITE)?;
     probe::store(page.addr() + 8, 9)?.value()?;
@@ -89,7 +94,12 @@ fn segv_exec(_: &Ctx) -> Verdict {
     let page = Region::new(4096)?;
     page.fill(0, &[0xb8, 5, 0, 0, 0, 0xc3]); // mov eax,5; ret
     let fault = probe::run(page.addr(), 0, 0).fault()?;
-    expect_page_fault(&fault, SEGV_ACCERR, page.addr(), PF_PROT | PF_USER | PF_INSTR)?;
+    expect_page_fault(
+        &fault,
+        SEGV_ACCERR,
+        page.addr(),
+        PF_PROT | PF_USER | PF_INSTR,
+    )?;
     equal("rip", fault.rip, page.addr())?;
     page.protect(libc::PROT_READ | libc::PROT_EXEC)?;
     equal("after PROT_EXEC", probe::run(page.addr(), 0, 0).value()?, 5)?;
@@ -119,7 +129,11 @@ fn segv_non_canonical(_: &Ctx) -> Verdict {
     probe::install();
     // 57-bit machines still give a process 47 bits unless it asks for more,
     // but these addresses are canonical there; only the signal must agree.
-    for addr in [0x0000_8000_0000_0000_u64, 0x1234_5678_9abc_def0, 0xfff0_0000_0000_0000] {
+    for addr in [
+        0x0000_8000_0000_0000_u64,
+        0x1234_5678_9abc_def0,
+        0xfff0_0000_0000_0000,
+    ] {
         for (what, ran) in [
             ("load", probe::load(addr)?),
             ("store", probe::store(addr, 1)?),
@@ -264,10 +278,12 @@ fn alignment(_: &Ctx) -> Verdict {
         0x9c, 0x81, 0x0c, 0x24, 0, 0, 4, 0, 0x9d, 0x48, 0x8b, 0x07, 0x9c, 0x81, 0x24, 0x24, 0xff,
         0xff, 0xfb, 0xff, 0x9d,
     ];
-    Ok(Note::Info(match probe::snippet(&code, page.addr() + 1, 0)? {
-        Ran::Returned(_) => "no fault".to_string(),
-        Ran::Faulted(f) => format!("signal {} code {} trap {}", f.sig, f.code, f.trapno),
-    }))
+    Ok(Note::Info(
+        match probe::snippet(&code, page.addr() + 1, 0)? {
+            Ran::Returned(_) => "no fault".to_string(),
+            Ran::Faulted(f) => format!("signal {} code {} trap {}", f.sig, f.code, f.trapno),
+        },
+    ))
 }
 
 static SEEN: AtomicU64 = AtomicU64::new(0);
@@ -292,9 +308,10 @@ fn altstack(_: &Ctx) -> Verdict {
     probe::set_handler(libc::SIGUSR1, note_stack, 0);
     raise(libc::SIGUSR1);
     let at = SEEN.load(SeqCst);
-    require(at >= stack.addr() && at < stack.addr() + stack.len() as u64, || {
-        format!("handler ran at {at:#x}, outside the alternate stack")
-    })?;
+    require(
+        at >= stack.addr() && at < stack.addr() + stack.len() as u64,
+        || format!("handler ran at {at:#x}, outside the alternate stack"),
+    )?;
     Ok(Note::Pass)
 }
 
@@ -307,7 +324,11 @@ extern "C" fn nest(sig: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let depth = DEPTH.fetch_add(1, SeqCst) + 1;
     MAX_DEPTH.fetch_max(depth, SeqCst);
     if depth < 8 {
-        raise(if sig == libc::SIGUSR1 { libc::SIGUSR2 } else { libc::SIGUSR1 });
+        raise(if sig == libc::SIGUSR1 {
+            libc::SIGUSR2
+        } else {
+            libc::SIGUSR1
+        });
     }
     SEEN.fetch_add(1, SeqCst);
     DEPTH.fetch_sub(1, SeqCst);
@@ -346,7 +367,11 @@ fn mask_pending(_: &Ctx) -> Verdict {
     raise(libc::SIGUSR1);
     equal("while blocked", SEEN.load(SeqCst), 0)?;
     mask(libc::SIG_UNBLOCK, libc::SIGUSR1);
-    equal("after unblocking (standard signals merge)", SEEN.load(SeqCst), 1)?;
+    equal(
+        "after unblocking (standard signals merge)",
+        SEEN.load(SeqCst),
+        1,
+    )?;
     Ok(Note::Pass)
 }
 
@@ -364,7 +389,9 @@ fn queue_value(_: &Ctx) -> Verdict {
     for i in 1..=10_usize {
         // SAFETY: signals this process; the value is a number.
         unsafe {
-            let value = libc::sigval { sival_ptr: (i * 1000) as *mut libc::c_void };
+            let value = libc::sigval {
+                sival_ptr: (i * 1000) as *mut libc::c_void,
+            };
             libc::sigqueue(libc::getpid(), sig, value);
         }
     }
@@ -388,8 +415,14 @@ fn eintr(_: &Ctx) -> Verdict {
     probe::set_handler(libc::SIGALRM, count, 0);
     let (reader, _writer) = std::io::pipe().map_err(|e| e.to_string())?;
     let timer = libc::itimerval {
-        it_interval: libc::timeval { tv_sec: 0, tv_usec: 20_000 },
-        it_value: libc::timeval { tv_sec: 0, tv_usec: 20_000 },
+        it_interval: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 20_000,
+        },
+        it_value: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 20_000,
+        },
     };
     let mut byte = 0_u8;
     // SAFETY: a valid timer setting, and a read into one byte.
@@ -448,8 +481,14 @@ fn red_zone(ctx: &Ctx) -> Verdict {
     probe::set_handler(libc::SIGALRM, count, 0);
     SEEN.store(0, SeqCst);
     let timer = libc::itimerval {
-        it_interval: libc::timeval { tv_sec: 0, tv_usec: 1000 },
-        it_value: libc::timeval { tv_sec: 0, tv_usec: 1000 },
+        it_interval: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 1000,
+        },
+        it_value: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 1000,
+        },
     };
     // SAFETY: a valid timer setting.
     unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
@@ -463,8 +502,14 @@ fn red_zone(ctx: &Ctx) -> Verdict {
         0x75, 0x08, 0x48, 0xff, 0xcf, 0x75, 0xda, 0x31, 0xc0, 0xc3, 0xb8, 1, 0, 0, 0, 0xc3,
     ])?;
     let rounds = u64::from(ctx.n(20_000));
-    equal("red zone damaged", probe::run(code.addr(), rounds, 0).value()?, 0)?;
-    require(SEEN.load(SeqCst) > 0, || "no timer signal arrived".to_string())?;
+    equal(
+        "red zone damaged",
+        probe::run(code.addr(), rounds, 0).value()?,
+        0,
+    )?;
+    require(SEEN.load(SeqCst) > 0, || {
+        "no timer signal arrived".to_string()
+    })?;
     Ok(Note::Pass)
 }
 

@@ -135,7 +135,11 @@ pub fn write_all(fd: i32, mut bytes: &[u8]) {
 
 /// Waits until a descriptor can be read (or is closed); false on timeout.
 pub fn wait_readable(fd: i32, limit: Duration) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
     let ms = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX).max(1);
     // SAFETY: one valid pollfd.
     unsafe { libc::poll(&mut poll, 1, ms) != 0 }
@@ -156,7 +160,9 @@ pub fn cpus() -> Vec<usize> {
         set
     };
     // SAFETY: the index stays below CPU_SETSIZE.
-    (0..libc::CPU_SETSIZE as usize).filter(|&c| unsafe { libc::CPU_ISSET(c, &set) }).collect()
+    (0..libc::CPU_SETSIZE as usize)
+        .filter(|&c| unsafe { libc::CPU_ISSET(c, &set) })
+        .collect()
 }
 
 /// Binds the calling thread to one CPU.
@@ -167,12 +173,19 @@ pub fn pin(cpu: usize) -> Result<(), String> {
         libc::CPU_SET(cpu, &mut set);
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
     };
-    if r == 0 { Ok(()) } else { Err(format!("sched_setaffinity to CPU {cpu}: {}", last_error())) }
+    if r == 0 {
+        Ok(())
+    } else {
+        Err(format!("sched_setaffinity to CPU {cpu}: {}", last_error()))
+    }
 }
 
 /// Reads a clock in nanoseconds.
 pub fn clock_ns(clock: i32) -> i64 {
-    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut t = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: `t` is a valid timespec.
     unsafe { libc::clock_gettime(clock, &mut t) };
     t.tv_sec * 1_000_000_000 + t.tv_nsec
@@ -203,17 +216,31 @@ impl Region {
     fn map(len: usize, prot: i32, flags: i32) -> Result<Self, String> {
         // SAFETY: a new anonymous mapping at an address of the kernel's choice.
         let p = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, prot, flags | libc::MAP_ANONYMOUS, -1, 0)
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                prot,
+                flags | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
         };
         if p == libc::MAP_FAILED {
             return Err(format!("mmap of {len} bytes: {}", last_error()));
         }
-        Ok(Self { addr: p as usize, len })
+        Ok(Self {
+            addr: p as usize,
+            len,
+        })
     }
 
     /// Private readable and writable memory.
     pub fn new(len: usize) -> Result<Self, String> {
-        Self::map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+        Self::map(
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+        )
     }
 
     /// Memory shared with children.
@@ -238,7 +265,10 @@ impl Region {
     }
 
     fn at(&self, offset: usize, size: usize) -> usize {
-        assert!(offset + size <= self.len, "offset {offset:#x} outside the region");
+        assert!(
+            offset + size <= self.len,
+            "offset {offset:#x} outside the region"
+        );
         self.addr + offset
     }
 
@@ -276,14 +306,22 @@ impl Region {
     pub fn protect_part(&self, offset: usize, len: usize, prot: i32) -> Result<(), String> {
         // SAFETY: only this region's pages change.
         let r = unsafe { libc::mprotect(self.at(offset, len) as *mut _, len, prot) };
-        if r == 0 { Ok(()) } else { Err(format!("mprotect: {}", last_error())) }
+        if r == 0 {
+            Ok(())
+        } else {
+            Err(format!("mprotect: {}", last_error()))
+        }
     }
 
     /// `madvise` on the whole region.
     pub fn advise(&self, advice: i32) -> Result<(), String> {
         // SAFETY: only this region's pages are concerned.
         let r = unsafe { libc::madvise(self.addr as *mut _, self.len, advice) };
-        if r == 0 { Ok(()) } else { Err(format!("madvise {advice}: {}", last_error())) }
+        if r == 0 {
+            Ok(())
+        } else {
+            Err(format!("madvise {advice}: {}", last_error()))
+        }
     }
 
     /// Puts fresh private pages with protection `prot` in place of the region.
@@ -291,7 +329,11 @@ impl Region {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
         // SAFETY: replaces this region's own pages.
         let p = unsafe { libc::mmap(self.addr as *mut _, self.len, prot, flags, -1, 0) };
-        if p == libc::MAP_FAILED { Err(format!("mmap fixed: {}", last_error())) } else { Ok(()) }
+        if p == libc::MAP_FAILED {
+            Err(format!("mmap fixed: {}", last_error()))
+        } else {
+            Ok(())
+        }
     }
 
     /// Unmaps the pages; the region must not be touched until [`Region::replace`].
@@ -303,9 +345,8 @@ impl Region {
     /// Moves and resizes the mapping.
     pub fn remap(&mut self, new_len: usize) -> Result<(), String> {
         // SAFETY: the region owns the pages and takes the new address.
-        let p = unsafe {
-            libc::mremap(self.addr as *mut _, self.len, new_len, libc::MREMAP_MAYMOVE)
-        };
+        let p =
+            unsafe { libc::mremap(self.addr as *mut _, self.len, new_len, libc::MREMAP_MAYMOVE) };
         if p == libc::MAP_FAILED {
             return Err(format!("mremap to {new_len}: {}", last_error()));
         }
@@ -319,7 +360,13 @@ impl Region {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: both regions are owned; the target's pages are given up.
         let p = unsafe {
-            libc::mremap(self.addr as *mut _, self.len, target.len, flags, target.addr as *mut libc::c_void)
+            libc::mremap(
+                self.addr as *mut _,
+                self.len,
+                target.len,
+                flags,
+                target.addr as *mut libc::c_void,
+            )
         };
         if p == libc::MAP_FAILED {
             return Err(format!("mremap fixed: {}", last_error()));

@@ -62,7 +62,10 @@ struct Footprint {
 impl Footprint {
     fn new(len: usize) -> Self {
         if len == 0 {
-            return Self { at: std::ptr::null_mut(), len };
+            return Self {
+                at: std::ptr::null_mut(),
+                len,
+            };
         }
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let at = map(len, prot, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);

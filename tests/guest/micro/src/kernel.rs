@@ -16,7 +16,10 @@ pub fn null(_: &Bench, n: u64) -> f64 {
 
 /// clock_gettime(CLOCK_MONOTONIC), usually without entering the kernel.
 pub fn clock_gettime(_: &Bench, n: u64) -> f64 {
-    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut t = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     timed(|| {
         for _ in 0..n {
             // SAFETY: `t` is a valid timespec.
@@ -66,7 +69,10 @@ pub fn stat(bench: &Bench, n: u64) -> f64 {
     timed(|| {
         for _ in 0..n {
             // SAFETY: a valid path and a valid place for the result.
-            checked(unsafe { libc::stat(bench.path.as_ptr(), &mut result) }, "stat");
+            checked(
+                unsafe { libc::stat(bench.path.as_ptr(), &mut result) },
+                "stat",
+            );
         }
     })
 }
@@ -83,7 +89,10 @@ pub fn open_close(bench: &Bench, n: u64) -> f64 {
 /// select on 64 descriptors that are ready.
 pub fn select64(_: &Bench, n: u64) -> f64 {
     let fds: [i32; 64] = std::array::from_fn(|_| open(c"/dev/null", libc::O_RDONLY));
-    let mut zero = libc::timeval { tv_sec: 0, tv_usec: 0 };
+    let mut zero = libc::timeval {
+        tv_sec: 0,
+        tv_usec: 0,
+    };
     let time = timed(|| {
         for _ in 0..n {
             // SAFETY: the set is cleared before use, descriptors are small
@@ -94,7 +103,13 @@ pub fn select64(_: &Bench, n: u64) -> f64 {
                 for &fd in &fds {
                     libc::FD_SET(fd, set.as_mut_ptr());
                 }
-                libc::select(fds[63] + 1, null_mut(), null_mut(), set.as_mut_ptr(), &mut zero);
+                libc::select(
+                    fds[63] + 1,
+                    null_mut(),
+                    null_mut(),
+                    set.as_mut_ptr(),
+                    &mut zero,
+                );
             }
         }
     });

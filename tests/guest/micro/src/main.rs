@@ -56,11 +56,21 @@ struct Row {
 }
 
 const fn ns(name: &'static str, run: fn(&Bench, u64) -> f64, count: f64) -> Row {
-    Row { name, run, count, unit: Unit::Nanoseconds }
+    Row {
+        name,
+        run,
+        count,
+        unit: Unit::Nanoseconds,
+    }
 }
 
 const fn rate(name: &'static str, run: fn(&Bench, u64) -> f64, count: f64) -> Row {
-    Row { name, run, count, unit: Unit::MebibytesPerSecond }
+    Row {
+        name,
+        run,
+        count,
+        unit: Unit::MebibytesPerSecond,
+    }
 }
 
 const ROWS: &[Row] = &[
@@ -153,12 +163,19 @@ fn parse(args: &[String]) -> Result<Options, String> {
     };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
-        let mut value = || args.next().cloned().ok_or_else(|| format!("{arg} needs a value\n{USAGE}"));
+        let mut value = || {
+            args.next()
+                .cloned()
+                .ok_or_else(|| format!("{arg} needs a value\n{USAGE}"))
+        };
         let bad = |text: &str| format!("{text} is not a good value for {arg}\n{USAGE}");
         match arg.as_str() {
             "--scale" => {
                 let text = value()?;
-                let scale = text.parse().ok().filter(|s: &f64| s.is_finite() && *s > 0.0);
+                let scale = text
+                    .parse()
+                    .ok()
+                    .filter(|s: &f64| s.is_finite() && *s > 0.0);
                 options.scale = scale.ok_or_else(|| bad(&text))?;
             }
             "--reps" => {
@@ -184,7 +201,12 @@ fn run(options: &Options) -> Result<(), String> {
     }
     let mut rows = Vec::new();
     for row in ROWS {
-        if !options.only.is_empty() && !options.only.iter().any(|p| row.name.starts_with(p.as_str())) {
+        if !options.only.is_empty()
+            && !options
+                .only
+                .iter()
+                .any(|p| row.name.starts_with(p.as_str()))
+        {
             continue;
         }
         let measured = measure(row, &bench, options);
@@ -201,18 +223,32 @@ fn run(options: &Options) -> Result<(), String> {
         println!("# total {seconds:.2} s (CLOCK_MONOTONIC), tsc {tsc_per_ns:.6} ticks/ns");
     }
     bench.remove_file();
-    if rows.is_empty() { Err("no row has that name".to_string()) } else { Ok(()) }
+    if rows.is_empty() {
+        Err("no row has that name".to_string())
+    } else {
+        Ok(())
+    }
 }
 
 fn measure(row: &Row, bench: &Bench, options: &Options) -> Measured {
     let least = if row.count < 1000.0 { 4 } else { 32 };
-    let count = ((row.count * options.scale) as u64).max(least).next_multiple_of(8);
-    let warm_up = if row.unit == Unit::MebibytesPerSecond { 1 } else { (count / 8).max(1) };
+    let count = ((row.count * options.scale) as u64)
+        .max(least)
+        .next_multiple_of(8);
+    let warm_up = if row.unit == Unit::MebibytesPerSecond {
+        1
+    } else {
+        (count / 8).max(1)
+    };
     (row.run)(bench, warm_up);
     let mut values: Vec<f64> = Vec::with_capacity(options.reps);
     for _ in 0..options.reps {
         let each = (row.run)(bench, count) / count as f64;
-        values.push(if row.unit == Unit::MebibytesPerSecond { 1e9 / each } else { each });
+        values.push(if row.unit == Unit::MebibytesPerSecond {
+            1e9 / each
+        } else {
+            each
+        });
     }
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;

@@ -38,7 +38,12 @@ extern "C" fn on_fault(_: i32) {
 /// A store to a read-only page: fault, signal, return to the store.
 pub fn protection_fault(_: &Bench, n: u64) -> f64 {
     handle(libc::SIGSEGV, on_fault, libc::SA_NODEFER);
-    let page = map(PAGE, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+    let page = map(
+        PAGE,
+        libc::PROT_READ,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        -1,
+    );
     peek(page, 0);
     FAULT_PAGE.store(page, Relaxed);
     FAULTS_LEFT.store(n, Relaxed);
@@ -55,7 +60,12 @@ fn map_file(bench: &Bench) -> *mut u8 {
 
 /// Maps 1 MiB again and again until `n` steps of `stride` bytes were touched;
 /// only the touching is timed.
-fn touches(n: u64, stride: usize, make: impl Fn() -> *mut u8, touch: impl Fn(*mut u8, usize)) -> f64 {
+fn touches(
+    n: u64,
+    stride: usize,
+    make: impl Fn() -> *mut u8,
+    touch: impl Fn(*mut u8, usize),
+) -> f64 {
     let mut total = 0.0;
     let mut done = 0;
     while done < n {
@@ -157,7 +167,10 @@ pub fn mprotect_pair(_: &Bench, n: u64) -> f64 {
     );
     let protect = |prot| {
         // SAFETY: the page belongs to this row.
-        checked(unsafe { libc::mprotect(page.cast(), PAGE, prot) }, "mprotect");
+        checked(
+            unsafe { libc::mprotect(page.cast(), PAGE, prot) },
+            "mprotect",
+        );
     };
     let time = timed(|| {
         for _ in 0..n {

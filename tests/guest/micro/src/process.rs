@@ -40,6 +40,11 @@ pub fn fork_exec(bench: &Bench, n: u64) -> f64 {
 
 /// fork, `sh -c` of the same program, wait.
 pub fn fork_shell(bench: &Bench, n: u64) -> f64 {
-    let argv = [c"sh".as_ptr(), c"-c".as_ptr(), bench.hello.as_ptr(), std::ptr::null()];
+    let argv = [
+        c"sh".as_ptr(),
+        c"-c".as_ptr(),
+        bench.hello.as_ptr(),
+        std::ptr::null(),
+    ];
     run_program(c"/bin/sh", &argv, n)
 }

@@ -9,7 +9,10 @@ pub const MB: usize = 1 << 20;
 
 /// CLOCK_MONOTONIC in nanoseconds.
 pub fn now() -> f64 {
-    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut t = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: `t` is a valid timespec.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
     t.tv_sec as f64 * 1e9 + t.tv_nsec as f64
@@ -105,7 +108,11 @@ pub fn get(fd: i32) -> bool {
 pub fn map(len: usize, prot: i32, flags: i32, fd: i32) -> *mut u8 {
     // SAFETY: a new mapping at an address of the kernel's choice.
     let p = unsafe { libc::mmap(null_mut(), len, prot, flags, fd, 0) };
-    if p == libc::MAP_FAILED { fail("mmap") } else { p.cast() }
+    if p == libc::MAP_FAILED {
+        fail("mmap")
+    } else {
+        p.cast()
+    }
 }
 
 /// Private anonymous memory without huge pages.
@@ -161,7 +168,11 @@ impl Bench {
         // SAFETY: a valid path.
         let file = unsafe { libc::open(path.as_ptr(), flags, 0o600) };
         if file < 0 {
-            return Err(format!("{}: {}", path.to_string_lossy(), std::io::Error::last_os_error()));
+            return Err(format!(
+                "{}: {}",
+                path.to_string_lossy(),
+                std::io::Error::last_os_error()
+            ));
         }
         let buffer = |value| {
             let p = map(
@@ -179,7 +190,13 @@ impl Bench {
         if unsafe { libc::write(file, buffer_a.cast(), MB) } != MB as isize {
             fail("filling the data file");
         }
-        Ok(Self { path, file, hello, buffer_a, buffer_b })
+        Ok(Self {
+            path,
+            file,
+            hello,
+            buffer_a,
+            buffer_b,
+        })
     }
 
     /// Removes the data file.

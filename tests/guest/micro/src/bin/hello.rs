@@ -7,7 +7,14 @@
 #![no_main]
 #![cfg_attr(panic = "abort", no_std)]
 
-use libc as _;
+// Without std nobody else names the C library to the linker.
+#[cfg(panic = "abort")]
+#[link(name = "c")]
+#[link(name = "gcc_eh")]
+#[link(name = "gcc")]
+unsafe extern "C" {
+    fn _exit(code: i32) -> !;
+}
 
 /// Entry point that the C library calls; returns success.
 #[unsafe(no_mangle)]
@@ -20,5 +27,5 @@ pub extern "C" fn main() -> i32 {
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     // SAFETY: ends the process.
-    unsafe { libc::_exit(101) }
+    unsafe { _exit(101) }
 }
