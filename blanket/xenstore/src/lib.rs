@@ -1,1 +1,26 @@
-//! stub
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod connection;
+mod domain;
+mod error;
+mod node;
+mod ops;
+mod path;
+mod quota;
+mod store;
+mod transaction;
+mod watch;
+pub mod wire;
+
+pub use connection::{Connection, ProtocolError};
+pub use domain::DomainSpec;
+pub use error::Errno;
+pub use node::{Access, Perm};
+pub use path::{Path, Watched};
+pub use quota::Quotas;
+pub use store::{ConnId, DomId, Store, TxId};
+pub use watch::Event;
+
+#[cfg(test)]
+mod tests;
