@@ -285,6 +285,9 @@ pub struct VmPage {
     pub raised_virqs: AtomicU64,
     /// Which vCPU each port is bound to, for the module to choose whom to kick.
     pub port_vcpu: [AtomicU8; 2048],
+    /// Level-4 entries 256 to 271 that every root of this VM needs: the tables
+    /// of [`crate::layout`], built by the module.
+    pub hole: [u64; 16],
 }
 
 /// Flags of [`Switch::pending`].
@@ -293,6 +296,12 @@ pub mod pending {
     pub const KICK: u32 = 1 << 0;
     /// Something is in [`super::VmPage::raised`].
     pub const RAISED: u32 = 1 << 1;
+    /// An NMI hit ring 0 of the core world. Set by the core's NMI stub, which
+    /// returns with `popfq; ret` (not `iretq`: NMIs must stay blocked); cleared
+    /// by the module, which gives the NMI to the host.
+    pub const NMI: u32 = 1 << 2;
+    /// As [`NMI`], for a machine check.
+    pub const MCE: u32 = 1 << 3;
 }
 
 /// Descriptor-table register image, padded to 16 bytes. The CPU reads ten bytes
@@ -382,9 +391,16 @@ pub struct Switch {
     pub vcpu_id: u32,
     /// Padding.
     pub pad: u32,
+    /// Where the core jumps to leave: module text, mapped in the transition root.
+    /// By then it has loaded `trans_cr3`, pushed rbx, rbp, r12, r13, r14, r15 in
+    /// this order onto its return address, stored rsp in `core_rsp`, and `rdi`
+    /// is the address of this block (the core's). Interrupts are off, DF is clear.
+    pub exit_entry: u64,
+    /// Address of this block in the host's address space, valid on `trans_cr3`.
+    pub host_self: u64,
     /// Counters, see [`counter`].
     pub counters: [u64; COUNTERS],
-    /// Text for CONSOLE and CRASH exits.
+    /// Text for CONSOLE and CRASH exits; its length is argument 3 of the exit.
     pub data: [u8; RUN_DATA],
 }
 
@@ -413,7 +429,14 @@ pub struct ImageHeader {
     pub file_end: u64,
     /// First instruction of a vCPU, on its main stack.
     pub start: u64,
+    /// A page of the writable data that the module fills with the IDT.
+    pub idt: u64,
+    /// First of 256 entry stubs in the entry section, [`STUB_STRIDE`] apart.
+    pub stubs: u64,
 }
+
+/// Bytes from one entry stub of the image to the next.
+pub const STUB_STRIDE: u64 = 16;
 
 /// `"BLKTCORE"`, little endian.
 pub const IMAGE_MAGIC: u64 = 0x4552_4f43_544b_4c42;
