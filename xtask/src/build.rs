@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -12,16 +13,11 @@ use crate::kernels::{self, Flavour, Kernel};
 use crate::project::{Project, copy_if_changed, write_if_changed};
 use crate::setup::{self, Need, on_path};
 
-/// Compiler flags of the freestanding core. Paths are relative to the checkout.
+/// Compiler flags of the freestanding core; the linker script is added.
 const CORE_RUSTFLAGS: &[&str] = &[
-    "-C",
-    "relocation-model=static",
-    "-C",
-    "no-redzone=yes",
-    "-C",
-    "force-frame-pointers=no",
-    "-C",
-    "link-arg=-Tblanket/image/link.ld",
+    "-Crelocation-model=static",
+    "-Cno-redzone=yes",
+    "-Cforce-frame-pointers=no",
 ];
 
 const CORE_TARGET: &str = "x86_64-unknown-none";
@@ -92,23 +88,34 @@ pub fn core(project: &Project) -> Result<PathBuf> {
     let _lock = project.lock("core")?;
     let sh = project.shell()?;
     let cargo = project.cargo();
-    let toolchain = CoreToolchain::find(project, &sh)?;
-    let (extra, bootstrap) = match toolchain {
-        CoreToolchain::Target => (&[][..], "0"),
-        // Only core and alloc are built; Debian's compiler is a stable one.
-        CoreToolchain::BuildStd => (&["-Zbuild-std=core,alloc"][..], "1"),
-    };
-    let build = cmd!(
+    let script = project.root.join("blanket/image/link.ld");
+    let text = fs::read(&script).with_context(|| format!("cannot read {}", script.display()))?;
+    let mut hash = DefaultHasher::new();
+    text.hash(&mut hash);
+    let mut flags: Vec<String> = CORE_RUSTFLAGS
+        .iter()
+        .map(|flag| (*flag).to_owned())
+        .collect();
+    flags.push(format!("-Clink-arg=-T{}", script.display()));
+    // Cargo does not know that the linker reads this file.
+    flags.push(format!("--cfg=linker_script=\"{:x}\"", hash.finish()));
+    let mut build = cmd!(
         sh,
-        "{cargo} build --quiet -p blanket-image --profile core --target {CORE_TARGET} {extra...}"
-    )
-    .env("CARGO_ENCODED_RUSTFLAGS", CORE_RUSTFLAGS.join("\x1f"));
-    let build = if bootstrap == "1" {
-        build.env("RUSTC_BOOTSTRAP", "1")
-    } else {
-        build
-    };
-    build.quiet().run().context("cannot build the core image")?;
+        "{cargo} build --quiet -p blanket-image --profile core --target {CORE_TARGET}"
+    );
+    if let CoreToolchain::BuildStd = CoreToolchain::find(project, &sh)? {
+        // Only core and alloc are built; Debian's compiler is a stable one, and
+        // comes without the linker that the target asks for.
+        build = build
+            .arg("-Zbuild-std=core,alloc")
+            .env("RUSTC_BOOTSTRAP", "1");
+        flags.push("-Clinker=ld.lld".into());
+    }
+    build
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+        .quiet()
+        .run()
+        .context("cannot build the core image")?;
     let elf = project
         .cargo_target
         .join(CORE_TARGET)
@@ -154,6 +161,9 @@ impl CoreToolchain {
             } else {
                 setup::install(project, &["rust-web-src"])?;
             }
+        }
+        if !on_path("ld.lld") {
+            setup::install(project, &["lld"])?;
         }
         ensure!(
             source.is_dir(),
