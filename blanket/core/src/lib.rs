@@ -3,4 +3,5 @@
 #![forbid(unsafe_code)]
 
 pub mod cpuid;
+pub mod evtchn;
 pub mod insn;
