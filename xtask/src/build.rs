@@ -15,7 +15,10 @@ use crate::setup::{self, Need, on_path};
 
 /// Compiler flags of the freestanding core; the linker script is added.
 const CORE_RUSTFLAGS: &[&str] = &[
-    "-Crelocation-model=static",
+    // Everything relative to the instruction pointer: the image lies too low for
+    // the kernel code model's 32-bit addresses.
+    "-Crelocation-model=pic",
+    "-Clink-arg=-no-pie",
     "-Cno-redzone=yes",
     "-Cforce-frame-pointers=no",
 ];
@@ -254,12 +257,23 @@ fn release_of(headers: &Path) -> Result<String> {
 
 /// Builds the static `blanket` command.
 pub fn command(project: &Project) -> Result<PathBuf> {
-    static_binaries(project, &["--bin", "blanket"], "blanket")
+    let built = static_binaries(project, &["--bin", "blanket"], &["blanket"])?;
+    built.into_iter().next().context("no command was built")
+}
+
+/// Builds the static programs that tests and benchmarks run in instances and VMs.
+pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
+    static_binaries(
+        project,
+        &["-p", "abi-test", "-p", "micro"],
+        &["abi-test", "micro", "hello"],
+    )
 }
 
 /// Builds release binaries that need no shared library; `select` are cargo's
-/// options that choose them, `name` the one to answer with.
-pub fn static_binaries(project: &Project, select: &[&str], name: &str) -> Result<PathBuf> {
+/// options that choose packages, `names` the binaries to answer with.
+fn static_binaries(project: &Project, select: &[&str], names: &[&str]) -> Result<Vec<PathBuf>> {
+    let _lock = project.lock("bin")?;
     let sh = project.shell()?;
     let cargo = project.cargo();
     cmd!(
@@ -269,15 +283,17 @@ pub fn static_binaries(project: &Project, select: &[&str], name: &str) -> Result
     .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static")
     .quiet()
     .run()
-    .with_context(|| format!("cannot build {name}"))?;
-    let built = project
-        .cargo_target
-        .join(HOST_TARGET)
-        .join("release")
-        .join(name);
-    let kept = project.out_dir("bin")?.join(name);
-    copy_if_changed(&built, &kept)?;
-    let sh = project.shell()?;
-    cmd!(sh, "chmod 755 {kept}").quiet().run()?;
-    Ok(kept)
+    .with_context(|| format!("cannot build {}", names.join(", ")))?;
+    let (built, kept) = (
+        project.cargo_target.join(HOST_TARGET).join("release"),
+        project.out_dir("bin")?,
+    );
+    let mut binaries = Vec::new();
+    for name in names {
+        let to = kept.join(name);
+        copy_if_changed(&built.join(name), &to)?;
+        cmd!(sh, "chmod 755 {to}").quiet().run()?;
+        binaries.push(to);
+    }
+    Ok(binaries)
 }

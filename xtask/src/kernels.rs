@@ -173,8 +173,13 @@ pub fn fetch(project: &Project, flavour: Flavour) -> Result<Kernel> {
             .with_context(|| format!("{} depends on no image", flavour.metapackage()))?;
         let release = package.trim_start_matches("linux-image-").to_owned();
         eprintln!("kernels: fetching {name} ({package})");
-        apt.unpack(&[package.clone()], flavour.release(), &dir, &root)?;
-        let sh = &project.sh;
+        apt.unpack(
+            std::slice::from_ref(&package),
+            flavour.release(),
+            &dir,
+            &root,
+        )?;
+        let sh = &project.shell()?;
         cmd!(sh, "depmod -b {root} {release}")
             .env("PATH", path_with_sbin())
             .quiet()
@@ -239,7 +244,7 @@ fn fetch_headers(project: &Project, kernel: &Kernel, root: &Path) -> Result<()> 
         let moved = format!("include {}/usr/src/", root.display());
         fs::write(&makefile, text.replace("include /usr/src/", &moved))?;
     }
-    let sh = &project.sh;
+    let sh = &project.shell()?;
     cmd!(sh, "cp -a {staging}/usr {root}").quiet().run()?;
     fs::remove_dir_all(&staging)?;
     Ok(())
@@ -302,7 +307,7 @@ impl<'a> Apt<'a> {
     }
 
     fn update(&self) -> Result<()> {
-        let (sh, options) = (&self.project.sh, &self.options);
+        let (sh, options) = (&self.project.shell()?, &self.options);
         eprintln!("kernels: fetching Debian's package lists");
         cmd!(sh, "apt-get -qq {options...} update")
             .quiet()
@@ -312,7 +317,7 @@ impl<'a> Apt<'a> {
 
     /// Direct dependencies of `package` in the version that `release` selects.
     fn depends(&self, package: &str, release: &[&str]) -> Result<Vec<String>> {
-        let (sh, options) = (&self.project.sh, &self.options);
+        let (sh, options) = (&self.project.shell()?, &self.options);
         let show = cmd!(
             sh,
             "apt-cache {options...} {release...} show --no-all-versions {package}"

@@ -3,13 +3,16 @@
 //! One file for each verb; what several verbs need is in [`project`] (paths),
 //! [`kernels`] (stock Debian kernels), [`initramfs`] and [`qemu`].
 
+mod abi_check;
 mod build;
+mod cases;
 mod initramfs;
 mod kernels;
 mod lab;
 mod project;
 mod qemu;
 mod setup;
+mod test;
 
 use std::process::ExitCode;
 
@@ -27,6 +30,8 @@ struct Cli {
 enum Verb {
     /// Install the Debian packages that the other verbs need.
     Setup,
+    /// Check everything: style, unit tests, whole systems in the lab.
+    Test(test::Args),
     /// Build the core image, the kernel module and the static `blanket` command.
     Build(build::Args),
     /// Boot stock-kernel instances in QEMU and run a command in the first.
@@ -47,6 +52,7 @@ fn verb(verb: &Verb) -> anyhow::Result<()> {
     let project = project::Project::locate()?;
     match verb {
         Verb::Setup => setup::run(&project),
+        Verb::Test(args) => test::run(&project, args),
         Verb::Build(args) => build::run(&project, args),
         Verb::Lab(args) => lab::run(&project, args),
     }

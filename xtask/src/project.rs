@@ -15,8 +15,6 @@ pub struct Project {
     pub out: PathBuf,
     /// Cargo's target directory.
     pub cargo_target: PathBuf,
-    /// A shell whose working directory is `root`.
-    pub sh: Shell,
 }
 
 impl Project {
@@ -36,17 +34,14 @@ impl Project {
             Some(dir) => std::path::absolute(PathBuf::from(dir))?,
             None => out.clone(),
         };
-        let sh = Shell::new()?;
-        sh.change_dir(&root);
         Ok(Self {
             root,
             out,
             cargo_target,
-            sh,
         })
     }
 
-    /// Another shell in the checkout's root, for a thread of its own.
+    /// A shell in the checkout's root.
     pub fn shell(&self) -> Result<Shell> {
         let sh = Shell::new()?;
         sh.change_dir(&self.root);

@@ -71,7 +71,7 @@ pub fn install(project: &Project, packages: &[&str]) -> Result<()> {
         );
     }
     eprintln!("setup: installing {}", packages.join(" "));
-    let sh = &project.sh;
+    let sh = &project.shell()?;
     let root = cmd!(sh, "id -u").quiet().read()? == "0";
     if !root && !on_path("sudo") {
         bail!(

@@ -1,0 +1,303 @@
+//! The whole-system cases of `cargo xtask test`: a table of instances (L1) and
+//! the VMs (L2) in them. Adding a case is adding an entry to [`cases`].
+
+use crate::kernels::Flavour;
+use crate::qemu::Hardware;
+
+/// One boot of an instance.
+#[derive(Clone)]
+pub struct Case {
+    /// Shown in the report, matched by `--only`.
+    pub name: String,
+    /// Only with `--long`.
+    pub long: bool,
+    /// CPU model of the instance, as QEMU takes it.
+    pub cpu: &'static str,
+    /// Virtual hardware of the instance.
+    pub hardware: Hardware,
+    /// Kernel of the instance.
+    pub host: Flavour,
+    /// Added to the instance's kernel command line.
+    pub append: &'static str,
+    /// CPUs of the instance.
+    pub smp: u32,
+    /// Memory of the instance.
+    pub memory: &'static str,
+    /// Count instructions instead of following the clock.
+    pub icount: bool,
+    /// Whether the module is loaded before the work begins.
+    pub module: bool,
+    /// Seconds until the case is a failure.
+    pub timeout: u64,
+    /// What runs in it.
+    pub work: Work,
+    /// What must hold for the output, beside exit code 0 and a silent kernel log.
+    pub expect: Vec<Expect>,
+}
+
+/// What an instance does.
+#[derive(Clone)]
+pub enum Work {
+    /// Boots one VM, which runs the script, must exit with 0 and power off.
+    Guest(Guest),
+    /// Runs a shell script in the instance. `guests` are at
+    /// `/guest/vmlinuz-NAME`, programs of `tests/guest` in `/bin`, and
+    /// `guest SCRIPT [blanket run options]` boots one as [`Work::Guest`] does.
+    Instance {
+        /// The script.
+        script: &'static str,
+        /// Stock kernels that it boots.
+        guests: Vec<Flavour>,
+    },
+}
+
+/// A VM.
+#[derive(Clone)]
+pub struct Guest {
+    /// Stock kernel of the VM.
+    pub kernel: Flavour,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Memory as `blanket run --memory` takes it.
+    pub memory: &'static str,
+    /// Added to the VM's kernel command line.
+    pub append: &'static str,
+    /// Runs in the VM by `sh`; programs of `tests/guest` are in `/bin`.
+    pub script: &'static str,
+}
+
+/// A claim about the output.
+#[derive(Clone, Debug)]
+pub enum Expect {
+    /// Some line contains this.
+    Line(&'static str),
+    /// No line contains this.
+    NoLine(&'static str),
+    /// The command exits with this code instead of 0.
+    Exit(i32),
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            long: false,
+            cpu: "EPYC,-svm",
+            hardware: Hardware::Virtio,
+            host: Flavour::Cloud,
+            append: "",
+            smp: 2,
+            memory: "2G",
+            icount: false,
+            module: true,
+            timeout: 180,
+            work: Work::Guest(Guest::default()),
+            expect: Vec::new(),
+        }
+    }
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self {
+            kernel: Flavour::Cloud,
+            vcpus: 1,
+            memory: "256M",
+            append: "",
+            script: BASICS,
+        }
+    }
+}
+
+/// What every combination of the matrix runs: processes, memory, time, CPUs.
+const BASICS: &str = include_str!("../../tests/lab-scripts/basics.sh");
+
+/// Cases that are about one thing each.
+fn single() -> Vec<Case> {
+    vec![
+        Case {
+            name: "doctor".into(),
+            work: Work::Instance {
+                script: "blanket doctor",
+                guests: vec![],
+            },
+            ..Case::default()
+        },
+        Case {
+            name: "doctor-without-module".into(),
+            module: false,
+            work: Work::Instance {
+                script: "blanket doctor",
+                guests: vec![],
+            },
+            expect: vec![
+                Expect::Exit(1),
+                Expect::Line("module"),
+                Expect::NoLine("panicked"),
+            ],
+            ..Case::default()
+        },
+        Case {
+            name: "module-unloads".into(),
+            work: Work::Instance {
+                script: "rmmod blanket && ! test -e /dev/blanket && insmod /lab/blanket.ko && \
+                         test -c /dev/blanket && rmmod blanket",
+                guests: vec![],
+            },
+            ..Case::default()
+        },
+        Case {
+            name: "abi-same-as-instance".into(),
+            timeout: 300,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/compare-abi.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        },
+        Case {
+            name: "two-guests".into(),
+            timeout: 240,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/two-guests.sh"),
+                guests: vec![Flavour::Cloud, Flavour::Generic],
+            },
+            ..Case::default()
+        },
+        memory("memory-128M", "128M"),
+        memory("memory-1G", "1G"),
+        Case {
+            memory: "4G",
+            long: true,
+            ..memory("memory-2G", "2G")
+        },
+        Case {
+            name: "hardware-nvme-e1000e".into(),
+            hardware: Hardware::NvmeE1000e,
+            host: Flavour::Generic,
+            ..Case::default()
+        },
+        Case {
+            name: "hardware-vmware".into(),
+            long: true,
+            hardware: Hardware::Vmware,
+            host: Flavour::Generic,
+            ..Case::default()
+        },
+    ]
+}
+
+fn memory(name: &str, memory: &'static str) -> Case {
+    Case {
+        name: name.into(),
+        work: Work::Guest(Guest {
+            memory,
+            ..Guest::default()
+        }),
+        ..Case::default()
+    }
+}
+
+/// An instance of the matrix.
+struct Instance {
+    name: &'static str,
+    cpu: &'static str,
+    append: &'static str,
+    smp: u32,
+    host: Flavour,
+}
+
+const fn instance(name: &'static str, cpu: &'static str, smp: u32, host: Flavour) -> Instance {
+    Instance {
+        name,
+        cpu,
+        append: "",
+        smp,
+        host,
+    }
+}
+
+/// CPU models, one and two CPUs, and the two kernels that instances are tried with.
+const INSTANCES: &[Instance] = &[
+    instance("epyc", "EPYC,-svm", 2, Flavour::Cloud),
+    instance("epyc-1cpu-6.12", "EPYC,-svm", 1, Flavour::Cloud612),
+    instance("skylake", "Skylake-Server,-vmx", 2, Flavour::Cloud612),
+    instance("nehalem", "Nehalem,-vmx", 1, Flavour::Cloud),
+    Instance {
+        append: "pti=on",
+        ..instance("haswell-pti", "Haswell-noTSX,-vmx", 2, Flavour::Cloud)
+    },
+    instance("la57", "max,la57=on,-svm", 2, Flavour::Cloud612),
+];
+const KERNELS: &[Flavour] = &[
+    Flavour::Cloud,
+    Flavour::Generic,
+    Flavour::Rt,
+    Flavour::Cloud612,
+];
+const VCPUS: &[u32] = &[1, 2, 4];
+
+/// Every instance with every guest kernel; vCPU counts rotate so that each pair
+/// of (instance, vCPUs) and (kernel, vCPUs) occurs too. With `--long`, all three
+/// in full.
+fn matrix() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (row, instance) in INSTANCES.iter().enumerate() {
+        for (column, kernel) in KERNELS.iter().enumerate() {
+            for (turn, vcpus) in VCPUS.iter().enumerate() {
+                cases.push(Case {
+                    name: format!("matrix-{}-{kernel}-{vcpus}vcpu", instance.name),
+                    long: (row + column) % VCPUS.len() != turn,
+                    cpu: instance.cpu,
+                    append: instance.append,
+                    smp: instance.smp,
+                    host: instance.host,
+                    work: Work::Guest(Guest {
+                        kernel: *kernel,
+                        vcpus: *vcpus,
+                        ..Guest::default()
+                    }),
+                    ..Case::default()
+                });
+            }
+        }
+    }
+    cases
+}
+
+/// All cases.
+pub fn cases() -> Vec<Case> {
+    let mut cases = single();
+    cases.extend(matrix());
+    cases
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_unique() {
+        let cases = cases();
+        let names: BTreeSet<&String> = cases.iter().map(|case| &case.name).collect();
+        assert_eq!(names.len(), cases.len());
+    }
+
+    /// The sample of the default run has every pair of the matrix.
+    #[test]
+    fn sample_is_pairwise() {
+        let mut pairs = BTreeSet::new();
+        for case in matrix().into_iter().filter(|case| !case.long) {
+            let Work::Guest(guest) = &case.work else {
+                unreachable!("matrix of guests")
+            };
+            let instance = format!("{}{}{}", case.cpu, case.smp, case.host);
+            pairs.insert((instance.clone(), guest.kernel.to_string()));
+            pairs.insert((instance, guest.vcpus.to_string()));
+            pairs.insert((guest.kernel.to_string(), guest.vcpus.to_string()));
+        }
+        let (i, k, v) = (INSTANCES.len(), KERNELS.len(), VCPUS.len());
+        assert_eq!(pairs.len(), i * k + i * v + k * v);
+    }
+}

@@ -1,0 +1,430 @@
+//! `test`: style, unit tests, the ABI check, then whole systems in the lab.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use xshell::cmd;
+
+use crate::abi_check;
+use crate::build;
+use crate::cases::{self, Case, Expect, Guest, Work};
+use crate::initramfs;
+use crate::kernels;
+use crate::lab::{Payload, find_command, find_module};
+use crate::project::Project;
+use crate::qemu::{self, End, Machine, Outcome};
+use crate::setup::{self, Need, on_path};
+
+/// Arguments of `test`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The whole matrix of kernels, CPU models and vCPUs, and the long cases.
+    #[arg(long)]
+    long: bool,
+    /// Only what has this in its name.
+    #[arg(long, value_name = "PATTERN")]
+    only: Option<String>,
+    /// Name what would run, and stop.
+    #[arg(long)]
+    list: bool,
+    /// Instances at a time.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    jobs: u32,
+    /// Show the output of cases that pass, too.
+    #[arg(long)]
+    verbose: bool,
+}
+
+/// How many checks held and how many did not.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    passed: u32,
+    failed: u32,
+}
+
+/// A check that is no whole-system case.
+struct Step {
+    name: &'static str,
+    run: fn(&Project) -> Result<Tally>,
+}
+
+const STEPS: &[Step] = &[
+    Step {
+        name: "format",
+        run: format,
+    },
+    Step {
+        name: "clippy",
+        run: clippy,
+    },
+    Step {
+        name: "unit",
+        run: unit,
+    },
+    Step {
+        name: "module-abi",
+        run: module_abi,
+    },
+];
+
+/// The `test` verb. Its last line is `N passed, N failed`.
+pub fn run(project: &Project, args: &Args) -> Result<()> {
+    let wanted = |name: &str| {
+        args.only
+            .as_ref()
+            .is_none_or(|only| name.contains(only.as_str()))
+    };
+    let steps: Vec<&Step> = STEPS.iter().filter(|step| wanted(step.name)).collect();
+    let cases: Vec<Case> = cases::cases()
+        .into_iter()
+        // A case that is asked for by its full name runs, long or not.
+        .filter(|case| args.long || !case.long || args.only.as_ref() == Some(&case.name))
+        .filter(|case| wanted(&case.name))
+        .collect();
+    ensure!(
+        !steps.is_empty() || !cases.is_empty(),
+        "no test has that in its name; see --list"
+    );
+    if args.list {
+        for step in steps {
+            println!("{}", step.name);
+        }
+        for case in cases {
+            println!("{}", case.name);
+        }
+        return Ok(());
+    }
+    setup::ensure(project, &[Need::Build, Need::Boot, Need::Guests])?;
+    let mut total = Tally::default();
+    for step in steps {
+        let start = Instant::now();
+        let result = (step.run)(project);
+        let verdict = match &result {
+            Ok(tally) => {
+                total.passed += tally.passed;
+                total.failed += tally.failed;
+                if tally.failed == 0 { "PASS" } else { "FAIL" }
+            }
+            Err(error) => {
+                total.failed += 1;
+                println!("{}: {error:#}", step.name);
+                "FAIL"
+            }
+        };
+        println!(
+            "{verdict} {} ({:.1} s)",
+            step.name,
+            start.elapsed().as_secs_f64()
+        );
+    }
+    if !cases.is_empty() {
+        match Bench::prepare(project, &cases) {
+            Ok(bench) => {
+                let tally = bench.run(&cases, args);
+                total.passed += tally.passed;
+                total.failed += tally.failed;
+            }
+            Err(error) => {
+                println!("nothing to boot: {error:#}");
+                total.failed += u32::try_from(cases.len())?;
+            }
+        }
+    }
+    println!("{} passed, {} failed", total.passed, total.failed);
+    if total.failed > 0 {
+        bail!("{} checks failed", total.failed);
+    }
+    Ok(())
+}
+
+/// The image is no program of this machine: it is checked for its own target.
+const IMAGE: &str = "blanket-image";
+
+fn format(project: &Project) -> Result<Tally> {
+    let (sh, cargo) = (project.shell()?, project.cargo());
+    if !on_path("rustfmt") && on_path("rustup") {
+        cmd!(sh, "rustup component add rustfmt clippy")
+            .quiet()
+            .run()?;
+    } else if !on_path("rustfmt") {
+        setup::install(project, &["rustfmt-web", "rust-web-clippy"])?;
+    }
+    cmd!(sh, "{cargo} fmt --all --check").quiet().run()?;
+    Ok(Tally {
+        passed: 1,
+        failed: 0,
+    })
+}
+
+fn clippy(project: &Project) -> Result<Tally> {
+    let (sh, cargo) = (project.shell()?, project.cargo());
+    cmd!(
+        sh,
+        "{cargo} clippy --quiet --workspace --exclude {IMAGE} --all-targets -- -D warnings"
+    )
+    .quiet()
+    .run()?;
+    Ok(Tally {
+        passed: 1,
+        failed: 0,
+    })
+}
+
+fn unit(project: &Project) -> Result<Tally> {
+    let (sh, cargo) = (project.shell()?, project.cargo());
+    let output = cmd!(
+        sh,
+        "{cargo} test --quiet --workspace --exclude {IMAGE} --no-fail-fast"
+    )
+    .quiet()
+    .ignore_status()
+    .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut tally = Tally::default();
+    for line in text
+        .lines()
+        .filter_map(|line| line.strip_prefix("test result: "))
+    {
+        // "ok. 12 passed; 0 failed; ..."
+        let mut words = line.split([' ', ';']);
+        let mut last = 0;
+        for word in words.by_ref() {
+            match word {
+                "passed" => tally.passed += last,
+                "failed" => tally.failed += last,
+                word => last = word.parse().unwrap_or(last),
+            }
+        }
+    }
+    if !output.status.success() {
+        println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
+        tally.failed = tally.failed.max(1);
+    }
+    ensure!(tally.passed + tally.failed > 0, "cargo test ran no test");
+    Ok(tally)
+}
+
+fn module_abi(project: &Project) -> Result<Tally> {
+    println!("{}", abi_check::run(project)?);
+    Ok(Tally {
+        passed: 1,
+        failed: 0,
+    })
+}
+
+/// Boots one VM as [`Work::Guest`] does: `guest SCRIPT [blanket run options]`.
+const GUEST: &str = r#"#!/bin/sh
+# Ends with 0 if the VM ran SCRIPT, its exit code was 0 and it powered off.
+script=$1
+shift
+dir=$(mktemp -d)
+lab-initrd "$script" >$dir/initrd
+case " $* " in *" --kernel "*) ;; *) set -- --kernel /guest/vmlinuz "$@" ;; esac
+case " $* " in *" --memory "*) ;; *) set -- --memory 256M "$@" ;; esac
+case " $* " in *" --cmdline "*) ;; *) set -- --cmdline "console=hvc0 panic=-1 oops=panic" "$@" ;; esac
+mkfifo $dir/pipe
+tee $dir/log <$dir/pipe &
+tee=$!
+blanket run --initrd $dir/initrd "$@" </dev/null >$dir/pipe 2>&1
+code=$?
+wait $tee
+ready=$(grep -c ^GUEST-READY $dir/log)
+ended=$(tr -d '\r' <$dir/log | grep -cx 'GUEST-EXIT 0')
+rm -r $dir
+[ $code = 0 ] || { echo "guest: blanket run ended with $code"; exit 1; }
+[ $ready = 1 ] || { echo "guest: the VM did not come up once"; exit 1; }
+[ $ended = 1 ] || { echo "guest: the script did not end with 0"; exit 1; }
+"#;
+
+/// What all cases share, built once.
+struct Bench<'a> {
+    project: &'a Project,
+    command: PathBuf,
+    programs: Vec<PathBuf>,
+}
+
+impl<'a> Bench<'a> {
+    /// Builds and fetches all that `cases` need, so that their times are theirs.
+    fn prepare(project: &'a Project, cases: &[Case]) -> Result<Self> {
+        let command = find_command(project, false)?.context("the checkout has no command")?;
+        let programs = build::guest_programs(project)?;
+        for case in cases {
+            let host = kernels::fetch(project, case.host)?;
+            find_module(project, &host, false)?.context("the checkout has no module")?;
+            for flavour in guests(case) {
+                kernels::fetch(project, flavour)?;
+            }
+        }
+        qemu::accelerator(project)?;
+        Ok(Self {
+            project,
+            command,
+            programs,
+        })
+    }
+
+    fn run(&self, cases: &[Case], args: &Args) -> Tally {
+        let queue: Mutex<VecDeque<&Case>> = Mutex::new(cases.iter().collect());
+        let total = Mutex::new(Tally::default());
+        std::thread::scope(|scope| {
+            for _ in 0..args.jobs {
+                scope.spawn(|| {
+                    loop {
+                        let next = queue.lock().ok().and_then(|mut queue| queue.pop_front());
+                        let Some(case) = next else { break };
+                        let report = self.report(case, args.verbose);
+                        let Ok(mut total) = total.lock() else { break };
+                        print!("{}", report.text);
+                        if report.passed {
+                            total.passed += 1;
+                        } else {
+                            total.failed += 1;
+                        }
+                    }
+                });
+            }
+        });
+        total
+            .into_inner()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn report(&self, case: &Case, verbose: bool) -> Report {
+        let start = Instant::now();
+        let mut output = Vec::new();
+        let result = self.boot(case, &mut output);
+        let output = String::from_utf8_lossy(&output).replace('\r', "");
+        let mut reasons = Vec::new();
+        let mut console = String::new();
+        match result {
+            Err(error) => reasons.push(format!("{error:#}")),
+            Ok(outcome) => {
+                reasons = judge(case, &outcome, &output);
+                if reasons.is_empty() {
+                    outcome.discard();
+                } else {
+                    console = format!(
+                        "-- {}\n{}",
+                        outcome.console().display(),
+                        outcome.console_tail(100)
+                    );
+                }
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let passed = reasons.is_empty();
+        let mut text = String::new();
+        if !passed || verbose {
+            text.push_str(&format!("-- output of {}\n{output}\n{console}", case.name));
+        }
+        for reason in &reasons {
+            text.push_str(&format!("{}: {reason}\n", case.name));
+        }
+        let verdict = if passed { "PASS" } else { "FAIL" };
+        text.push_str(&format!("{verdict} {} ({seconds:.1} s)\n", case.name));
+        Report { passed, text }
+    }
+
+    fn boot(&self, case: &Case, output: &mut Vec<u8>) -> Result<Outcome> {
+        let project = self.project;
+        let kernel = kernels::fetch(project, case.host)?;
+        let mut payload = Payload::new(project, &kernel, case.hardware)?;
+        if case.module {
+            let built = find_module(project, &kernel, true)?.context("the module is gone")?;
+            payload.module(&built);
+        } else if let Some(built) = find_module(project, &kernel, true)? {
+            payload.archive.copy("root/blanket.ko", 0o644, &built);
+        }
+        payload.program(&self.command)?;
+        for program in &self.programs {
+            payload.program(program)?;
+        }
+        payload.archive.text("bin/guest", 0o755, GUEST);
+        payload.guest_initrd(&initramfs::guest(project, None, &self.programs)?)?;
+        for flavour in guests(case) {
+            payload.guest_kernel(&kernels::fetch(project, flavour)?);
+        }
+        match &case.work {
+            Work::Guest(guest) => {
+                payload.archive.text("root/script", 0o644, guest.script);
+                payload.command(&guest_command(guest));
+            }
+            Work::Instance { script, .. } => payload.command(script),
+        }
+        let machine = Machine {
+            cpu: case.cpu.into(),
+            hardware: case.hardware,
+            kernel,
+            memory: case.memory.into(),
+            smp: case.smp,
+            icount: case.icount,
+            append: case.append.into(),
+            node: 1,
+            group: None,
+        };
+        let timeout = Duration::from_secs(case.timeout);
+        qemu::run(project, &[machine], &payload.archive, timeout, output)
+    }
+}
+
+struct Report {
+    passed: bool,
+    text: String,
+}
+
+fn guests(case: &Case) -> Vec<kernels::Flavour> {
+    match &case.work {
+        Work::Guest(guest) => vec![guest.kernel],
+        Work::Instance { guests, .. } => guests.clone(),
+    }
+}
+
+fn guest_command(guest: &Guest) -> String {
+    format!(
+        "guest /root/script --kernel /guest/vmlinuz-{} --cpus {} --memory {} \
+         --cmdline 'console=hvc0 panic=-1 oops=panic {}'",
+        guest.kernel, guest.vcpus, guest.memory, guest.append
+    )
+}
+
+/// Why a case failed; empty when it did not.
+fn judge(case: &Case, outcome: &Outcome, output: &str) -> Vec<String> {
+    let mut reasons = Vec::new();
+    let code = case
+        .expect
+        .iter()
+        .find_map(|expect| {
+            if let Expect::Exit(code) = expect {
+                Some(*code)
+            } else {
+                None
+            }
+        })
+        .unwrap_or(0);
+    match outcome.end {
+        End::Exit(got) if got == code => {}
+        End::Exit(got) => reasons.push(format!("exit code {got} instead of {code}")),
+        End::Died => reasons.push("the instance died".into()),
+        End::TimedOut => reasons.push(format!("not done after {} s", case.timeout)),
+    }
+    if outcome.complaints > 0 {
+        reasons.push(format!(
+            "{} complaints in the instance's kernel log",
+            outcome.complaints
+        ));
+    }
+    for expect in &case.expect {
+        let holds = match expect {
+            Expect::Line(text) => output.lines().any(|line| line.contains(text)),
+            Expect::NoLine(text) => !output.lines().any(|line| line.contains(text)),
+            Expect::Exit(_) => true,
+        };
+        if !holds {
+            reasons.push(format!("the output does not hold {expect:?}"));
+        }
+    }
+    reasons
+}
