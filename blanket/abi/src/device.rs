@@ -239,6 +239,10 @@ pub mod counter {
     pub const SLOW_IRET: usize = 57;
     /// Exceptions handed to the guest, other than page faults.
     pub const TRAP: usize = 58;
+    /// System calls that never left the entry code.
+    pub const FAST_SYSCALL: usize = 59;
+    /// Iret hypercalls that never left the entry code.
+    pub const FAST_IRET: usize = 60;
 }
 
 /// Page shared by the module and the core of one VM (at [`crate::layout::VM_PAGE`]).
@@ -285,6 +289,9 @@ pub struct VmPage {
     pub raised_virqs: AtomicU64,
     /// Which vCPU each port is bound to, for the module to choose whom to kick.
     pub port_vcpu: [AtomicU8; 2048],
+    /// Most pages that the pool may ever have: the length of the array at
+    /// [`crate::layout::POOL_INFO`].
+    pub pool_limit: u64,
     /// Level-4 entries 256 to 271 that every root of this VM needs: the tables
     /// of [`crate::layout`], built by the module.
     pub hole: [u64; 16],

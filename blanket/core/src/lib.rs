@@ -1,7 +1,37 @@
-//! The logic of Blanket's core.
+//! The logic of Blanket's core: what a hypervisor must decide for a PV guest,
+//! and no more.
+//!
+//! The crate has no unsafe code and no allocation, and knows neither the host nor
+//! the CPU except through the traits of [`machine`]. The same code therefore runs
+//! in the core image, where `blanket-hal` implements those traits, and in host
+//! tests, where fakes do.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`mmu`] | shadow page tables, reverse map, marks |
+//! | [`trap`], [`emulate`] | exceptions, privileged instructions, page-table writes |
+//! | [`hypercall`] | the Xen PV calls; [`hypercall::coverage`] says which |
+//! | [`evtchn`], [`grant`] | event channels, grant table |
+//! | [`time`] | pvclock, timers, run-state |
+//! | [`context`] | a vCPU at work: frames, copies, kicks, the way back to the guest |
+//! | [`insn`], [`cpuid`] | decoders and the CPUID policy |
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+extern crate std;
+
+pub mod context;
 pub mod cpuid;
+pub mod emulate;
 pub mod evtchn;
+pub mod grant;
+pub mod hypercall;
 pub mod insn;
+pub mod machine;
+pub mod mmu;
+pub mod pte;
+pub mod time;
+pub mod trap;
+pub mod vcpu;
+pub mod vm;

@@ -94,18 +94,18 @@ pub trait Cpu {
 /// stock kernel and a VM inside KVM.
 pub trait Host {
     /// Leaves to the host for `reason` (`blanket_abi::device::exit`) and returns
-    /// its answer. CR3, selectors and all other guest state are as before.
+    /// its answer. All guest state is as before, except that a root must be loaded.
     fn exit(&self, reason: u32, args: [u64; 4]) -> i64;
     /// This vCPU's switch block: deadline, pending flags, counters.
     fn switch(&self) -> &Switch;
     /// Another vCPU's pending flags.
     fn pending_of(&self, vcpu: u32) -> &AtomicU32;
-    /// Whether a vCPU may be in the core world, holding TLB entries.
-    fn in_world(&self, vcpu: u32) -> bool;
     /// The page that module and core share.
     fn vm_page(&self) -> &VmPage;
     /// Gives a text to the next CONSOLE or CRASH exit; cut to what fits.
     fn set_data(&self, text: &[u8]) -> usize;
+    /// Publishes this vCPU's counters.
+    fn set_counters(&self, counters: &[u64; blanket_abi::device::COUNTERS]);
 }
 
 /// All three together.

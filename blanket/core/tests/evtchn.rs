@@ -491,7 +491,7 @@ fn ops() -> impl Strategy<Value = Op> {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: 2000, failure_persistence: None, ..ProptestConfig::default()
+        cases: 500, failure_persistence: None, ..ProptestConfig::default()
     })]
 
     #[test]
@@ -545,7 +545,7 @@ impl Waker {
 #[test]
 fn no_notification_is_lost() {
     const PER_VCPU: usize = 3;
-    const SENDS: u64 = 20_000;
+    const SENDS: u64 = 200_000;
     let ports = Ports::new();
     ports.set_vcpus(VCPUS as u32);
     let bits = Bits::new(false);

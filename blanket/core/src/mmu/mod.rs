@@ -1,0 +1,268 @@
+//! The shadow MMU.
+//!
+//! The hardware only ever walks shadow tables, which translate guest virtual
+//! addresses to host frames. A shadow is one pool page bound to a guest table
+//! (gfn, level). The rules that keep it right, in place of Xen's type counts:
+//!
+//! * **Marks.** One byte per gfn says at which table levels the frame is in use.
+//!   A mark is set on the whole tree below a pinned or loaded root, and on a
+//!   child when a marked table gets an entry for it; it is cleared when the
+//!   frame becomes writable through a leaf. Writes to marked frames reach the
+//!   core (the guest maps its tables read-only), so shadows follow them.
+//! * **Binding.** A pool page stays bound to its (gfn, level) while anything
+//!   refers to it. A freed page is used again only after every vCPU in the core
+//!   world has reloaded CR3 ([`Epochs`]), so no stale paging-structure entry can
+//!   ever read one level's table as another's.
+//! * **Safety needs only one fact**: every leaf holds a frame of this VM. A guest
+//!   that breaks the read-only discipline hurts its own coherence, nothing else.
+//! * **Every leaf is in the reverse map** of its gfn, so that a frame can be taken
+//!   back at any time.
+//! * **"Drop everything" is always a correct answer**: shadows are a cache.
+
+mod fault;
+mod rmap;
+mod shadow;
+mod table;
+
+pub use fault::{Access, Fault};
+
+use crate::machine::{Host, Memory};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// What the core knows of a guest frame. The module allocates 16 bytes for each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GfnInfo {
+    /// Leaves that map the frame: two in place, or an overflow chain in the second.
+    rmap: [u32; 2],
+    /// First shadow of the frame (0 = none).
+    shadow: u32,
+    /// Bit `level - 1` is set while the frame is a table of that level.
+    mark: u8,
+    pad: [u8; 3],
+}
+
+/// What the core knows of a pool page. The module allocates 16 bytes for each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PoolInfo {
+    /// The guest table that this page shadows.
+    gfn: u32,
+    /// Next shadow of the same gfn, or next free page.
+    next: u32,
+    /// Parents and vCPUs that refer to the shadow; for a free page the epoch at
+    /// which it was freed.
+    refs: u32,
+    /// 1 to 4, or [`USER_ROOT`].
+    level: u8,
+    state: u8,
+    /// Entries that are not zero.
+    live: u16,
+}
+
+const _: () = assert!(size_of::<GfnInfo>() == 16 && size_of::<PoolInfo>() == 16);
+
+/// Level of a shadow of a user root: an L4 without the M2P slot.
+const USER_ROOT: u8 = 5;
+
+const FREE: u8 = 0;
+const SHADOW: u8 = 1;
+/// A page of reverse-map nodes, or the second page of a 5-level root.
+const AUX: u8 = 2;
+
+/// Why an operation could not finish. The caller drops the lock, mends it, and
+/// runs the operation again; all operations may be repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// The host has not given this frame yet.
+    Frame(blanket_abi::Gfn),
+    /// No pool page is free.
+    Pool,
+    /// Much was done already; let interrupts in.
+    Breath,
+}
+
+/// Which epoch each vCPU has seen. A vCPU that reloads CR3 sees the present one;
+/// a vCPU in the host world has seen all, since it reloads on entry.
+#[derive(Debug)]
+pub struct Epochs {
+    now: AtomicU64,
+    seen: [AtomicU64; blanket_abi::layout::MAX_VCPUS as usize],
+}
+
+impl Default for Epochs {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Epochs {
+    /// No vCPU is in the core world.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            now: AtomicU64::new(1),
+            seen: [const { AtomicU64::new(u64::MAX) }; blanket_abi::layout::MAX_VCPUS as usize],
+        }
+    }
+    /// vCPU `id` is about to load CR3.
+    #[inline]
+    pub fn enter(&self, id: u32) {
+        if let Some(s) = self.seen.get(id as usize) {
+            s.store(self.now.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+    }
+    /// vCPU `id` is about to leave for the host world.
+    #[inline]
+    pub fn leave(&self, id: u32) {
+        if let Some(s) = self.seen.get(id as usize) {
+            s.store(u64::MAX, Ordering::Release);
+        }
+    }
+    /// Whether vCPU `id` is in the core world and may hold TLB entries.
+    #[inline]
+    #[must_use]
+    pub fn inside(&self, id: u32) -> bool {
+        self.seen.get(id as usize).is_some_and(|s| s.load(Ordering::SeqCst) != u64::MAX)
+    }
+    fn retire(&self) -> u32 {
+        low(self.now.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+    fn all_past(&self, tag: u32, nr_vcpus: u32) -> bool {
+        self.seen.iter().take(nr_vcpus as usize).all(|s| {
+            let seen = s.load(Ordering::SeqCst);
+            seen == u64::MAX || low(seen).wrapping_sub(tag) < 1 << 31
+        })
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "the low half is what is meant")]
+const fn low(v: u64) -> u32 {
+    v as u32
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "callers bound the value by the frame count")]
+const fn gfn32(gfn: u64) -> u32 {
+    gfn as u32
+}
+
+/// The shadow MMU of one VM. The caller keeps it behind the VM's MMU lock.
+#[derive(Debug)]
+pub struct Mmu {
+    gfns: &'static mut [GfnInfo],
+    pool: &'static mut [PoolInfo],
+    /// L4 entries of the hypervisor's slots.
+    hole: [u64; 16],
+    la57: bool,
+    nr_vcpus: u32,
+    /// First pool page that was never used. Page 0 is kept, as the null index.
+    fresh: u32,
+    free_head: u32,
+    free_tail: u32,
+    node_free: u32,
+    budget: u32,
+    /// Shadow pages made since the start.
+    pub made: u64,
+}
+
+/// Tables that one operation may visit before it asks for a breath.
+const BUDGET: u32 = 512;
+
+impl Mmu {
+    /// `gfns` has one record for each frame of the VM, `pool` one for each page
+    /// that the pool may ever have; both are zeroed. `hole` are the L4 entries
+    /// of slots 256 to 271.
+    #[must_use]
+    pub fn new(
+        gfns: &'static mut [GfnInfo],
+        pool: &'static mut [PoolInfo],
+        hole: [u64; 16],
+        la57: bool,
+        nr_vcpus: u32,
+    ) -> Self {
+        Self {
+            gfns,
+            pool,
+            hole,
+            la57,
+            nr_vcpus,
+            fresh: 1,
+            free_head: 0,
+            free_tail: 0,
+            node_free: 0,
+            budget: BUDGET,
+            made: 0,
+        }
+    }
+
+    /// Frames of the VM.
+    #[inline]
+    #[must_use]
+    pub fn nr_frames(&self) -> u64 {
+        self.gfns.len() as u64
+    }
+
+    /// Starts an operation: it may visit [`BUDGET`] tables before a breath.
+    #[inline]
+    pub fn begin(&mut self) {
+        self.budget = BUDGET;
+    }
+
+    fn spend(&mut self) -> Result<(), Need> {
+        if self.budget == 0 {
+            return Err(Need::Breath);
+        }
+        self.budget -= 1;
+        Ok(())
+    }
+
+    fn alloc<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, state: u8) -> Result<u32, Need> {
+        let head = self.free_head;
+        let page = if head != 0 && ep.all_past(self.pool[head as usize].refs, self.nr_vcpus) {
+            self.free_head = self.pool[head as usize].next;
+            if self.free_head == 0 {
+                self.free_tail = 0;
+            }
+            head
+        } else {
+            let have = m.vm_page().pool_pages.load(Ordering::Acquire).min(self.pool.len() as u64);
+            if u64::from(self.fresh) >= have {
+                return Err(Need::Pool);
+            }
+            self.fresh += 1;
+            self.fresh - 1
+        };
+        self.pool[page as usize] = PoolInfo { state, ..PoolInfo::default() };
+        Ok(page)
+    }
+
+    /// Gives back a page whose words are all zero.
+    fn release(&mut self, ep: &Epochs, page: u32) {
+        self.pool[page as usize] =
+            PoolInfo { refs: ep.retire(), state: FREE, ..PoolInfo::default() };
+        if self.free_tail == 0 {
+            self.free_head = page;
+        } else {
+            self.pool[self.free_tail as usize].next = page;
+        }
+        self.free_tail = page;
+    }
+
+    /// Whether freed pages wait for vCPUs to reload CR3.
+    #[must_use]
+    pub fn has_retired(&self) -> bool {
+        self.free_head != 0
+    }
+
+    /// Whether the frame is in use as a page table.
+    #[inline]
+    #[must_use]
+    pub fn is_table(&self, gfn: blanket_abi::Gfn) -> bool {
+        self.gfns.get(idx(gfn.0)).is_some_and(|g| g.mark != 0)
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "64-bit targets only")]
+const fn idx(v: u64) -> usize {
+    v as usize
+}

@@ -1,0 +1,81 @@
+//! The state that a VM's vCPUs share.
+
+use crate::evtchn::Ports;
+use crate::grant::GrantTable;
+use crate::mmu::{Epochs, Mmu};
+use crate::vcpu::{State, Vcpu};
+use blanket_abi::device::Boot;
+use blanket_abi::layout::MAX_VCPUS;
+use core::sync::atomic::{AtomicBool, AtomicU64};
+use spin::Mutex;
+
+/// A VM. Lock order: a vCPU's own state, then `mmu`, then nothing; `ports_lock`
+/// and `grants` are taken alone. No lock is held while the world is left.
+#[derive(Debug)]
+pub struct Vm {
+    /// What the domain builder made.
+    pub boot: Boot,
+    /// Frames of the VM, RAM and above.
+    pub nr_frames: u64,
+    /// vCPUs.
+    pub nr_vcpus: u32,
+    /// The shadow MMU.
+    pub mmu: Mutex<Mmu>,
+    /// Who has reloaded CR3 since when.
+    pub epochs: Epochs,
+    /// Event channels.
+    pub ports: Ports,
+    /// Serialises changes of `ports`.
+    pub ports_lock: Mutex<()>,
+    /// Grant table.
+    pub grants: Mutex<GrantTable>,
+    /// vCPU states.
+    pub states: [State; MAX_VCPUS as usize],
+    /// Private states, each locked by its own vCPU while it is up.
+    pub vcpus: &'static [Mutex<Vcpu>],
+    /// Bit per vCPU that waits in a poll.
+    pub polling: AtomicU64,
+    /// Bit per vCPU that has an NMI to take.
+    pub nmi: AtomicU64,
+    /// Where each vCPU's vcpu_info is: `gfn << 12 | offset`, 0 = nowhere.
+    pub infos: [AtomicU64; MAX_VCPUS as usize],
+    /// Bit per vCPU whose vcpu_info the guest has moved.
+    pub infos_moved: AtomicU64,
+    /// Shutdown reason given in advance (SCHEDOP_shutdown_code), plus one.
+    pub shutdown_code: AtomicU64,
+    /// Run-state updates are marked (vm_assist).
+    pub runstate_flag: AtomicBool,
+}
+
+impl Vm {
+    /// A VM whose vCPUs have not started. `vcpus` has an entry for each.
+    #[must_use]
+    pub fn new(
+        boot: Boot,
+        nr_frames: u64,
+        nr_vcpus: u32,
+        mmu: Mmu,
+        vcpus: &'static [Mutex<Vcpu>],
+    ) -> Self {
+        let ports = Ports::new();
+        ports.set_vcpus(nr_vcpus);
+        Self {
+            boot,
+            nr_frames,
+            nr_vcpus,
+            mmu: Mutex::new(mmu),
+            epochs: Epochs::new(),
+            ports,
+            ports_lock: Mutex::new(()),
+            grants: Mutex::new(GrantTable::new(boot.grant_base, boot.grant_frames)),
+            states: [const { State::new() }; MAX_VCPUS as usize],
+            vcpus,
+            polling: AtomicU64::new(0),
+            nmi: AtomicU64::new(0),
+            infos: [const { AtomicU64::new(0) }; MAX_VCPUS as usize],
+            infos_moved: AtomicU64::new(0),
+            shutdown_code: AtomicU64::new(0),
+            runstate_flag: AtomicBool::new(false),
+        }
+    }
+}

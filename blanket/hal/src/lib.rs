@@ -1,0 +1,13 @@
+//! All unsafe code of the core: entry assembly, windows onto memory, CPU
+//! registers, and the way to the host. The logic above it is `blanket-core`.
+//!
+//! The crate is empty on targets that have an operating system.
+#![no_std]
+#![cfg(target_os = "none")]
+
+mod cpu;
+mod entry;
+mod machine;
+mod start;
+
+pub use machine::Hal;

@@ -1,0 +1,394 @@
+//! The hal as the logic sees it: windows, CPU, host.
+
+use crate::cpu::{self, msr};
+use crate::entry::{self, FAST};
+use blanket_abi::device::{RUN_DATA, Switch, VmPage};
+use blanket_abi::layout::{
+    GFN_INFO, POOL, POOL_GFNS, POOL_INFO, POOL_PTES, VCPU, VCPU_STRIDE, VM_PAGE, WINDOW,
+    WINDOW_PTES, sel, vcpu as area,
+};
+use blanket_abi::{Gfn, PAGE_SIZE, Va};
+use blanket_core::machine::{Cpu, Host, Memory, Words};
+use blanket_core::mmu::{GfnInfo, PoolInfo};
+use blanket_core::pte;
+use blanket_core::vcpu::{Fast, TrapFrame};
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+/// What the hal keeps for a vCPU, behind [`Fast`] in the hardware page.
+#[repr(C)]
+pub struct Local {
+    /// Debug registers 0 to 3 of the guest.
+    dr: [AtomicU64; 4],
+    /// LDT entries of the guest.
+    ldt: AtomicU32,
+    /// An NMI came while the core ran.
+    pub nmi: AtomicU32,
+    /// A machine check came while the core ran.
+    pub mce: AtomicU32,
+}
+
+const LOCAL: usize = FAST + 0x200;
+const _: () = assert!(size_of::<Fast>() <= 0x200 && LOCAL + size_of::<Local>() <= 0x1c00);
+
+/// The machine under one vCPU. Made from an address inside the vCPU's area.
+pub struct Hal {
+    area: u64,
+}
+
+/// Reference to a `T` at a fixed address of the hole.
+///
+/// # Safety
+/// The module has mapped a valid `T` there, for as long as the VM lives, and all
+/// of its fields that change are atomics.
+unsafe fn at<T>(va: u64) -> &'static T {
+    // SAFETY: the caller's promise.
+    unsafe { &*(va as *const T) }
+}
+
+impl Hal {
+    /// The vCPU whose area `address` lies in.
+    ///
+    /// # Safety
+    /// `address` lies in the area of the vCPU that runs on this CPU.
+    pub unsafe fn containing(address: u64) -> Self {
+        Self { area: address & !(VCPU_STRIDE - 1) }
+    }
+
+    /// The vCPU's id.
+    pub fn id(&self) -> u32 {
+        self.switch().vcpu_id
+    }
+
+    fn hw(&self) -> u64 {
+        self.area + area::HW
+    }
+
+    /// The trap frame on top of the main stack.
+    pub fn frame(&self) -> *mut TrapFrame {
+        (self.hw() - size_of::<TrapFrame>() as u64) as *mut TrapFrame
+    }
+
+    /// The fields of the fast paths.
+    pub fn fast(&self) -> *mut Fast {
+        (self.hw() + FAST as u64) as *mut Fast
+    }
+
+    /// The hal's own fields.
+    pub fn local(&self) -> &Local {
+        // SAFETY: the module maps two zeroed pages there for the VM's life, and
+        // zero is a valid `Local`, whose fields are all atomics.
+        unsafe { at(self.hw() + LOCAL as u64) }
+    }
+
+    fn raw_switch(&self) -> *mut Switch {
+        self.hw() as *mut Switch
+    }
+
+    /// An address of the entry section, as seen in this vCPU's area.
+    pub fn entry_alias(&self, label: *const u8) -> u64 {
+        // SAFETY: only the address of the label is taken.
+        let start = unsafe { &raw const entry::blanket_entry_start };
+        self.area + area::ENTRY + (label as u64 - start as u64)
+    }
+
+    fn bytes_present(gfn: Gfn) -> bool {
+        Self::window_pte(gfn) & pte::P != 0
+    }
+
+    fn window_pte(gfn: Gfn) -> u64 {
+        // SAFETY: the module builds leaf tables for every frame of the VM at
+        // creation, and the logic asks only for frames below that count.
+        unsafe { at::<AtomicU64>(WINDOW_PTES + gfn.0 * 8) }.load(Ordering::Acquire)
+    }
+
+    /// The metadata arrays, for the one `Mmu` of this VM.
+    ///
+    /// # Safety
+    /// Called once for each VM.
+    pub unsafe fn metadata(&self, pool: u64) -> (&'static mut [GfnInfo], &'static mut [PoolInfo]) {
+        let frames = self.vm_page().nr_frames;
+        // SAFETY: the module maps zeroed arrays of these lengths there; zero is a
+        // valid value of both types; the caller calls this once, so the slices
+        // are the only references.
+        unsafe {
+            (
+                core::slice::from_raw_parts_mut(GFN_INFO as *mut GfnInfo, frames as usize),
+                core::slice::from_raw_parts_mut(POOL_INFO as *mut PoolInfo, pool as usize),
+            )
+        }
+    }
+
+    /// Restores the guest's segment registers after the host had the CPU.
+    fn restore_segments(&self, selectors: [u16; 4], bases: [u64; 3]) -> bool {
+        let ldt = self.local().ldt.load(Ordering::Relaxed);
+        if ldt != 0 {
+            self.load_ldt(ldt);
+        }
+        let [ds, es, fs, gs] = selectors.map(u32::from);
+        // SAFETY: loading a data selector at CPL 0 changes nothing that 64-bit
+        // code uses except the FS and GS bases, which follow.
+        let faults = unsafe { entry::blanket_load_selectors(ds, es, fs, gs) };
+        cpu::wrmsr(msr::FS_BASE, bases[0]);
+        cpu::wrmsr(msr::GS_BASE, bases[1]);
+        cpu::wrmsr(msr::KERNEL_GS_BASE, bases[2]);
+        faults == 0
+    }
+
+    /// Tells the module which system call MSRs the core world has.
+    pub fn set_syscall_msrs(&self, msrs: [u64; 4]) {
+        // SAFETY: this vCPU's own block; the module reads it in the host world.
+        unsafe { (&raw mut (*self.raw_switch()).syscall_msrs).write_volatile(msrs) };
+    }
+
+    /// Reports NMIs and machine checks that came in the core.
+    pub fn take_missed(&self) -> Option<u32> {
+        use blanket_abi::device::exit;
+        if self.local().nmi.swap(0, Ordering::Relaxed) != 0 {
+            return Some(exit::NMI);
+        }
+        (self.local().mce.swap(0, Ordering::Relaxed) != 0).then_some(exit::MCE)
+    }
+}
+
+impl Memory for Hal {
+    #[inline]
+    fn frame(&self, gfn: Gfn) -> Option<&Words> {
+        // SAFETY: a present window entry maps a frame of this VM that stays until
+        // the core has agreed to its revocation; all access is atomic.
+        Self::bytes_present(gfn).then(|| unsafe { at(WINDOW + gfn.base()) })
+    }
+    #[inline]
+    fn frame_bytes(&self, gfn: Gfn) -> Option<&[AtomicU8; 4096]> {
+        // SAFETY: as for `frame`.
+        Self::bytes_present(gfn).then(|| unsafe { at(WINDOW + gfn.base()) })
+    }
+    #[inline]
+    fn frame_pte(&self, gfn: Gfn) -> u64 {
+        let entry = Self::window_pte(gfn);
+        if entry & pte::P == 0 { 0 } else { entry & pte::FRAME }
+    }
+    #[inline]
+    fn pool(&self, page: u32) -> &Words {
+        // SAFETY: the logic uses only pages below `VmPage::pool_pages`, which the
+        // module mapped before it raised that number.
+        unsafe { at(POOL + u64::from(page) * PAGE_SIZE) }
+    }
+    #[inline]
+    fn pool_pte(&self, page: u32) -> u64 {
+        // SAFETY: as for `pool`.
+        unsafe { at::<AtomicU64>(POOL_PTES + u64::from(page) * 8) }.load(Ordering::Relaxed)
+            & pte::FRAME
+    }
+    #[inline]
+    fn gfns(&self, page: u32) -> &[AtomicU32; 512] {
+        // SAFETY: as for `pool`; the array grows together with the pool.
+        unsafe { at(POOL_GFNS + u64::from(page) * 2048) }
+    }
+    #[inline]
+    fn copy_from_guest(&self, va: Va, to: &mut [u8]) -> Result<(), Va> {
+        // SAFETY: the logic checked that the guest's range lies outside the
+        // hypervisor's; `to` is a valid buffer; a missing translation ends the
+        // copy through the exception table.
+        let r = unsafe { entry::blanket_copy(to.as_mut_ptr(), va.0 as *const u8, to.len()) };
+        if r == 0 { Ok(()) } else { Err(Va(cpu::cr2())) }
+    }
+    #[inline]
+    fn copy_to_guest(&self, va: Va, from: &[u8]) -> Result<(), Va> {
+        // SAFETY: as for `copy_from_guest`; CR0.WP makes the guest's own rights hold.
+        let r = unsafe { entry::blanket_copy(va.0 as *mut u8, from.as_ptr(), from.len()) };
+        if r == 0 { Ok(()) } else { Err(Va(cpu::cr2())) }
+    }
+}
+
+impl Cpu for Hal {
+    #[inline]
+    fn load_root(&self, cr3: u64) {
+        cpu::write_cr3(cr3);
+    }
+    #[inline]
+    fn invlpg(&self, va: Va) {
+        cpu::invlpg(va.0);
+    }
+    #[inline]
+    fn swapgs(&self) {
+        cpu::swapgs();
+    }
+    fn fs_base(&self) -> u64 {
+        cpu::rdmsr(msr::FS_BASE)
+    }
+    fn set_fs_base(&self, base: u64) {
+        cpu::wrmsr(msr::FS_BASE, base);
+    }
+    fn gs_base(&self) -> u64 {
+        cpu::rdmsr(msr::GS_BASE)
+    }
+    fn set_gs_base(&self, base: u64) {
+        cpu::wrmsr(msr::GS_BASE, base);
+    }
+    fn inactive_gs_base(&self) -> u64 {
+        cpu::rdmsr(msr::KERNEL_GS_BASE)
+    }
+    fn set_inactive_gs_base(&self, base: u64) {
+        cpu::wrmsr(msr::KERNEL_GS_BASE, base);
+    }
+    fn load_user_gs(&self, sel: u16) {
+        // The base that the descriptor gives becomes the user's, the kernel's stays.
+        let kernel = cpu::rdmsr(msr::GS_BASE);
+        let [ds, es, fs, _] = cpu::selectors().map(u32::from);
+        let fs_base = cpu::rdmsr(msr::FS_BASE);
+        // SAFETY: see `restore_segments`.
+        unsafe { entry::blanket_load_selectors(ds, es, fs, u32::from(sel)) };
+        cpu::wrmsr(msr::FS_BASE, fs_base);
+        let user = cpu::rdmsr(msr::GS_BASE);
+        cpu::wrmsr(msr::KERNEL_GS_BASE, if sel & 0xfffc == 0 { 0 } else { user });
+        cpu::wrmsr(msr::GS_BASE, kernel);
+    }
+    fn data_selectors(&self) -> [u16; 4] {
+        cpu::selectors()
+    }
+    fn load_data_selectors(&self, s: [u16; 4]) -> bool {
+        let bases = [
+            cpu::rdmsr(msr::FS_BASE),
+            cpu::rdmsr(msr::GS_BASE),
+            cpu::rdmsr(msr::KERNEL_GS_BASE),
+        ];
+        self.restore_segments(s, bases)
+    }
+    #[inline]
+    fn tsc(&self) -> u64 {
+        cpu::rdtsc()
+    }
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+        [r.eax, r.ebx, r.ecx, r.edx]
+    }
+    fn set_dr(&self, nr: u8, val: u64) {
+        if let Some(dr) = self.local().dr.get(usize::from(nr)) {
+            dr.store(val, Ordering::Relaxed);
+        }
+        if nr == 7 {
+            // SAFETY: only this vCPU and the module while it is in the host world
+            // touch the field.
+            unsafe { (&raw mut (*self.raw_switch()).guest_dr7).write_volatile(val) };
+        }
+        cpu::set_dr(nr, val);
+    }
+    #[inline]
+    fn cr2(&self) -> u64 {
+        cpu::cr2()
+    }
+    fn take_dr6(&self) -> u64 {
+        let v = cpu::dr6();
+        cpu::set_dr(6, 0xffff_0ff0);
+        v
+    }
+    fn write_gdt(&self, index: u32, desc: u64) {
+        if index < 14 * 512 {
+            let va = self.area + area::GDT + u64::from(index) * 8;
+            // SAFETY: the guest's part of this vCPU's GDT, mapped by the module;
+            // the CPU sets accessed bits in it, hence an atomic.
+            unsafe { at::<AtomicU64>(va) }.store(desc, Ordering::Relaxed);
+        }
+    }
+    fn write_ldt(&self, index: u32, desc: u64) {
+        if index < 8192 {
+            let va = self.area + area::LDT + u64::from(index) * 8;
+            // SAFETY: this vCPU's LDT copy, mapped by the module.
+            unsafe { at::<AtomicU64>(va) }.store(desc, Ordering::Relaxed);
+        }
+    }
+    fn load_ldt(&self, entries: u32) {
+        self.local().ldt.store(entries, Ordering::Relaxed);
+        if entries == 0 {
+            cpu::lldt(0);
+            return;
+        }
+        // An LDT descriptor (SDM vol. 3, 3.5): type 2, present, 16 bytes.
+        let base = self.area + area::LDT;
+        let limit = u64::from(entries) * 8 - 1;
+        let low = limit & 0xffff
+            | (base & 0xff_ffff) << 16
+            | 0x82 << 40
+            | (limit >> 16 & 0xf) << 48
+            | (base >> 24 & 0xff) << 56;
+        let gdt = self.area + area::GDT + u64::from(sel::CORE_LDT);
+        // SAFETY: our own two slots in the reserved page of this vCPU's GDT.
+        unsafe {
+            at::<AtomicU64>(gdt).store(low, Ordering::Relaxed);
+            at::<AtomicU64>(gdt + 8).store(base >> 32, Ordering::Relaxed);
+        }
+        cpu::lldt(sel::CORE_LDT);
+    }
+    fn set_xcr0(&self, val: u64) {
+        cpu::xsetbv(val);
+        // SAFETY: only this vCPU and the module while it is in the host world
+        // touch the field.
+        unsafe { (&raw mut (*self.raw_switch()).guest_xcr0).write_volatile(val) };
+    }
+    fn set_tsc_aux(&self, val: u64) {
+        // SAFETY: as above. The module loads it at each entry where the CPU has it.
+        unsafe { (&raw mut (*self.raw_switch()).guest_tsc_aux).write_volatile(val) };
+    }
+}
+
+impl Host for Hal {
+    fn exit(&self, reason: u32, args: [u64; 4]) -> i64 {
+        let selectors = cpu::selectors();
+        let bases = [
+            cpu::rdmsr(msr::FS_BASE),
+            cpu::rdmsr(msr::GS_BASE),
+            cpu::rdmsr(msr::KERNEL_GS_BASE),
+        ];
+        let sw = self.raw_switch();
+        // SAFETY: the switch block of this vCPU; the module reads these fields
+        // only while it is in the host world, that is during `blanket_leave`.
+        let (ret, dr7) = unsafe {
+            let dr7 = (&raw const (*sw).guest_dr7).read_volatile();
+            if dr7 & 0xff != 0 {
+                cpu::set_dr(7, 0x400);
+            }
+            (&raw mut (*sw).exit).write_volatile(reason);
+            (&raw mut (*sw).args).write_volatile(args);
+            entry::blanket_leave(sw);
+            ((&raw const (*sw).ret).read_volatile(), dr7)
+        };
+        if dr7 & 0xff != 0 {
+            for (nr, dr) in (0u8..).zip(&self.local().dr) {
+                cpu::set_dr(nr, dr.load(Ordering::Relaxed));
+            }
+            cpu::set_dr(7, dr7);
+        }
+        self.restore_segments(selectors, bases);
+        ret
+    }
+    #[inline]
+    fn switch(&self) -> &Switch {
+        // SAFETY: the module maps it for the VM's life. The plain fields that the
+        // logic reads through this are constant; those that change are atomics or
+        // written through raw pointers above.
+        unsafe { at(self.hw()) }
+    }
+    fn pending_of(&self, vcpu: u32) -> &AtomicU32 {
+        let hw = VCPU + u64::from(vcpu) * VCPU_STRIDE + area::HW;
+        // SAFETY: the logic asks only for vCPUs of this VM, whose areas the module
+        // maps before any vCPU runs.
+        unsafe { &at::<Switch>(hw).pending }
+    }
+    fn vm_page(&self) -> &VmPage {
+        // SAFETY: the module maps it for the VM's life; what changes is atomic.
+        unsafe { at(VM_PAGE) }
+    }
+    fn set_data(&self, text: &[u8]) -> usize {
+        let n = text.len().min(RUN_DATA);
+        // SAFETY: `data` has RUN_DATA bytes; the module reads it only in the host world.
+        unsafe {
+            let to = (&raw mut (*self.raw_switch()).data).cast::<u8>();
+            core::ptr::copy_nonoverlapping(text.as_ptr(), to, n);
+        }
+        n
+    }
+    fn set_counters(&self, counters: &[u64; blanket_abi::device::COUNTERS]) {
+        // SAFETY: as above; the module tolerates a torn sum.
+        unsafe { (&raw mut (*self.raw_switch()).counters).write_volatile(*counters) };
+    }
+}

@@ -1,0 +1,256 @@
+//! What the entry code calls: start of a vCPU, traps, faults in the core, panics.
+
+use crate::cpu;
+use crate::entry;
+use crate::machine::Hal;
+use blanket_abi::device::{crash, exit};
+use blanket_abi::layout::{IMAGE, MAX_VCPUS, VCPU, VCPU_STRIDE, vcpu as area};
+use blanket_core::context::{Context, Text};
+use blanket_core::machine::{Cpu, Host};
+use blanket_core::mmu::Mmu;
+use blanket_core::vcpu::{State, TrapFrame, Vcpu, entry as reason};
+use blanket_core::vm::Vm;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use spin::{Mutex, Once};
+
+static VM: Once<Vm> = Once::new();
+static CLAIMED: AtomicBool = AtomicBool::new(false);
+/// NMIs that came on a stack of the host, while the worlds were changing.
+static STRAY_NMI: AtomicU32 = AtomicU32::new(0);
+
+static VCPUS: [Mutex<Vcpu>; MAX_VCPUS as usize] = {
+    let mut all = [const { Mutex::new(Vcpu::new(0)) }; MAX_VCPUS as usize];
+    let mut i = 0;
+    while i < MAX_VCPUS {
+        all[i as usize] = Mutex::new(Vcpu::new(i));
+        i += 1;
+    }
+    all
+};
+
+/// Runs `work` as the vCPU of `hal`.
+///
+/// # Safety
+/// `hal` is the vCPU that runs on this CPU, and no other `Context` of it exists.
+unsafe fn with_context(hal: &Hal, vm: &'static Vm, work: impl FnOnce(&mut Context<'_, Hal>)) {
+    let Some(cell) = VCPUS.get(hal.id() as usize) else { return };
+    let mut v = cell.lock();
+    // SAFETY: frame and fast fields belong to this vCPU, are mapped for the VM's
+    // life, and only its entry code touches them while no context exists.
+    let (fast, f) = unsafe { (&mut *hal.fast(), &mut *hal.frame()) };
+    let mut c = Context { m: hal, vm, v: &mut v, fast, f };
+    work(&mut c);
+    hal.set_counters(&c.counters());
+}
+
+/// A trap from the guest; `f` is the frame on top of the main stack.
+#[unsafe(no_mangle)]
+extern "C" fn blanket_trap(f: *mut TrapFrame) {
+    // SAFETY: the frame lies in the area of the vCPU that runs on this CPU.
+    let hal = unsafe { Hal::containing(f as u64) };
+    let Some(vm) = VM.get() else { return };
+    // SAFETY: the entry code has just saved the guest's registers; nothing else
+    // of this vCPU runs.
+    unsafe {
+        with_context(&hal, vm, |c| {
+            c.enter();
+            c.prepare_return();
+            while let Some(missed) = hal.take_missed() {
+                c.exit(missed, [0; 4]);
+                c.prepare_return();
+            }
+            if STRAY_NMI.load(Ordering::Relaxed) != 0 && STRAY_NMI.swap(0, Ordering::Relaxed) != 0
+            {
+                c.exit(exit::NMI, [0; 4]);
+                c.prepare_return();
+            }
+        });
+    }
+}
+
+/// First Rust code of a vCPU; returns when the guest may run.
+#[unsafe(no_mangle)]
+extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
+    // SAFETY: as for `blanket_trap`.
+    let hal = unsafe { Hal::containing(f as u64) };
+    let first = hal.id() == 0;
+    if first && !CLAIMED.swap(true, Ordering::SeqCst) {
+        VM.call_once(|| {
+            let page = hal.vm_page();
+            // SAFETY: CLAIMED makes this the only call in this VM.
+            let (gfns, pool) = unsafe { hal.metadata(page.pool_limit) };
+            let mmu = Mmu::new(gfns, pool, page.hole, page.la57 != 0, page.nr_vcpus);
+            Vm::new(page.boot, page.nr_frames, page.nr_vcpus, mmu, &VCPUS)
+        });
+    }
+    set_syscall_msrs(&hal);
+    let vm = loop {
+        if let Some(vm) = VM.get()
+            && (first || vm.states[hal.id() as usize].get() == State::UP)
+        {
+            break vm;
+        }
+        hal.switch().pending.store(0, Ordering::SeqCst);
+        if let Some(vm) = VM.get()
+            && vm.states[hal.id() as usize].get() == State::UP
+        {
+            break vm;
+        }
+        hal.exit(exit::IDLE, [0; 4]);
+    };
+    // SAFETY: this vCPU has not run yet.
+    unsafe {
+        with_context(&hal, vm, |c| {
+            // The world was entered with some other root than the guest's.
+            vm.epochs.enter(c.v.id);
+            c.reset_cpu();
+            if first {
+                c.boot();
+            } else {
+                c.start();
+            }
+            c.prepare_return();
+        });
+    }
+}
+
+fn set_syscall_msrs(hal: &Hal) {
+    use blanket_abi::layout::sel;
+    use blanket_core::vcpu::rflags;
+    // STAR: ring-0 code and data for the entry, ring-3 selectors for the return
+    // (AMD APM vol. 2, 6.1.1).
+    let star = u64::from(sel::CORE_CS) << 32 | u64::from(sel::GUEST_CS32) << 48;
+    let mask = rflags::TF | rflags::IF | rflags::DF | rflags::NT | rflags::AC | rflags::IOPL | rflags::RF;
+    let msrs = [
+        star,
+        hal.entry_alias(&raw const entry::blanket_syscall64),
+        hal.entry_alias(&raw const entry::blanket_syscall32),
+        mask,
+    ];
+    hal.set_syscall_msrs(msrs);
+    // The module loads them at each entry from now on; this first time we do.
+    for (nr, val) in [0xc000_0081u32, 0xc000_0082, 0xc000_0083, 0xc000_0084].into_iter().zip(msrs) {
+        cpu::wrmsr(nr, val);
+    }
+}
+
+/// An address of the entry section as it is in the image, whichever of its
+/// mappings `rip` is in, and what to add to come back.
+fn canonical_rip(rip: u64) -> (u64, u64) {
+    // SAFETY: only addresses of labels are taken.
+    let (start, end) =
+        unsafe { (&raw const entry::blanket_entry_start as u64, &raw const entry::blanket_entry_end as u64) };
+    if rip < VCPU || rip >= VCPU + u64::from(MAX_VCPUS) * VCPU_STRIDE {
+        return (rip, 0);
+    }
+    let offset = (rip - VCPU) & (VCPU_STRIDE - 1);
+    if offset >= end - start {
+        return (rip, 0);
+    }
+    let image = start + offset;
+    (image, rip.wrapping_sub(image))
+}
+
+/// A fault in ring 0. Returns 0 to go on at the (changed) RIP of the frame, or a
+/// trap frame to handle.
+#[unsafe(no_mangle)]
+extern "C" fn blanket_core_fault(f: *mut TrapFrame) -> u64 {
+    // SAFETY: the entry code passes the frame that it has just built.
+    let frame = unsafe { &mut *f };
+    let (rip, back) = canonical_rip(frame.rip);
+    // SAFETY: only addresses of labels are taken.
+    let irets = [&raw const entry::blanket_iret_fast as u64, &raw const entry::blanket_iret_slow as u64];
+    if irets.contains(&rip) {
+        // The guest's general registers are those of this frame; RIP to SS of its
+        // return frame are already where a trap frame from the guest has them.
+        let saved = *frame;
+        // SAFETY: `f` lies in the area of the vCPU that runs on this CPU.
+        let top = unsafe { Hal::containing(f as u64) }.frame();
+        // SAFETY: the top frame is this vCPU's; its last five words stay.
+        unsafe {
+            let old = *top;
+            *top = TrapFrame {
+                vector: reason::IRET_FAULT,
+                error: saved.error,
+                rip: old.rip,
+                cs: old.cs,
+                rflags: old.rflags,
+                rsp: old.rsp,
+                ss: old.ss,
+                ..saved
+            };
+        }
+        return top as u64;
+    }
+    if let Some(to) = find_fixup(rip) {
+        frame.rip = if back != 0 { to.wrapping_add(back) } else { to };
+        return 0;
+    }
+    // SAFETY: as above.
+    let hal = unsafe { Hal::containing(f as u64) };
+    die(
+        &hal,
+        format_args!(
+            "fault {} (error {:#x}, cr2 {:#x}) in the core at {:#x}, rsp {:#x}, rax {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x}\n",
+            frame.vector, frame.error, hal.cr2(), frame.rip, frame.rsp, frame.rax, frame.rcx,
+            frame.rdx, frame.rsi, frame.rdi
+        ),
+    )
+}
+
+fn find_fixup(rip: u64) -> Option<u64> {
+    // SAFETY: the linker script bounds the table, an array of pairs.
+    let table = unsafe {
+        let first = &raw const entry::blanket_extable;
+        let end = &raw const entry::blanket_extable_end as u64;
+        core::slice::from_raw_parts(first, (end - first as u64) as usize / 16)
+    };
+    table.iter().find(|e| e[0] == rip).map(|e| e[1])
+}
+
+/// #DB, NMI, #DF or #MC in ring 0; `at` points at RIP of the interrupted code.
+#[unsafe(no_mangle)]
+extern "C" fn blanket_core_ist(vector: u64, at: *const u64) {
+    let sp = at as u64;
+    let ours = (VCPU..VCPU + u64::from(MAX_VCPUS) * VCPU_STRIDE).contains(&sp);
+    match vector {
+        2 if ours => {
+            // SAFETY: the stack lies in the area of the vCPU that runs here.
+            unsafe { Hal::containing(sp) }.local().nmi.store(1, Ordering::Relaxed);
+        }
+        2 => STRAY_NMI.store(1, Ordering::Relaxed),
+        18 if ours => {
+            // SAFETY: as above.
+            unsafe { Hal::containing(sp) }.local().mce.store(1, Ordering::Relaxed);
+        }
+        // A debug exception in ring 0 comes from a MOV SS of the guest right
+        // before its entry (CVE-2018-8897): the guest loses it.
+        1 => cpu::set_dr(6, 0xffff_0ff0),
+        _ => {
+            // SAFETY: as above; a double fault is always on our own stack.
+            let hal = unsafe { Hal::containing(sp) };
+            // SAFETY: the CPU pushed RIP, CS, RFLAGS, RSP there.
+            let (rip, rsp) = unsafe { (*at, *at.add(3)) };
+            die(&hal, format_args!("vector {vector} in the core at {rip:#x}, rsp {rsp:#x}\n"))
+        }
+    }
+}
+
+/// Ends the VM: the report goes to the VMM.
+fn die(hal: &Hal, args: core::fmt::Arguments<'_>) -> ! {
+    let text = Text::new(args);
+    loop {
+        let n = hal.set_data(text.bytes());
+        hal.exit(exit::CRASH, [crash::CORE, n as u64, 0, 0]);
+    }
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    let here = 0u8;
+    // SAFETY: the core runs on a stack in the area of its vCPU.
+    let hal = unsafe { Hal::containing(&raw const here as u64) };
+    die(&hal, format_args!("panic in the core: {info}\n"))
+}
+
+const _: () = assert!(area::HW.is_power_of_two() && IMAGE < VCPU);
