@@ -54,8 +54,14 @@ impl GrantTable {
     /// with gfn `base` on.
     #[must_use]
     pub fn new(base: u64, max_frames: u64) -> Self {
-        let max_frames = u32::try_from(max_frames).unwrap_or(u32::MAX).max(INITIAL_FRAMES);
-        Self { base: Gfn(base), max_frames, nr_frames: INITIAL_FRAMES }
+        let max_frames = u32::try_from(max_frames)
+            .unwrap_or(u32::MAX)
+            .max(INITIAL_FRAMES);
+        Self {
+            base: Gfn(base),
+            max_frames,
+            nr_frames: INITIAL_FRAMES,
+        }
     }
 
     /// Frames in use.

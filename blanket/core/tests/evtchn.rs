@@ -1,6 +1,9 @@
 //! Event channel ports against a simple model, case by case, and under threads.
 
-#![allow(clippy::cast_possible_truncation, reason = "numbers of vCPUs are small")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "numbers of vCPUs are small"
+)]
 
 use blanket_abi::xen::domid::{BACKEND, GUEST, SELF};
 use blanket_abi::xen::errno::{EEXIST, EINVAL, ENOENT, ENOSPC, EPERM, ESRCH};
