@@ -406,7 +406,7 @@ pub struct Switch {
     /// Address of this block in the host's address space, valid on `trans_cr3`.
     pub host_self: u64,
     /// Counters, see [`counter`].
-    pub counters: [u64; COUNTERS],
+    pub counters: [AtomicU64; COUNTERS],
     /// Text for CONSOLE and CRASH exits; its length is argument 3 of the exit.
     pub data: [u8; RUN_DATA],
 }

@@ -79,7 +79,7 @@ impl<M: Machine> Context<'_, M> {
 
     /// Loads the root of the present mode: flushes the TLB.
     pub fn load_root(&mut self) {
-        self.v.counters.add(counter::CR3_LOAD);
+        self.count(counter::CR3_LOAD);
         self.vm.epochs.enter(self.v.id);
         let cr3 = if self.kernel_mode() { self.fast.kernel_cr3 } else { self.fast.user_cr3 };
         if cr3 != 0 {
@@ -89,6 +89,7 @@ impl<M: Machine> Context<'_, M> {
 
     /// Leaves for the host and comes back, with all translations fresh.
     pub fn exit(&mut self, reason: u32, args: [u64; 4]) -> i64 {
+        self.publish_fast_counters();
         self.vm.epochs.leave(self.v.id);
         let ret = self.m.exit(reason, args);
         self.v.check_timers = true;
@@ -170,7 +171,7 @@ impl<M: Machine> Context<'_, M> {
                 // At the limit: first what is free but not yet safe, then all.
                 let retired = self.vm.mmu.lock().has_retired();
                 if !retired {
-                    self.v.counters.add(counter::SHADOW_DROP_ALL);
+                    self.count(counter::SHADOW_DROP_ALL);
                     let mut mmu = self.vm.mmu.lock();
                     mmu.drop_all(self.m, &self.vm.epochs);
                     let freed = mmu.has_retired();
@@ -389,13 +390,20 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
-    /// The counters, those of the fast paths included.
-    #[must_use]
-    pub fn counters(&self) -> [u64; blanket_abi::device::COUNTERS] {
-        let mut all = self.v.counters.0;
-        all[counter::FAST_SYSCALL] = self.fast.fast_syscalls;
-        all[counter::FAST_IRET] = self.fast.fast_irets;
-        all
+    /// Counts one of `blanket_abi::device::counter`. Only this vCPU writes its
+    /// counters, so that a plain increment is enough.
+    #[inline]
+    pub fn count(&self, what: usize) {
+        if let Some(c) = self.m.switch().counters.get(what) {
+            c.store(c.load(Relaxed).wrapping_add(1), Relaxed);
+        }
+    }
+
+    /// Publishes the counters that the entry code keeps.
+    fn publish_fast_counters(&self) {
+        let all = &self.m.switch().counters;
+        all[counter::FAST_SYSCALL].store(self.fast.fast_syscalls, Relaxed);
+        all[counter::FAST_IRET].store(self.fast.fast_irets, Relaxed);
     }
 
     // ---- vcpu_info ----
@@ -530,7 +538,7 @@ impl<M: Machine> Context<'_, M> {
 
     /// Gives an exception to the guest.
     pub fn inject(&mut self, vector: u8, error: Option<u64>) {
-        self.v.counters.add(counter::TRAP);
+        self.count(counter::TRAP);
         let gate = self.v.traps[usize::from(vector)];
         if gate.address == 0 {
             self.crash(
@@ -573,7 +581,7 @@ impl<M: Machine> Context<'_, M> {
             }
             let info = self.info_word(vcpu_info::PENDING).map_or(0, |w| w.load(SeqCst));
             if info & 0xffff != 0 && info & 0xff00 == 0 && self.v.event.address != 0 {
-                self.v.counters.add(counter::UPCALL);
+                self.count(counter::UPCALL);
                 let handler = self.v.event.address;
                 self.bounce(handler, true, None);
             }

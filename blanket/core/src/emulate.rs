@@ -66,7 +66,7 @@ impl<M: Machine> Context<'_, M> {
     pub fn invalid_opcode(&mut self) {
         let (code, n) = self.fetch();
         if let Some((PrivOp::ForcedCpuid, len)) = decode_priv(&code[..n]) {
-            self.v.counters.add(counter::PRIV_OP);
+            self.count(counter::PRIV_OP);
             self.emulate_cpuid();
             self.f.rip = self.f.rip.wrapping_add(u64::from(len));
         } else {
@@ -88,7 +88,7 @@ impl<M: Machine> Context<'_, M> {
                 return;
             }
             if self.kernel_mode() {
-                self.v.counters.add(counter::PRIV_OP);
+                self.count(counter::PRIV_OP);
                 if let Done::Next = self.privileged(op) {
                     self.f.rip = self.f.rip.wrapping_add(u64::from(len));
                     return;
@@ -342,7 +342,7 @@ impl<M: Machine> Context<'_, M> {
         if shift / 8 + u32::from(write.size) > 8 {
             return false;
         }
-        self.v.counters.add(counter::PT_WRITE);
+        self.count(counter::PT_WRITE);
         let mask = if write.size >= 8 { u64::MAX } else { (1 << (8 * write.size)) - 1 };
         let index = ((va.0 & 0xfff) >> 3) as usize;
         let before = (self.f.gprs(), self.f.rflags);

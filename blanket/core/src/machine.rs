@@ -104,8 +104,6 @@ pub trait Host {
     fn vm_page(&self) -> &VmPage;
     /// Gives a text to the next CONSOLE or CRASH exit; cut to what fits.
     fn set_data(&self, text: &[u8]) -> usize;
-    /// Publishes this vCPU's counters.
-    fn set_counters(&self, counters: &[u64; blanket_abi::device::COUNTERS]);
 }
 
 /// All three together.

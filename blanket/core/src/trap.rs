@@ -45,7 +45,7 @@ impl<M: Machine> Context<'_, M> {
         match self.f.vector {
             entry::SYSCALL if self.kernel_mode() => self.hypercall(),
             entry::SYSCALL => {
-                self.v.counters.add(counter::SLOW_SYSCALL);
+                self.count(counter::SLOW_SYSCALL);
                 self.syscall(self.v.syscall.address, self.v.syscall.mask);
             }
             entry::SYSCALL32 => self.syscall(self.v.syscall32.address, self.v.syscall32.mask),
@@ -138,7 +138,7 @@ impl<M: Machine> Context<'_, M> {
         };
         let root = self.root();
         match self.mmu(|mmu, m, ep| mmu.fault(m, ep, root, va, access)) {
-            Fault::Fixed => self.v.counters.add(counter::PF_SHADOW),
+            Fault::Fixed => self.count(counter::PF_SHADOW),
             Fault::Guest { present } => self.inject_page_fault(va, present),
             Fault::Table { gfn } => {
                 if !(self.kernel_mode() && self.emulate_table_write(gfn, va)) {
@@ -149,7 +149,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     fn inject_page_fault(&mut self, va: Va, present: bool) {
-        self.v.counters.add(counter::PF_GUEST);
+        self.count(counter::PF_GUEST);
         let keep = pte::PF_WRITE | pte::PF_FETCH;
         let mut code = self.f.error & keep;
         if present {

@@ -237,22 +237,6 @@ pub struct Vcpu {
     pub time_seen: u32,
     /// The world was left since timers were last looked at.
     pub check_timers: bool,
-    /// What is counted.
-    pub counters: Counters,
-}
-
-/// Counters that the logic keeps (`blanket_abi::device::counter`).
-#[derive(Debug)]
-pub struct Counters(pub [u64; blanket_abi::device::COUNTERS]);
-
-impl Counters {
-    /// Counts one.
-    #[inline]
-    pub fn add(&mut self, what: usize) {
-        if let Some(c) = self.0.get_mut(what) {
-            *c = c.wrapping_add(1);
-        }
-    }
 }
 
 impl Vcpu {
@@ -297,7 +281,6 @@ impl Vcpu {
             nmi_blocked: false,
             time_seen: 0,
             check_timers: true,
-            counters: Counters([0; blanket_abi::device::COUNTERS]),
         }
     }
 }

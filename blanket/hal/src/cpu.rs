@@ -7,7 +7,6 @@ pub mod msr {
     pub const FS_BASE: u32 = 0xc000_0100;
     pub const GS_BASE: u32 = 0xc000_0101;
     pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
-    pub const TSC_AUX: u32 = 0xc000_0103;
 }
 
 /// Reads an MSR that every x86-64 CPU has.
@@ -22,12 +21,12 @@ pub fn rdmsr(nr: u32) -> u64 {
     u64::from(hi) << 32 | u64::from(lo)
 }
 
-/// Writes one of the base registers or TSC_AUX; the value is canonical.
+/// Writes a base register (a canonical value) or a system call MSR.
 #[inline]
 #[allow(clippy::cast_possible_truncation, reason = "the halves are what the instruction takes")]
 pub fn wrmsr(nr: u32, val: u64) {
-    // SAFETY: CPL 0; the callers pass base MSRs with canonical values, or
-    // TSC_AUX, none of which the core itself depends on.
+    // SAFETY: CPL 0; the callers pass base MSRs with canonical values, or the
+    // system call MSRs, none of which the core itself depends on.
     unsafe {
         asm!("wrmsr", in("ecx") nr, in("eax") val as u32, in("edx") (val >> 32) as u32,
              options(nomem, nostack, preserves_flags));

@@ -86,8 +86,7 @@ impl Hal {
 
     /// An address of the entry section, as seen in this vCPU's area.
     pub fn entry_alias(&self, label: *const u8) -> u64 {
-        // SAFETY: only the address of the label is taken.
-        let start = unsafe { &raw const entry::blanket_entry_start };
+        let start = &raw const entry::blanket_entry_start;
         self.area + area::ENTRY + (label as u64 - start as u64)
     }
 
@@ -386,9 +385,5 @@ impl Host for Hal {
             core::ptr::copy_nonoverlapping(text.as_ptr(), to, n);
         }
         n
-    }
-    fn set_counters(&self, counters: &[u64; blanket_abi::device::COUNTERS]) {
-        // SAFETY: as above; the module tolerates a torn sum.
-        unsafe { (&raw mut (*self.raw_switch()).counters).write_volatile(*counters) };
     }
 }

@@ -40,7 +40,6 @@ unsafe fn with_context(hal: &Hal, vm: &'static Vm, work: impl FnOnce(&mut Contex
     let (fast, f) = unsafe { (&mut *hal.fast(), &mut *hal.frame()) };
     let mut c = Context { m: hal, vm, v: &mut v, fast, f };
     work(&mut c);
-    hal.set_counters(&c.counters());
 }
 
 /// A trap from the guest; `f` is the frame on top of the main stack.
@@ -137,9 +136,8 @@ fn set_syscall_msrs(hal: &Hal) {
 /// An address of the entry section as it is in the image, whichever of its
 /// mappings `rip` is in, and what to add to come back.
 fn canonical_rip(rip: u64) -> (u64, u64) {
-    // SAFETY: only addresses of labels are taken.
     let (start, end) =
-        unsafe { (&raw const entry::blanket_entry_start as u64, &raw const entry::blanket_entry_end as u64) };
+        (&raw const entry::blanket_entry_start as u64, &raw const entry::blanket_entry_end as u64);
     if rip < VCPU || rip >= VCPU + u64::from(MAX_VCPUS) * VCPU_STRIDE {
         return (rip, 0);
     }
@@ -158,7 +156,6 @@ extern "C" fn blanket_core_fault(f: *mut TrapFrame) -> u64 {
     // SAFETY: the entry code passes the frame that it has just built.
     let frame = unsafe { &mut *f };
     let (rip, back) = canonical_rip(frame.rip);
-    // SAFETY: only addresses of labels are taken.
     let irets = [&raw const entry::blanket_iret_fast as u64, &raw const entry::blanket_iret_slow as u64];
     if irets.contains(&rip) {
         // The guest's general registers are those of this frame; RIP to SS of its

@@ -231,7 +231,7 @@ impl<M: Machine> Context<'_, M> {
     /// guest's stack (`public/arch-x86/xen-x86_64.h`, struct iret_context).
     pub(super) fn iret(&mut self) {
         use blanket_abi::device::{counter, crash};
-        self.v.counters.add(counter::SLOW_IRET);
+        self.count(counter::SLOW_IRET);
         let Ok([rax, r11, rcx, flags, rip, cs, rfl, rsp, ss]) = self.read_words::<9>(self.f.rsp)
         else {
             let sp = self.f.rsp;

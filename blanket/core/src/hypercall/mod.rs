@@ -25,13 +25,13 @@ impl<M: Machine> Context<'_, M> {
     pub fn hypercall(&mut self) {
         let call = self.f.rax;
         if call == nr::IRET {
-            self.v.counters.add(nr::IRET as usize);
+            self.count(nr::IRET as usize);
             self.iret();
             return;
         }
         let args = [self.f.rdi, self.f.rsi, self.f.rdx, self.f.r10, self.f.r8, self.f.r9];
         let result = if call == nr::MULTICALL {
-            self.v.counters.add(nr::MULTICALL as usize);
+            self.count(nr::MULTICALL as usize);
             self.multicall(args[0], args[1])
         } else {
             self.dispatch(call, args)
@@ -42,7 +42,7 @@ impl<M: Machine> Context<'_, M> {
     /// One call, as from a register frame or a multicall entry.
     pub fn dispatch(&mut self, call: u64, a: Args) -> Hyper {
         if call < nr::COUNT {
-            self.v.counters.add(call as usize);
+            self.count(call as usize);
         }
         match call {
             nr::MMU_UPDATE => self.mmu_update(a[0], a[1], a[2], a[3]),
