@@ -419,6 +419,7 @@ impl<M: Machine> Context<'_, M> {
     pub fn info_publish(&mut self) {
         self.fast.vcpu_info =
             self.v.info.map_or(0, |p| WINDOW + p.gfn.base() + p.offset);
+        self.publish_entry();
     }
 
     /// Whether an event waits, masked or not.

@@ -96,7 +96,6 @@ impl<M: Machine> Context<'_, M> {
         // The guest sees the selectors that it asked for in the frame.
         let selectors = self.m.data_selectors().map(u64::from);
         self.bounce_with(callback.address, callback.mask, &[], &selectors);
-        self.f.cs = u64::from(sel::GUEST_CS64);
     }
 
     /// Whether the present mode may use gate `n` with `int n`. The guest kernel

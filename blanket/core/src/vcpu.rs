@@ -279,7 +279,8 @@ impl Vcpu {
             periodic: NEVER,
             poll_until: NEVER,
             nmi_blocked: false,
-            time_seen: 0,
+            // Odd: no version is.
+            time_seen: 1,
             check_timers: true,
         }
     }

@@ -419,32 +419,20 @@ blanket_load_selectors:
     inc eax
     jmp 53b
 
-    # blanket_leave(switch: rdi): to the host, and back.
+    # blanket_leave(switch: rdi): to the host. The module pops what is pushed here
+    # and returns to our caller.
     .global blanket_leave
 blanket_leave:
-    push rbp
     push rbx
+    push rbp
     push r12
     push r13
     push r14
     push r15
-    # The module pops six registers and returns: give it our resume point.
-    lea rax, [rip + 60f]
-    push rax
-    sub rsp, 48
     mov rax, [rdi + {S_TRANS}]
     mov cr3, rax
     mov [rdi + {S_RSP}], rsp
-    mov rax, [rdi + {S_EXIT}]
-    mov rdi, [rdi + {S_SELF}]
-    jmp rax
-60: pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop rbx
-    pop rbp
-    ret
+    jmp [rdi + {S_EXIT}]
 
     .section .extable, "a"
     .quad 40b, 46b, 42b, 46b, 43b, 46b, 44b, 46b
@@ -477,7 +465,6 @@ blanket_leave:
     S_TRANS = const offset_of!(blanket_abi::device::Switch, trans_cr3),
     S_RSP = const offset_of!(blanket_abi::device::Switch, core_rsp),
     S_EXIT = const offset_of!(blanket_abi::device::Switch, exit_entry),
-    S_SELF = const offset_of!(blanket_abi::device::Switch, host_self),
 );
 
 // SAFETY: these are labels in the assembly above; the functions among them

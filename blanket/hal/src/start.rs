@@ -8,7 +8,7 @@ use blanket_abi::layout::{IMAGE, MAX_VCPUS, VCPU, VCPU_STRIDE, vcpu as area};
 use blanket_core::context::{Context, Text};
 use blanket_core::machine::{Cpu, Host};
 use blanket_core::mmu::Mmu;
-use blanket_core::vcpu::{State, TrapFrame, Vcpu, entry as reason};
+use blanket_core::vcpu::{NEVER, State, TrapFrame, Vcpu, entry as reason};
 use blanket_core::vm::Vm;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use spin::{Mutex, Once};
@@ -83,6 +83,7 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
         });
     }
     set_syscall_msrs(&hal);
+    hal.switch().deadline.store(NEVER, Ordering::SeqCst);
     let vm = loop {
         if let Some(vm) = VM.get()
             && (first || vm.states[hal.id() as usize].get() == State::UP)

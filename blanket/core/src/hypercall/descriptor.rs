@@ -116,14 +116,19 @@ impl<M: Machine> Context<'_, M> {
         Ok(0)
     }
 
-    /// Brings the fast paths up to date with stack and system call handler.
-    pub(super) fn publish_entry(&mut self) {
+    /// Brings the fast paths up to date. The system call path looks only at
+    /// `Fast::syscall`: it is set only when everything else is there.
+    pub(crate) fn publish_entry(&mut self) {
         let sp = self.v.kernel_sp & !15;
         // The fast path stores up to 64 bytes below.
         let sp_ok = Va(sp).is_guest() && Va(sp.wrapping_sub(64)).is_guest();
         self.fast.kernel_sp = if sp_ok { sp } else { 0 };
         let handler = self.v.syscall.address;
-        let fast = self.v.syscall.mask && Va(handler).is_guest();
+        let fast = self.v.syscall.mask
+            && handler != 0
+            && Va(handler).is_guest()
+            && self.fast.kernel_sp != 0
+            && self.fast.vcpu_info != 0;
         self.fast.syscall = if fast { handler } else { 0 };
     }
 

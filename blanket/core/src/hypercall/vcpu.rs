@@ -276,7 +276,7 @@ impl<M: Machine> Context<'_, M> {
         self.publish_entry();
         self.set_events_masked(true);
         self.v.check_timers = true;
-        self.v.time_seen = 0;
+        self.publish_time_now();
         self.set_runstate(runstate::RUNNING);
     }
 
