@@ -95,21 +95,69 @@ fn snake(name: &str) -> String {
 
 /// `exit::INTR` is `BLANKET_EXIT_INTR` in C.
 fn macro_name(constant: &str) -> String {
-    format!("BLANKET_{}", constant.replace("::", "_").to_uppercase())
+    let (module, name) = constant.split_once("::").unwrap_or(("", constant));
+    let prefix = match module {
+        "features" => "FEATURE_",
+        "boot_flags" => "BOOT_",
+        "" | "sel" => "",
+        module => return format!("BLANKET_{}_{name}", module.to_uppercase()),
+    };
+    format!("BLANKET_{prefix}{name}")
 }
 
-/// Object-like macros of the header, other than include guards.
+/// Numbers of the header that have no constant in the Rust crate, and why that
+/// is no gap.
+const HEADER_ONLY: &[&str] = &[
+    // Part of each ioctl number, which are compared.
+    "BLANKET_IOC",
+    // Lengths of fields, whose sizes are compared.
+    "BLANKET_RAISED_WORDS",
+    "BLANKET_PORT_VCPUS",
+    // The Xen ABI's flag in pvclock.
+    "BLANKET_TIME_STABLE",
+    // Sizes of the core's own records: blanket-core asserts them when it is compiled.
+    "BLANKET_GFN_INFO_SIZE",
+    "BLANKET_POOL_INFO_SIZE",
+    "BLANKET_POOL_GFNS_SIZE",
+];
+
+/// Modules of `device.rs` whose constants only the core and the VMM use.
+const RUST_ONLY: &[&str] = &["counter::"];
+
+/// Names of the header that have a value: object-like macros and enumerators.
 fn header_macros(header: &str) -> BTreeSet<String> {
-    header
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("#define "))
-        .filter_map(|rest| {
+    let mut names = BTreeSet::new();
+    for line in header.lines().map(str::trim) {
+        let name = if let Some(rest) = line.strip_prefix("#define ") {
             let mut words = rest.split_whitespace();
-            let name = words.next()?;
+            let name = words.next().unwrap_or_default();
             let valued = words.next().is_some_and(|word| !word.starts_with("/*"));
-            (valued && name.starts_with("BLANKET_") && !name.contains('(')).then(|| name.to_owned())
-        })
-        .collect()
+            if valued { name } else { "" }
+        } else {
+            line.split_once(" = ").map_or("", |(name, _)| name)
+        };
+        let ours = ["BLANKET_", "SW_", "DTR_"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix));
+        if ours && !name.contains('(') {
+            names.insert(name.to_owned());
+        }
+    }
+    names
+}
+
+/// The Rust expression for an offset that the header names for the assembly
+/// (`SW_HOST_RSP`, `DTR_LIMIT`).
+fn offset_macro(name: &str) -> Option<String> {
+    let (structure, field) = if let Some(field) = name.strip_prefix("SW_") {
+        ("Switch", field)
+    } else {
+        ("Dtr", name.strip_prefix("DTR_")?)
+    };
+    Some(format!(
+        "core::mem::offset_of!(device::{structure}, {})",
+        field.to_lowercase()
+    ))
 }
 
 /// Compares the header with the crate. The answer says how many facts agreed.
@@ -131,6 +179,7 @@ pub fn run(project: &Project) -> Result<String> {
     let mut constants: Vec<(String, String)> = device
         .constants
         .iter()
+        .filter(|name| !RUST_ONLY.iter().any(|module| name.starts_with(module)))
         .map(|name| (format!("device::{name}"), macro_name(name)))
         .collect();
     constants.extend(
@@ -140,16 +189,23 @@ pub fn run(project: &Project) -> Result<String> {
             .map(|name| (format!("layout::{name}"), macro_name(name)))
             .filter(|(_, name)| macros.contains(name)),
     );
-    let known: BTreeSet<&String> = constants.iter().map(|(_, name)| name).collect();
-    let unknown: Vec<&String> = macros.iter().filter(|name| !known.contains(name)).collect();
+    constants.extend(
+        macros
+            .iter()
+            .filter_map(|name| offset_macro(name).map(|rust| (rust, name.clone()))),
+    );
+    let known: BTreeSet<&str> = constants.iter().map(|(_, name)| name.as_str()).collect();
+    let unknown: Vec<&String> = macros
+        .iter()
+        .filter(|name| !known.contains(name.as_str()) && !HEADER_ONLY.contains(&name.as_str()))
+        .collect();
     ensure!(
         unknown.is_empty(),
         "blanket.h defines what the Rust crate does not have: {unknown:?}"
     );
-    let absent: Vec<&String> = known
+    let absent: Vec<&&str> = known
         .iter()
-        .copied()
-        .filter(|name| !macros.contains(*name))
+        .filter(|name| !macros.contains(**name))
         .collect();
     ensure!(
         absent.is_empty(),
@@ -290,11 +346,17 @@ mod tests {
     fn names_in_c() {
         assert_eq!(snake("CreateVm"), "create_vm");
         assert_eq!(macro_name("exit::INTR"), "BLANKET_EXIT_INTR");
-        let header = "#ifndef _BLANKET_H\n#define _BLANKET_H\n#define BLANKET_A 1\n\
-                      #define BLANKET_F(x) x\n#define BLANKET_GUARD /* none */\n";
-        assert_eq!(
-            header_macros(header),
-            BTreeSet::from(["BLANKET_A".to_owned()])
-        );
+        assert_eq!(macro_name("sel::CORE_CS"), "BLANKET_CORE_CS");
+        assert_eq!(macro_name("RUN"), "BLANKET_RUN");
+        let header = "#ifndef BLANKET_H
+#define BLANKET_H
+#define BLANKET_A 1
+\
+                      #define BLANKET_F(x) x
+	BLANKET_EXIT_B = 2,
+#define SW_HOST_RSP 8
+";
+        let names = ["BLANKET_A", "BLANKET_EXIT_B", "SW_HOST_RSP"].map(str::to_owned);
+        assert_eq!(header_macros(header), BTreeSet::from(names));
     }
 }

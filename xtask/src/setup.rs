@@ -14,8 +14,6 @@ pub enum Need {
     Build,
     /// Unpack kernels and boot them in QEMU.
     Boot,
-    /// Compile the programs that tests run in guests.
-    Guests,
 }
 
 /// Debian packages by need. gcc-12 is what Debian 12's kernels were built with,
@@ -38,12 +36,11 @@ const PACKAGES: &[(Need, &[&str])] = &[
             "debian-archive-keyring",
         ],
     ),
-    (Need::Guests, &["gcc-multilib"]),
 ];
 
 /// The `setup` verb: everything for every verb.
 pub fn run(project: &Project) -> Result<()> {
-    ensure(project, &[Need::Build, Need::Boot, Need::Guests])?;
+    ensure(project, &[Need::Build, Need::Boot])?;
     println!("setup: everything is here");
     Ok(())
 }

@@ -97,7 +97,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         }
         return Ok(());
     }
-    setup::ensure(project, &[Need::Build, Need::Boot, Need::Guests])?;
+    setup::ensure(project, &[Need::Build, Need::Boot])?;
     let mut total = Tally::default();
     for step in steps {
         let start = Instant::now();
