@@ -1,6 +1,28 @@
-//! The user-space side of Blanket.
+//! Blanket's user-space side: from a kernel file to a running VM.
+//!
+//! [`kernel`] reads the kernel, [`builder`] makes a domain of it, [`device`] gives
+//! the domain to the module, [`vm`] runs its vCPUs, [`console`] and [`xenstore`]
+//! serve it, and [`instance`] ties them together over reboots. Guest memory is
+//! shared with a hostile writer: it is read once, checked, and never trusted.
 
 pub mod builder;
+pub mod console;
+pub mod device;
+pub mod hypervisor;
+pub mod instance;
 pub mod kernel;
+pub mod ring;
+mod sync;
+pub mod vm;
+pub mod xenstore;
+
 #[cfg(test)]
+mod fake;
+#[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "small numbers of the tests' own making"
+)]
 mod testkernel;

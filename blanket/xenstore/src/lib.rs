@@ -23,4 +23,10 @@ pub use store::{ConnId, DomId, Store, TxId};
 pub use watch::Event;
 
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "small numbers of the tests' own making"
+)]
 mod tests;

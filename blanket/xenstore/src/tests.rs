@@ -549,6 +549,9 @@ impl Model {
     }
 }
 
+/// A transaction, what was seen in it, and the model's version when it began.
+type Open = (TxId, Vec<(Op, Seen)>, i32);
+
 fn run_store(store: &mut Store, conn: ConnId, tx: Option<TxId>, op: &Op) -> Seen {
     match op {
         Op::Read(at) => store.read(conn, tx, &path(at)).map(|v| vec![v]),
@@ -596,7 +599,7 @@ proptest! {
         let conn = store.connect(0);
         let mut model = Model::default();
         let mut version = 0;
-        let mut open: [Option<(TxId, Vec<(Op, Seen)>, i32)>; 3] = [None, None, None];
+        let mut open: [Option<Open>; 3] = [None, None, None];
         for step in steps {
             match step {
                 Step::Plain(op) => {

@@ -211,8 +211,8 @@ pub fn check(domain: &Domain, kernel: &Kernel, initrd: &[u8], memory: u64, cmdli
             let (entry, path) = walk(domain, va).expect("the p2m is mapped");
             assert_eq!(entry & 0xfff, PRESENT | RW | USER | ACCESSED | DIRTY);
             let frame = entry >> 12;
-            if notes.init_p2m.is_some() {
-                assert_eq!(mfn_list, notes.init_p2m.expect("checked"));
+            if let Some(wanted) = notes.init_p2m {
+                assert_eq!(mfn_list, wanted);
                 let owned = first_p2m..first_p2m + nr_p2m;
                 assert!(owned.contains(&frame));
                 assert!(path[1..].iter().all(|table| owned.contains(table)));

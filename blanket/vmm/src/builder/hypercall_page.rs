@@ -1,8 +1,6 @@
 //! The hypercall page of kernels that do not issue `syscall` themselves
 //! (`xen/arch/x86/pv/hypercall.c`, `pv_ring3_init_hypercall_page`).
 
-use blanket_abi::PAGE_SIZE;
-
 /// Bytes of a stub.
 const STUB: usize = 32;
 /// The iret hypercall: its stub builds the first words of the iret frame.
@@ -11,7 +9,7 @@ const IRET: u32 = 23;
 /// 128 stubs; stub *n* makes hypercall *n*.
 pub fn contents() -> Vec<u8> {
     // Traps where no stub is.
-    let mut page = vec![0xcc; PAGE_SIZE as usize];
+    let mut page = vec![0xcc; 128 * STUB];
     for (number, stub) in (0u32..).zip(page.chunks_exact_mut(STUB)) {
         let [a, b, c, d] = number.to_le_bytes();
         if number == IRET {

@@ -101,8 +101,8 @@ impl Layout {
         if ram_frames > MAX_FRAMES - 1 - GRANT_FRAMES {
             return Err(Error::TooLarge(format!(
                 "{} MiB of memory are too much: a VM has at most {} MiB",
-                ram_frames * PAGE_SIZE >> 20,
-                (MAX_FRAMES * PAGE_SIZE >> 20) - 1
+                (ram_frames * PAGE_SIZE) >> 20,
+                ((MAX_FRAMES * PAGE_SIZE) >> 20) - 1
             )));
         }
 

@@ -221,4 +221,10 @@ fn reserve_grants(memory: &GuestMemory, layout: &Layout) -> Result<(), Error> {
 #[cfg(test)]
 mod check;
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "small numbers of the tests' own making"
+)]
 mod tests;

@@ -185,7 +185,7 @@ proptest! {
             ..Synthetic::default()
         }
         .kernel();
-        let initrd: Vec<u8> = (0..initrd).map(|n| (n * 31 >> 5) as u8).collect();
+        let initrd: Vec<u8> = (0..initrd).map(|n| ((n * 31) >> 5) as u8).collect();
         let memory = pages * PAGE_SIZE;
         match build(&kernel, Some(&initrd), &config(memory, &cmdline)) {
             Ok(domain) => check(&domain, &kernel, &initrd, memory, &cmdline),

@@ -64,7 +64,7 @@ impl Kernel {
     /// Everything in [`ErrorKind`], with the path.
     pub fn load(path: &Path) -> Result<Self, Error> {
         read_file(path)
-            .and_then(|bytes| Self::parse(bytes))
+            .and_then(Self::parse)
             .map_err(|kind| Error {
                 path: path.to_owned(),
                 kind,
@@ -213,4 +213,10 @@ fn parse_elf(bytes: &[u8]) -> Result<(Vec<Segment>, XenNotes), ErrorKind> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "small numbers of the tests' own making"
+)]
 mod tests;

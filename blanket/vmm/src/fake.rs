@@ -1,0 +1,147 @@
+//! A hypervisor whose guests are closures, for tests of everything above the device.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex};
+
+use blanket_abi::device::{Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
+
+use crate::builder::{Domain, GuestMemory};
+use crate::device::Error;
+use crate::hypervisor::{Exit, Hypervisor, Kick, Machine, Vcpu};
+use crate::sync::lock;
+
+/// What a vCPU does at each RUN.
+pub type Program = Box<dyn FnMut(&Guest) -> Result<Exit, Error> + Send>;
+
+/// Makes VMs whose vCPUs run what `programs` gives for (boot number, vCPU).
+pub struct Fake<F> {
+    programs: F,
+    boots: Mutex<u32>,
+}
+
+/// The guest's view of its VM.
+pub struct Guest {
+    pub memory: Arc<GuestMemory>,
+    pub boot: Boot,
+    events: Mutex<Events>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Events {
+    raised: VecDeque<u32>,
+    stop: bool,
+}
+
+impl Guest {
+    /// Waits for an event; `None` when the vCPU is to leave.
+    pub fn wait(&self) -> Option<u32> {
+        let mut events = lock(&self.events);
+        loop {
+            if events.stop {
+                return None;
+            }
+            if let Some(port) = events.raised.pop_front() {
+                return Some(port);
+            }
+            events = self.changed.wait(events).expect("no panics under the lock");
+        }
+    }
+}
+
+impl<F: Fn(u32, u32) -> Program + Send + Sync> Fake<F> {
+    pub fn new(programs: F) -> Arc<Self> {
+        Arc::new(Self {
+            programs,
+            boots: Mutex::new(0),
+        })
+    }
+}
+
+struct FakeMachine {
+    guest: Arc<Guest>,
+    programs: Mutex<Vec<Option<Program>>>,
+}
+
+struct FakeVcpu {
+    guest: Arc<Guest>,
+    program: Program,
+}
+
+struct FakeKick(Arc<Guest>);
+
+impl<F: Fn(u32, u32) -> Program + Send + Sync> Hypervisor for Fake<F> {
+    fn info(&self) -> Info {
+        Info {
+            max_vcpus: 64,
+            max_frames: 1 << 24,
+            ..Info::default()
+        }
+    }
+
+    fn create(&self, domain: &Domain, vcpus: u32, _: u64) -> Result<Arc<dyn Machine>, Error> {
+        let mut boots = lock(&self.boots);
+        let programs = (0..vcpus)
+            .map(|id| Some((self.programs)(*boots, id)))
+            .collect();
+        *boots += 1;
+        let guest = Arc::new(Guest {
+            memory: Arc::clone(&domain.memory),
+            boot: domain.boot,
+            events: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        Ok(Arc::new(FakeMachine {
+            guest,
+            programs: Mutex::new(programs),
+        }))
+    }
+}
+
+impl Machine for FakeMachine {
+    fn vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, Error> {
+        let program = lock(&self.programs)[id as usize]
+            .take()
+            .expect("each vCPU once");
+        Ok(Box::new(FakeVcpu {
+            guest: Arc::clone(&self.guest),
+            program,
+        }))
+    }
+
+    fn raise(&self, port: u32) -> Result<(), Error> {
+        lock(&self.guest.events).raised.push_back(port);
+        self.guest.changed.notify_all();
+        Ok(())
+    }
+
+    fn stats(&self) -> Result<VmStats, Error> {
+        Ok(VmStats {
+            exits: [1; EXIT_REASONS],
+            counters: [2; COUNTERS],
+            frames: 3,
+            pool: 4,
+            guest_ns: 5,
+        })
+    }
+}
+
+impl Vcpu for FakeVcpu {
+    fn run(&mut self) -> Result<Exit, Error> {
+        if lock(&self.guest.events).stop {
+            return Ok(Exit::Interrupted);
+        }
+        (self.program)(&self.guest)
+    }
+
+    fn kick(&self) -> Arc<dyn Kick> {
+        Arc::new(FakeKick(Arc::clone(&self.guest)))
+    }
+}
+
+impl Kick for FakeKick {
+    fn stop(&self) {
+        lock(&self.0.events).stop = true;
+        self.0.changed.notify_all();
+    }
+}

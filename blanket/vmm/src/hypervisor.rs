@@ -1,0 +1,115 @@
+//! What a hypervisor must give a VM: the consumer's side of the device, so that
+//! the VM logic runs against the module, another host adapter, or a test double.
+
+use std::sync::Arc;
+
+use blanket_abi::device::{Info, VmStats, crash};
+
+use crate::builder::Domain;
+use crate::device::Error;
+
+/// Makes VMs.
+pub trait Hypervisor: Send + Sync {
+    /// What it can do.
+    fn info(&self) -> Info;
+
+    /// Makes a VM of a built domain. It keeps the domain's memory mapped for as
+    /// long as it lives.
+    ///
+    /// # Errors
+    /// What the host refused, with the cause.
+    fn create(
+        &self,
+        domain: &Domain,
+        vcpus: u32,
+        pool_limit: u64,
+    ) -> Result<Arc<dyn Machine>, Error>;
+}
+
+/// A VM.
+pub trait Machine: Send + Sync {
+    /// Makes vCPU `id`; each once.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, Error>;
+
+    /// Notifies the guest on an event channel port.
+    ///
+    /// # Errors
+    /// Only for a port that cannot be.
+    fn raise(&self, port: u32) -> Result<(), Error>;
+
+    /// Counters of the VM.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn stats(&self) -> Result<VmStats, Error>;
+}
+
+/// A virtual CPU, used by one thread.
+pub trait Vcpu: Send {
+    /// Runs the guest until something needs the VMM.
+    ///
+    /// # Errors
+    /// What the host refused; an exit that is not known.
+    fn run(&mut self) -> Result<Exit, Error>;
+
+    /// The way to make [`Vcpu::run`] return from another thread.
+    fn kick(&self) -> Arc<dyn Kick>;
+}
+
+/// Makes a vCPU leave the guest.
+pub trait Kick: Send + Sync {
+    /// Makes the current or the next run return [`Exit::Interrupted`], and all
+    /// after it. A thread that waits in the kernel needs a signal besides.
+    fn stop(&self);
+}
+
+/// Why a vCPU returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest notified a backend's port.
+    Send(u32),
+    /// The guest wrote with `console_io`.
+    Console(Vec<u8>),
+    /// The guest ended itself; the reason is one of `SHUTDOWN_*`.
+    Shutdown(u64),
+    /// The guest cannot go on.
+    Crash(Crash),
+    /// A signal, or [`Kick::stop`].
+    Interrupted,
+}
+
+/// Why a guest was ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Crash {
+    /// Whose fault it is.
+    pub kind: CrashKind,
+    /// The core's report.
+    pub report: String,
+}
+
+/// Whose fault a crash is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CrashKind {
+    /// The guest did something that has no defined outcome.
+    Guest,
+    /// The core found its own state wrong.
+    Core,
+    /// The host could not give memory.
+    Memory,
+    /// A kind that this version does not know.
+    Other(u64),
+}
+
+impl From<u64> for CrashKind {
+    fn from(number: u64) -> Self {
+        match number {
+            crash::GUEST => Self::Guest,
+            crash::CORE => Self::Core,
+            crash::MEMORY => Self::Memory,
+            other => Self::Other(other),
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! A VM as its user sees it: from the files it is made of, over its reboots, to
+//! the way it ended.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use blanket_abi::device::VmStats;
+use blanket_abi::xen::domid;
+use blanket_xenstore::{DomainSpec, Errno};
+
+use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
+use crate::console::Console;
+use crate::device;
+use crate::hypervisor::{Hypervisor, Machine};
+use crate::kernel::{self, Kernel};
+use crate::sync::lock;
+use crate::vm::{self, Backend, Backends, EarlyConsole, End, Vm};
+use crate::xenstore::Xenstore;
+
+/// What a VM is made of.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// Its name, also in its xenstore.
+    pub name: String,
+    /// The kernel file. Read again at each reboot, as the initrd.
+    pub kernel: PathBuf,
+    /// The initrd file.
+    pub initrd: Option<PathBuf>,
+    /// RAM, bytes.
+    pub memory: u64,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// What a reboot of the guest does.
+    pub on_reboot: OnReboot,
+    /// Have the core report every hypercall that it refuses.
+    pub verbose: bool,
+    /// Most pages of shadow memory; 0 = the module's default.
+    pub pool_limit: u64,
+}
+
+/// What a reboot of the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnReboot {
+    /// Builds the domain again and starts it.
+    Restart,
+    /// Ends the VM.
+    Exit,
+}
+
+/// Why a VM could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// The initrd.
+    #[error("initrd {}: {source}", path.display())]
+    Initrd {
+        /// The file.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The domain.
+    #[error(transparent)]
+    Build(#[from] builder::Error),
+    /// The hypervisor.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    /// The vCPUs.
+    #[error(transparent)]
+    Start(#[from] vm::Failure),
+    /// The first nodes of the store.
+    #[error("cannot describe the VM in its xenstore: {0}")]
+    Xenstore(Errno),
+    /// The host gave no random bytes for the UUID.
+    #[error("cannot make a UUID: {0}")]
+    Uuid(io::Error),
+}
+
+/// Why a guest was not stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// There is nothing to stop.
+    #[error("the VM has ended already")]
+    Ended,
+    /// The guest did not do it.
+    #[error(
+        "the guest did not shut down within {} seconds{}",
+        timeout.as_secs(),
+        if *listening { "" } else { "; it does not listen for the request (still booting, or hung)" }
+    )]
+    Timeout {
+        /// How long it had.
+        timeout: Duration,
+        /// Whether it had announced that it powers off on request.
+        listening: bool,
+    },
+    /// The request could not be written.
+    #[error("cannot ask the guest: {0}")]
+    Xenstore(Errno),
+}
+
+/// A VM over all its reboots.
+pub struct Instance {
+    spec: Spec,
+    uuid: String,
+    hypervisor: Arc<dyn Hypervisor>,
+    console: Arc<Console>,
+    started: Instant,
+    now: Mutex<Now>,
+}
+
+/// What runs at the moment.
+#[derive(Default)]
+struct Now {
+    running: Option<Running>,
+    boots: u32,
+    killed: bool,
+    last_stats: Option<VmStats>,
+}
+
+#[derive(Clone)]
+struct Running {
+    machine: Arc<dyn Machine>,
+    handle: vm::Handle,
+    xenstore: Arc<Xenstore>,
+}
+
+impl Instance {
+    /// A VM that has not been started.
+    ///
+    /// # Errors
+    /// The host gave no random bytes.
+    pub fn new(
+        spec: Spec,
+        hypervisor: Arc<dyn Hypervisor>,
+        console: Arc<Console>,
+    ) -> Result<Arc<Self>, Error> {
+        Ok(Arc::new(Self {
+            spec,
+            uuid: uuid().map_err(Error::Uuid)?,
+            hypervisor,
+            console,
+            started: Instant::now(),
+            now: Mutex::default(),
+        }))
+    }
+
+    /// Loads the files, builds the domain and starts its vCPUs.
+    ///
+    /// # Errors
+    /// Which of the steps failed and on what; nothing is left running.
+    pub fn boot(&self) -> Result<Vm, Error> {
+        let spec = &self.spec;
+        let domain = {
+            let kernel = Kernel::load(&spec.kernel)?;
+            let initrd = spec.initrd.as_deref().map(read_initrd).transpose()?;
+            let config = builder::Config {
+                memory: spec.memory,
+                cmdline: spec.cmdline.clone(),
+                verbose: spec.verbose,
+            };
+            builder::build(&kernel, initrd.as_deref(), &config)?
+        };
+        let machine = self
+            .hypervisor
+            .create(&domain, spec.vcpus, spec.pool_limit)?;
+        let description = DomainSpec {
+            domain: domid::GUEST,
+            name: spec.name.clone(),
+            uuid: self.uuid.clone(),
+            memory_kib: spec.memory >> 10,
+            max_memory_kib: spec.memory >> 10,
+            vcpus: spec.vcpus,
+            store_ring: (domain.layout.store.0, STORE_PORT),
+            console_ring: (domain.layout.console.0, CONSOLE_PORT),
+        };
+        let xenstore =
+            Xenstore::new(&domain, &description, Arc::clone(&machine)).map_err(Error::Xenstore)?;
+        let xenstore = Arc::new(xenstore);
+        self.console.connect(&domain, Arc::clone(&machine));
+
+        let ports: [(u32, Arc<dyn Backend>); 2] = [
+            (STORE_PORT, Arc::clone(&xenstore) as Arc<dyn Backend>),
+            (CONSOLE_PORT, Arc::clone(&self.console) as Arc<dyn Backend>),
+        ];
+        let backends = Backends {
+            ports: BTreeMap::from(ports),
+            early_console: Arc::clone(&self.console) as Arc<dyn EarlyConsole>,
+        };
+        let vm = Vm::start(Arc::clone(&machine), spec.vcpus, backends)?;
+
+        let mut now = lock(&self.now);
+        now.boots += 1;
+        if now.killed {
+            vm.handle().kill();
+        }
+        now.running = Some(Running {
+            machine,
+            handle: vm.handle(),
+            xenstore,
+        });
+        Ok(vm)
+    }
+
+    /// Waits for the end of a VM, starting it again when it reboots.
+    ///
+    /// # Errors
+    /// It cannot be started again.
+    pub fn run(&self, mut vm: Vm) -> Result<End, Error> {
+        loop {
+            let end = vm.wait();
+            self.console.disconnect();
+            {
+                let mut now = lock(&self.now);
+                if let Some(running) = now.running.take() {
+                    match running.machine.stats() {
+                        Ok(stats) => now.last_stats = Some(stats),
+                        Err(error) => tracing::warn!(%error, "the last counters are lost"),
+                    }
+                }
+            }
+            match (&end, self.spec.on_reboot) {
+                (End::Reboot, OnReboot::Restart) => {
+                    tracing::info!("the guest reboots");
+                    vm = self.boot()?;
+                }
+                _ => return Ok(end),
+            }
+        }
+    }
+
+    /// Asks the guest to power itself off and waits until it has.
+    ///
+    /// # Errors
+    /// It did not within the time.
+    pub fn stop(&self, timeout: Duration) -> Result<(), StopError> {
+        let running = lock(&self.now).running.clone().ok_or(StopError::Ended)?;
+        running
+            .xenstore
+            .request_shutdown("poweroff")
+            .map_err(StopError::Xenstore)?;
+        if running.handle.wait_ended(timeout) {
+            return Ok(());
+        }
+        let listening = running
+            .xenstore
+            .read("control/feature-poweroff")
+            .is_ok_and(|value| value.starts_with(b"1"));
+        Err(StopError::Timeout { timeout, listening })
+    }
+
+    /// Ends the VM at once, also one that is just rebooting.
+    pub fn kill(&self) {
+        let mut now = lock(&self.now);
+        now.killed = true;
+        if let Some(running) = &now.running {
+            running.handle.kill();
+        }
+    }
+
+    /// Counters of the running VM, or of the last one.
+    ///
+    /// # Errors
+    /// What the host refused.
+    pub fn stats(&self) -> Result<Option<VmStats>, device::Error> {
+        let (running, last) = {
+            let now = lock(&self.now);
+            (now.running.clone(), now.last_stats)
+        };
+        match running {
+            Some(running) => running.machine.stats().map(Some),
+            None => Ok(last),
+        }
+    }
+
+    /// What it is made of.
+    #[must_use]
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Its identity, kept over reboots.
+    #[must_use]
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// Its console.
+    #[must_use]
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    /// How often it was started.
+    #[must_use]
+    pub fn boots(&self) -> u32 {
+        lock(&self.now).boots
+    }
+
+    /// Time since it was made.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+fn read_initrd(path: &std::path::Path) -> Result<Vec<u8>, Error> {
+    let failed = |source| Error::Initrd {
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = std::fs::read(path).map_err(failed)?;
+    if bytes.is_empty() {
+        return Err(failed(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the file is empty",
+        )));
+    }
+    Ok(bytes)
+}
+
+/// A random UUID (RFC 9562, version 4).
+fn uuid() -> io::Result<String> {
+    let mut bytes = [0u8; 16];
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    if got != bytes.len() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok([
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..],
+    ]
+    .join("-"))
+}
+
+#[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "small numbers of the tests' own making"
+)]
+mod tests;

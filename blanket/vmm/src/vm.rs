@@ -1,0 +1,296 @@
+//! A running VM: one thread per vCPU, and what their exits lead to.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use blanket_abi::device::VmStats;
+use blanket_abi::xen::hypercall::sched;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::device;
+use crate::hypervisor::{Crash, Exit, Kick, Machine, Vcpu};
+use crate::sync::lock;
+
+/// The VMM's end of an event channel.
+pub trait Backend: Send + Sync {
+    /// The guest notified the port. Called by the vCPU's thread: must not wait.
+    fn notified(&self);
+}
+
+/// Takes what a guest writes with `console_io`, before it has a console.
+pub trait EarlyConsole: Send + Sync {
+    /// Must not wait.
+    fn write(&self, bytes: &[u8]);
+}
+
+/// How a VM ended.
+#[derive(Debug)]
+pub enum End {
+    /// The guest powered itself off.
+    Poweroff,
+    /// The guest asks for a restart.
+    Reboot,
+    /// The guest reported its own crash (a kernel panic).
+    Panic,
+    /// The guest's watchdog expired.
+    Watchdog,
+    /// The guest asked for something that is not supported, by reason number.
+    Unsupported(u64),
+    /// The hypervisor ended the guest.
+    Crash(Crash),
+    /// The VM was killed from outside.
+    Killed,
+    /// The VMM or the host failed.
+    Failed(Failure),
+}
+
+/// What failed on this side.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    /// A thread could not be started.
+    #[error("cannot start a thread for vCPU {vcpu}: {source}")]
+    Thread {
+        /// The vCPU.
+        vcpu: u32,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// A vCPU's thread panicked: a bug of this program.
+    #[error("the thread of vCPU {0} panicked")]
+    Panicked(u32),
+}
+
+/// What serves a VM.
+pub struct Backends {
+    /// By event channel port.
+    pub ports: BTreeMap<u32, Arc<dyn Backend>>,
+    /// `console_io`.
+    pub early_console: Arc<dyn EarlyConsole>,
+}
+
+struct Shared {
+    machine: Arc<dyn Machine>,
+    backends: Backends,
+    kicks: Vec<Arc<dyn Kick>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    end: Option<End>,
+    ended: bool,
+}
+
+/// A running VM. Dropping it kills it.
+pub struct Vm {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Refers to a VM from other threads; does not keep it alive.
+#[derive(Clone)]
+pub struct Handle(Weak<Shared>);
+
+impl Vm {
+    /// Creates the vCPUs and starts them.
+    ///
+    /// # Errors
+    /// What the host refused. Nothing is left running.
+    pub fn start(
+        machine: Arc<dyn Machine>,
+        vcpus: u32,
+        backends: Backends,
+    ) -> Result<Self, Failure> {
+        // The handler does nothing: the signal is there to interrupt RUN.
+        let _ = register_signal_handler(SIGRTMIN(), nothing);
+
+        let vcpus: Vec<Box<dyn Vcpu>> = (0..vcpus)
+            .map(|id| machine.vcpu(id))
+            .collect::<Result<_, _>>()?;
+        let shared = Arc::new(Shared {
+            machine,
+            backends,
+            kicks: vcpus.iter().map(|vcpu| vcpu.kick()).collect(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let mut vm = Self {
+            shared: Arc::clone(&shared),
+            threads: Vec::new(),
+        };
+        for (id, vcpu) in (0u32..).zip(vcpus) {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu-{id}"))
+                .spawn(move || run(&shared, id, vcpu));
+            match thread {
+                Ok(thread) => vm.threads.push(thread),
+                // Dropping `vm` stops those that run already.
+                Err(source) => return Err(Failure::Thread { vcpu: id, source }),
+            }
+        }
+        Ok(vm)
+    }
+
+    /// A reference for other threads.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle(Arc::downgrade(&self.shared))
+    }
+
+    /// Waits until the VM has ended and its vCPUs have stopped.
+    #[must_use]
+    pub fn wait(mut self) -> End {
+        let mut state = lock(&self.shared.state);
+        while !state.ended {
+            state = self
+                .shared
+                .changed
+                .wait(state)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        drop(state);
+        self.stop_threads();
+        lock(&self.shared.state).end.take().unwrap_or(End::Killed)
+    }
+
+    /// Makes all vCPUs return and joins their threads.
+    fn stop_threads(&mut self) {
+        for kick in &self.shared.kicks {
+            kick.stop();
+        }
+        for (id, thread) in (0u32..).zip(self.threads.drain(..)) {
+            // Also reaches a thread that is blocked in a system call. One that is
+            // between two calls sees its kick at the next RUN.
+            let _ = thread.kill(SIGRTMIN());
+            if thread.join().is_err() {
+                tracing::error!(vcpu = id, "a vCPU thread panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.shared.end(End::Killed);
+        self.stop_threads();
+    }
+}
+
+impl Handle {
+    /// Ends the VM now.
+    pub fn kill(&self) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.end(End::Killed);
+        }
+    }
+
+    /// Counters; `None` if the VM is gone.
+    ///
+    /// # Errors
+    /// What the host refused.
+    pub fn stats(&self) -> Option<Result<VmStats, device::Error>> {
+        self.0.upgrade().map(|shared| shared.machine.stats())
+    }
+
+    /// Waits until the VM has ended. Returns whether it did so in time.
+    #[must_use]
+    pub fn wait_ended(&self, timeout: Duration) -> bool {
+        let Some(shared) = self.0.upgrade() else {
+            return true;
+        };
+        let deadline = Instant::now() + timeout;
+        let mut state = lock(&shared.state);
+        while !state.ended {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            state = shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+        true
+    }
+}
+
+impl Shared {
+    /// Notes how the VM ended, the first reason only, and stops all vCPUs.
+    fn end(&self, end: End) {
+        let mut state = lock(&self.state);
+        if state.ended {
+            return;
+        }
+        state.ended = true;
+        state.end = Some(end);
+        drop(state);
+        self.changed.notify_all();
+        for kick in &self.kicks {
+            kick.stop();
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        lock(&self.state).ended
+    }
+
+    /// Serves an exit. Returns how the VM ended, if it did.
+    fn serve(&self, exit: Exit) -> Option<End> {
+        match exit {
+            Exit::Send(port) => {
+                match self.backends.ports.get(&port) {
+                    Some(backend) => backend.notified(),
+                    None => tracing::debug!(port, "the guest notified a port without a backend"),
+                }
+                None
+            }
+            Exit::Console(bytes) => {
+                self.backends.early_console.write(&bytes);
+                None
+            }
+            Exit::Shutdown(reason) => Some(match reason {
+                sched::SHUTDOWN_POWEROFF => End::Poweroff,
+                sched::SHUTDOWN_REBOOT => End::Reboot,
+                sched::SHUTDOWN_CRASH => End::Panic,
+                sched::SHUTDOWN_WATCHDOG => End::Watchdog,
+                other => End::Unsupported(other),
+            }),
+            Exit::Crash(crash) => Some(End::Crash(crash)),
+            Exit::Interrupted => None,
+        }
+    }
+}
+
+/// The life of a vCPU's thread.
+fn run(shared: &Shared, id: u32, mut vcpu: Box<dyn Vcpu>) {
+    /// Ends the VM if the thread unwinds.
+    struct OnPanic<'a>(&'a Shared, u32);
+    impl Drop for OnPanic<'_> {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                self.0.end(End::Failed(Failure::Panicked(self.1)));
+            }
+        }
+    }
+    let _guard = OnPanic(shared, id);
+    while !shared.has_ended() {
+        let end = match vcpu.run() {
+            Ok(exit) => shared.serve(exit),
+            Err(error) => Some(End::Failed(error.into())),
+        };
+        if let Some(end) = end {
+            tracing::debug!(vcpu = id, ?end, "the VM ends");
+            shared.end(end);
+        }
+    }
+}
+
+extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}

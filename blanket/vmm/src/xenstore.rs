@@ -1,0 +1,179 @@
+//! The xenstore as a guest reaches it: a ring page, and the store behind it.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use blanket_abi::xen::io::xenstore as page;
+use blanket_xenstore::{ConnId, Connection, DomId, DomainSpec, Errno, Path, Store};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::builder::{Domain, STORE_PORT};
+use crate::hypervisor::Machine;
+use crate::ring::{Place, Ring};
+use crate::sync::lock;
+use crate::vm::Backend;
+
+/// Values of the ring page's error field (`XENSTORE_ERROR_*`, `public/io/xs_wire.h`).
+mod ring_error {
+    /// An index is out of range.
+    pub const INDEX: u32 = 2;
+    /// The protocol was violated.
+    pub const PROTOCOL: u32 = 3;
+}
+
+/// A domain's store and its ring.
+pub struct Xenstore {
+    domain: DomId,
+    machine: Arc<dyn Machine>,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    host: ConnId,
+    guest: Connection,
+    requests: Ring,
+    replies: Ring,
+    /// Taken from the ring, and waiting for the guest to read its replies.
+    unread: Vec<u8>,
+    /// Where to report a broken ring; `None` once that is done.
+    error: Option<(Arc<crate::builder::GuestMemory>, GuestAddress)>,
+}
+
+impl Xenstore {
+    /// A store with the domain's first nodes, connected to its ring page.
+    ///
+    /// # Errors
+    /// Only for a name or UUID that cannot be in a path.
+    pub fn new(
+        domain: &Domain,
+        spec: &DomainSpec,
+        machine: Arc<dyn Machine>,
+    ) -> Result<Self, Errno> {
+        let mut store = Store::default();
+        let host = store.connect(0);
+        store.introduce(host, spec)?;
+        let guest = Connection::new(&mut store, spec.domain);
+        let ring = |data, producer, consumer| {
+            let place = Place {
+                data,
+                size: page::RING_SIZE,
+                producer,
+                consumer,
+            };
+            Ring::new(Arc::clone(&domain.memory), domain.layout.store, place)
+        };
+        let error = GuestAddress(domain.layout.store.base() + page::ERROR as u64);
+        Ok(Self {
+            domain: spec.domain,
+            machine,
+            inner: Mutex::new(Inner {
+                store,
+                host,
+                guest,
+                requests: ring(page::REQ, page::REQ_PROD, page::REQ_CONS),
+                replies: ring(page::RSP, page::RSP_PROD, page::RSP_CONS),
+                unread: Vec::new(),
+                error: Some((Arc::clone(&domain.memory), error)),
+            }),
+        })
+    }
+
+    /// Asks the guest to end itself: `poweroff` or `reboot`.
+    ///
+    /// # Errors
+    /// Those of a write.
+    pub fn request_shutdown(&self, how: &str) -> Result<(), Errno> {
+        self.write("control/shutdown", how.as_bytes())
+    }
+
+    /// Writes a node below the domain's home as the host.
+    ///
+    /// # Errors
+    /// `EINVAL` for the path.
+    pub fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
+        let path = Path::parse(path, self.domain)?;
+        let mut inner = lock(&self.inner);
+        let host = inner.host;
+        inner.store.write(host, None, &path, value)?;
+        self.pump(&mut inner);
+        Ok(())
+    }
+
+    /// Reads a node below the domain's home as the host.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EINVAL` for the path.
+    pub fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        let path = Path::parse(path, self.domain)?;
+        let mut inner = lock(&self.inner);
+        let host = inner.host;
+        inner.store.read(host, None, &path)
+    }
+
+    /// Moves bytes both ways until nothing moves, and tells the guest if any did.
+    fn pump(&self, inner: &mut Inner) {
+        match inner.pump() {
+            Ok(false) => {}
+            Ok(true) => {
+                if let Err(error) = self.machine.raise(STORE_PORT) {
+                    tracing::warn!(%error, "cannot signal the xenstore ring");
+                }
+            }
+            Err((code, text)) => {
+                if let Some((memory, at)) = inner.error.take() {
+                    tracing::warn!("the guest's xenstore ring is closed: {text}");
+                    // For the guest's eyes only; a failure changes nothing here.
+                    let _ = memory.store(code, at, Ordering::Release);
+                }
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn pump(&mut self) -> Result<bool, (u32, String)> {
+        if self.error.is_none() {
+            return Ok(false);
+        }
+        let mut moved = false;
+        loop {
+            self.guest.collect_events(&mut self.store);
+            let mut progress = false;
+            while !self.guest.output().is_empty() {
+                let sent = self
+                    .replies
+                    .produce(self.guest.output())
+                    .map_err(|e| (ring_error::INDEX, e.to_string()))?;
+                if sent == 0 {
+                    break;
+                }
+                self.guest.sent(sent);
+                progress = true;
+            }
+            if self.unread.is_empty() && self.guest.ready() {
+                self.unread = self
+                    .requests
+                    .consume(page::RING_SIZE as usize)
+                    .map_err(|e| (ring_error::INDEX, e.to_string()))?;
+                progress |= !self.unread.is_empty();
+            }
+            let taken = self
+                .guest
+                .receive(&mut self.store, &self.unread)
+                .map_err(|e| (ring_error::PROTOCOL, e.to_string()))?;
+            self.unread.drain(..taken);
+            progress |= taken > 0;
+            if !progress {
+                return Ok(moved);
+            }
+            moved = true;
+        }
+    }
+}
+
+impl Backend for Xenstore {
+    fn notified(&self) {
+        self.pump(&mut lock(&self.inner));
+    }
+}
