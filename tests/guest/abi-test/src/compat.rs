@@ -96,8 +96,7 @@ fn int80_registers(_: &Ctx) -> Verdict {
 /// Far return to 0x23 in this 64-bit process, `int 0x80` there, and back.
 fn visit(ctx: &Ctx) -> Verdict {
     probe::install();
-    // SAFETY: labels of the included assembly.
-    let (start, end) = unsafe { (&raw const compat_visit_start, &raw const compat_visit_end) };
+    let (start, end) = (&raw const compat_visit_start, &raw const compat_visit_end);
     let code = Code::new(between(start, end))?;
     let stack = Region::low_code(16 * 4096)?;
     let top = stack.addr() + 15 * 4096;
@@ -115,8 +114,7 @@ fn visit(ctx: &Ctx) -> Verdict {
 /// The 32-bit program as a complete ELF file.
 fn elf32() -> Vec<u8> {
     const BASE: u32 = 0x0804_8000;
-    // SAFETY: labels of the included assembly.
-    let code = unsafe { between(&raw const c32_start, &raw const c32_end) };
+    let code = between(&raw const c32_start, &raw const c32_end);
     let size = 0x54 + code.len() as u32;
     let mut file = vec![0x7f, b'E', b'L', b'F', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     file.extend([2, 0, 3, 0]); // executable, i386

@@ -14,11 +14,21 @@
 )]
 
 mod compat;
+mod fpu;
 mod harness;
+mod machine;
+mod memory;
 mod privileged;
 mod probe;
+mod procs;
+mod segments;
 mod signals;
+mod sigreturn;
+mod sync;
 mod sys;
+mod syscalls;
+mod time;
+mod trace;
 
 use harness::{Check, Options};
 use std::process::ExitCode;
@@ -29,19 +39,60 @@ const USAGE: &str = "usage: abi-test [--scale F] [--timeout-scale F] [--only PRE
        abi-test clock              print CLOCK_REALTIME and CLOCK_MONOTONIC";
 
 /// Every check, grouped by area.
-const GROUPS: &[&[Check]] = &[signals::CHECKS, privileged::CHECKS, compat::CHECKS];
+const GROUPS: &[&[Check]] = &[
+    signals::CHECKS,
+    sigreturn::CHECKS,
+    syscalls::CHECKS,
+    privileged::CHECKS,
+    segments::CHECKS,
+    compat::CHECKS,
+    trace::CHECKS,
+    fpu::CHECKS,
+    memory::CHECKS,
+    procs::CHECKS,
+    sync::CHECKS,
+    time::CHECKS,
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    match parse(&args) {
-        Ok(options) => {
-            let tally = harness::run_all(GROUPS, &options);
-            println!("ABI {} passed, {} failed", tally.passed, tally.failed);
-            ExitCode::from(u8::from(tally.failed > 0))
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["exec-helper", what, ..] => std::process::exit(procs::helper(what)),
+        ["hotplug"] => hotplug(3),
+        ["idle", seconds] => machine::idle(seconds).map(|()| 0),
+        ["clock"] => {
+            machine::clock();
+            Ok(0)
         }
+        _ => run(&args),
+    };
+    match result {
+        Ok(failed) => ExitCode::from(u8::from(failed > 0)),
         Err(message) => {
-            eprintln!("{message}");
+            eprintln!("abi-test: {message}");
             ExitCode::from(2)
+        }
+    }
+}
+
+/// Runs the checks; the number of those that failed.
+fn run(args: &[String]) -> Result<u32, String> {
+    let options = parse(args)?;
+    let tally = harness::run_all(GROUPS, &options);
+    println!("ABI {} passed, {} failed", tally.passed, tally.failed);
+    Ok(tally.failed)
+}
+
+fn hotplug(rounds: u32) -> Result<u32, String> {
+    match machine::hotplug(rounds) {
+        Ok(times) => {
+            println!("PASS hotplug: {times} times off line and back");
+            Ok(0)
+        }
+        Err(why) => {
+            println!("FAIL hotplug: {why}");
+            Ok(1)
         }
     }
 }

