@@ -6,6 +6,7 @@
 mod abi_check;
 mod build;
 mod cases;
+mod demo;
 mod initramfs;
 mod kernels;
 mod lab;
@@ -30,6 +31,8 @@ struct Cli {
 enum Verb {
     /// Install the Debian packages that the other verbs need.
     Setup,
+    /// Two stock kernels as VMs on an instance without nested virtualization.
+    Demo(demo::Args),
     /// Check everything: style, unit tests, whole systems in the lab.
     Test(test::Args),
     /// Build the core image, the kernel module and the static `blanket` command.
@@ -52,6 +55,7 @@ fn verb(verb: &Verb) -> anyhow::Result<()> {
     let project = project::Project::locate()?;
     match verb {
         Verb::Setup => setup::run(&project),
+        Verb::Demo(args) => demo::run(&project, args),
         Verb::Test(args) => test::run(&project, args),
         Verb::Build(args) => build::run(&project, args),
         Verb::Lab(args) => lab::run(&project, args),

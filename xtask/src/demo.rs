@@ -1,0 +1,184 @@
+//! `demo`: two stock kernels as VMs on an instance without nested virtualization.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use xshell::cmd;
+
+use crate::build;
+use crate::initramfs;
+use crate::kernels::{self, Flavour, Kernel};
+use crate::lab::Payload;
+use crate::project::Project;
+use crate::qemu::{self, Accelerator, End, Hardware, Machine};
+use crate::setup::{self, Need};
+
+/// Arguments of `demo`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// On this machine itself, without QEMU: loads the module here (as root).
+    #[arg(long)]
+    here: bool,
+}
+
+const SCRIPT: &str = include_str!("../../tests/lab-scripts/demo.sh");
+
+/// Kernels of the two VMs.
+const GUESTS: [Flavour; 2] = [Flavour::Cloud, Flavour::Generic];
+
+/// Prints what is being done and how long the whole has taken so far.
+struct Steps(Instant);
+
+impl Steps {
+    fn say(&self, text: &str) {
+        println!("[{:6.1} s] {text}", self.0.elapsed().as_secs_f64());
+    }
+}
+
+/// The `demo` verb.
+pub fn run(project: &Project, args: &Args) -> Result<()> {
+    let steps = Steps(Instant::now());
+    setup::ensure(project, &[Need::Build, Need::Boot])?;
+    let guests: Vec<Kernel> = GUESTS
+        .into_iter()
+        .map(|flavour| kernels::fetch(project, flavour))
+        .collect::<Result<_>>()?;
+    let names: Vec<&str> = guests.iter().map(|guest| guest.release.as_str()).collect();
+    steps.say(&format!("stock Debian kernels: {}", names.join(" and ")));
+    if args.here {
+        here(project, &guests, &steps)?
+    } else {
+        in_lab(project, &guests, &steps)?
+    }
+    steps.say("done");
+    Ok(())
+}
+
+fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
+    let host = kernels::fetch(project, Flavour::Cloud)?;
+    let module = build::module_for(project, &host)?;
+    let command = build::command(project)?;
+    steps.say("built: the core, the module, the blanket command");
+    let mut payload = Payload::new(project, &host, Hardware::Virtio)?;
+    payload.module(&module);
+    payload.program(&command)?;
+    for guest in guests {
+        payload.guest_kernel(guest);
+    }
+    payload.guest_initrd(&initramfs::guest(project, None, &[])?)?;
+    let kernels = pairs(guests, |guest| {
+        format!("/guest/vmlinuz-{}", guest.name).into()
+    });
+    payload.archive.text("root/demo.sh", 0o644, SCRIPT);
+    payload.command(&format!(
+        "KERNELS='{kernels}' MKINITRD=lab-initrd sh /root/demo.sh && rmmod blanket && \
+         ! test -e /dev/blanket"
+    ));
+    let machine = Machine {
+        cpu: "EPYC,-svm".into(),
+        hardware: Hardware::Virtio,
+        kernel: host,
+        memory: "2G".into(),
+        smp: 2,
+        icount: false,
+        append: String::new(),
+        node: 1,
+        group: None,
+    };
+    let by = match qemu::accelerator(project)? {
+        Accelerator::Tcg => "emulated",
+        Accelerator::Kvm => "under this machine's KVM",
+    };
+    steps.say(&format!(
+        "booting an instance with 2 CPUs and 2 GiB, {by}; times below are its own"
+    ));
+    let timeout = Duration::from_secs(600);
+    let mut out = std::io::stdout().lock();
+    let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut out)?;
+    drop(out);
+    if outcome.end == End::Exit(0) && outcome.complaints == 0 {
+        steps.say("VMs ended, module unloaded, instance powered off");
+        outcome.discard();
+        return Ok(());
+    }
+    eprint!("{}", outcome.console_tail(100));
+    match outcome.end {
+        End::Exit(0) => bail!(
+            "the instance's kernel complained: {}",
+            outcome.console().display()
+        ),
+        End::Exit(code) => bail!("the demo's script ended with {code}"),
+        End::Died => bail!("the instance died: {}", outcome.console().display()),
+        End::TimedOut => bail!("not done after {} s", timeout.as_secs()),
+    }
+}
+
+fn here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
+    let sh = project.shell()?;
+    ensure!(
+        cmd!(sh, "id -u").quiet().read()? == "0",
+        "--here loads a module: run it as root (sudo ./x demo --here)"
+    );
+    let release = cmd!(sh, "uname -r").quiet().read()?;
+    let headers = PathBuf::from(format!("/lib/modules/{release}/build"));
+    ensure!(
+        headers.join("Makefile").exists(),
+        "no kernel headers at {}: apt-get install linux-headers-{release}",
+        headers.display()
+    );
+    let module = build::module(project, &fs::canonicalize(headers)?)?;
+    let command = build::command(project)?;
+    steps.say("built: the core, the module, the blanket command");
+    let dir = project.out_dir("demo")?;
+    fs::write(dir.join("demo.sh"), SCRIPT)?;
+    let initrd = dir.join("initrd.img");
+    initramfs::guest(project, None, &[])?.write(&initrd)?;
+    let mkinitrd = dir.join("mkinitrd");
+    fs::write(&mkinitrd, HERE_INITRD)?;
+    let loaded = Path::new("/dev/blanket").exists();
+    if !loaded {
+        cmd!(sh, "insmod {module}")
+            .quiet()
+            .run()
+            .context("the module does not load here")?;
+        steps.say("module loaded");
+    }
+    let path = format!(
+        "{}:{}",
+        command.parent().unwrap_or(Path::new("/")).display(),
+        std::env::var("PATH").unwrap_or_default()
+    );
+    let script = dir.join("demo.sh");
+    let result = cmd!(sh, "sh {script}")
+        .env("PATH", path)
+        .env("KERNELS", pairs(guests, |guest| guest.vmlinuz.clone()))
+        .env(
+            "MKINITRD",
+            format!("sh {} {}", mkinitrd.display(), initrd.display()),
+        )
+        .quiet()
+        .run();
+    if !loaded {
+        cmd!(sh, "rmmod blanket").quiet().run()?;
+        steps.say("module unloaded");
+    }
+    result.context("the demo's script failed")
+}
+
+/// As `lab-initrd`, with the base archive's path as its first argument.
+const HERE_INITRD: &str = r#"dir=$(mktemp -d)
+cp "$2" $dir/cmd
+cat "$1"
+cd $dir && echo cmd | busybox cpio -o -H newc 2>/dev/null
+rm -r $dir
+"#;
+
+fn pairs(guests: &[Kernel], file: impl Fn(&Kernel) -> PathBuf) -> String {
+    let pairs: Vec<String> = guests
+        .iter()
+        .map(|guest| format!("{}={}", guest.name, file(guest).display()))
+        .collect();
+    pairs.join(" ")
+}
