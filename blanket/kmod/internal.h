@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: GPL-2.0 OR MIT */
+/* What the module's files share. Locks are described in docs/module-abi.md. */
+#ifndef BLANKET_INTERNAL_H
+#define BLANKET_INTERNAL_H
+
+#include <linux/hrtimer.h>
+#include <linux/kref.h>
+#include <linux/list.h>
+#include <linux/mm.h>
+#include <linux/mutex.h>
+#include <linux/types.h>
+#include <linux/wait.h>
+#include "blanket.h"
+
+/* Page-table entry bits of the tables that we build. */
+#define ENTRY_P		(1ULL << 0)
+#define ENTRY_RW	(1ULL << 1)
+#define ENTRY_US	(1ULL << 2)
+#define ENTRY_A		(1ULL << 5)
+#define ENTRY_D		(1ULL << 6)
+#define ENTRY_NX	(1ULL << 63)
+#define ENTRY_FRAME	0x000ffffffffff000ULL
+
+#define MAP_RX		(ENTRY_P | ENTRY_A)
+#define MAP_RO		(ENTRY_P | ENTRY_A | ENTRY_NX)
+#define MAP_RW		(ENTRY_P | ENTRY_RW | ENTRY_A | ENTRY_D | ENTRY_NX)
+#define MAP_USER_RO	(MAP_RO | ENTRY_US)
+
+/* Slots of the hole that have tables. */
+#define HOLE_SLOTS	4
+#define SLOT_M2P	0
+#define SLOT_CORE	1
+#define SLOT_WINDOW	2
+#define SLOT_POOL	3
+
+#define IST_STACKS	4
+
+struct blanket_vm;
+
+/* Guest time, see time.c; all under the lock but next_refresh. */
+struct blanket_clock {
+	spinlock_t lock;
+	u64 next_refresh;	/* TSC at which to refresh */
+	u64 anchor_tsc;		/* start of the window that the rate is measured over */
+	u64 anchor_ns;
+	u64 last_ns;		/* time of the last refresh */
+	u32 nominal_mul;
+	u32 base_mul;		/* multiplier by measurement */
+	s64 wall_ns;		/* published wall clock at system time 0 */
+};
+
+struct blanket_vcpu {
+	struct blanket_vm *vm;
+	unsigned int id;
+	bool has_fd;			/* under vm->lock */
+	struct mutex run_mutex;		/* held by the thread in RUN */
+	struct blanket_switch *sw;	/* host's address of the switch block */
+	struct blanket_run *run;	/* page shared with the VMM */
+	void *xsave;			/* guest FPU state, standard format */
+	u64 *root;			/* transition root: two pages, the first is used */
+	u64 *root_p4d;			/* its level-4 table: == root without LA57 */
+	u64 *reserved_gdt;		/* page 14 of both GDTs */
+	u64 *trans_gdt;			/* page 0 of the transition GDT */
+	struct hrtimer timer;
+	wait_queue_head_t wait;
+	int cpu;			/* CPU whose core world this vCPU is in, or -1 */
+	int timer_cpu;			/* where the timer was last started */
+	u64 guest_tsc;			/* TSC ticks in the core world */
+	u64 exits[BLANKET_EXIT_REASONS];
+};
+
+struct blanket_vm {
+	struct kref ref;
+	struct mm_struct *mm;		/* compared only; holds an mm_count */
+	u64 user_addr;
+	u64 nr_frames;
+	u64 pool_limit;
+	u32 nr_vcpus;
+	bool dead;			/* a vCPU crashed: nothing runs any more */
+	struct mutex lock;		/* tables, pool, fds */
+	struct list_head pages;		/* every single page that the VM owns */
+	u64 *l3[HOLE_SLOTS];
+	struct blanket_vm_page *page;
+	atomic64_t frames;		/* guest frames in the window */
+	struct blanket_clock clock;
+	struct blanket_vcpu *vcpus[BLANKET_MAX_VCPUS];
+};
+
+/* The host, found out once when the module is loaded (main.c). */
+struct blanket_host {
+	bool la57;
+	bool xsave;
+	bool tsc_aux;
+	u32 xcr0_mask;		/* XCR0 bits that guests may use */
+	u32 xsave_size;
+	u8 build_id[32];
+};
+extern struct blanket_host blanket_host;
+
+/* image.S */
+extern const u8 blanket_image[], blanket_image_end[];
+
+/* main.c */
+extern const struct blanket_image_header *blanket_header;
+extern struct page **blanket_shared_pages;	/* text and read-only data */
+void blanket_vm_put(struct blanket_vm *vm);
+
+/* vm.c */
+struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args);
+void blanket_vm_destroy(struct blanket_vm *vm);
+
+/* memory.c */
+int blanket_tables_init(struct blanket_vm *vm);
+void blanket_tables_free(struct blanket_vm *vm);
+struct page *blanket_page(struct blanket_vm *vm, gfp_t extra);
+int blanket_map(struct blanket_vm *vm, u64 va, struct page *page, u64 flags);
+int blanket_map_new(struct blanket_vm *vm, u64 va, u64 size, u64 flags);
+int blanket_window_init(struct blanket_vm *vm);
+long blanket_pool_grow(struct blanket_vm *vm, u64 pages);
+long blanket_frame(struct blanket_vm *vm, u64 gfn);
+
+/* run.c */
+long blanket_vcpu_run(struct blanket_vcpu *vcpu);
+void blanket_kick(struct blanket_vcpu *vcpu, u32 pending);
+enum hrtimer_restart blanket_timer_fn(struct hrtimer *timer);
+
+/* time.c */
+void blanket_clock_init(struct blanket_vm *vm);
+void blanket_clock_refresh(struct blanket_vm *vm);
+
+/* switch.S */
+asmlinkage void blanket_world_switch(struct blanket_switch *sw);
+asmlinkage void blanket_interrupt(unsigned int vector);
+extern const u8 blanket_world_exit[];
+
+#endif

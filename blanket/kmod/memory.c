@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+/*
+ * The tables of a VM's hole, its shadow pool, and the frames of its memory.
+ *
+ * Entries are only ever added while a VM lives, each by one store under
+ * vm->lock; vCPUs walk the tables meanwhile. A CPU does not cache the absence
+ * of a translation, so nothing has to be flushed.
+ */
+#include <linux/io.h>
+#include <linux/mm.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include "internal.h"
+
+/* Frames that one FRAME exit brings in. */
+#define FRAME_BLOCK 16
+/* Pages that one POOL exit adds at most. */
+#define POOL_BATCH 512
+/* L3 index of the recursive entry of the window and the pool. */
+#define RECURSIVE 511
+
+static unsigned int index_at(u64 va, unsigned int level)
+{
+	return (va >> (12 + 9 * (level - 1))) & 511;
+}
+
+static u64 *table_of(u64 entry)
+{
+	return __va(entry & ENTRY_FRAME);
+}
+
+/* A zeroed page that lives and is accounted as long as the VM. */
+struct page *blanket_page(struct blanket_vm *vm, gfp_t extra)
+{
+	struct page *page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO | extra);
+
+	if (page)
+		list_add(&page->lru, &vm->pages);
+	return page;
+}
+
+static bool recursive_slot(unsigned int slot)
+{
+	return slot == SLOT_WINDOW || slot == SLOT_POOL;
+}
+
+int blanket_tables_init(struct blanket_vm *vm)
+{
+	unsigned int slot;
+
+	for (slot = 0; slot < HOLE_SLOTS; slot++) {
+		struct page *page = blanket_page(vm, 0);
+		u64 entry;
+
+		if (!page)
+			return -ENOMEM;
+		vm->l3[slot] = page_address(page);
+		entry = page_to_phys(page) | ENTRY_P | ENTRY_RW | ENTRY_A;
+		/* Read-only at this level: the core sees its leaf entries, no more. */
+		if (recursive_slot(slot))
+			vm->l3[slot][RECURSIVE] = page_to_phys(page) | MAP_RO | ENTRY_D;
+		if (slot == SLOT_M2P)
+			entry |= ENTRY_US;
+		vm->page->hole[slot] = entry;
+	}
+	return 0;
+}
+
+/* The leaf entry for an address, with its tables made. Under vm->lock. */
+static u64 *leaf(struct blanket_vm *vm, u64 va, gfp_t extra)
+{
+	unsigned int slot = index_at(va, 4) - BLANKET_HOLE_FIRST_SLOT;
+	unsigned int level;
+	u64 *table;
+
+	if (WARN_ON_ONCE(slot >= HOLE_SLOTS))
+		return NULL;
+	table = vm->l3[slot];
+	for (level = 3; level > 1; level--) {
+		u64 *entry = &table[index_at(va, level)];
+
+		if (!(*entry & ENTRY_P)) {
+			struct page *page = blanket_page(vm, extra);
+			u64 val;
+
+			if (!page)
+				return NULL;
+			/* D too: through the recursive entry, tables are leaves. */
+			val = page_to_phys(page) | ENTRY_P | ENTRY_RW | ENTRY_A | ENTRY_D;
+			if (slot == SLOT_M2P)
+				val |= ENTRY_US;
+			smp_store_release(entry, val);
+		}
+		table = table_of(*entry);
+	}
+	return &table[index_at(va, 1)];
+}
+
+int blanket_map(struct blanket_vm *vm, u64 va, struct page *page, u64 flags)
+{
+	u64 *entry = leaf(vm, va, 0);
+
+	if (!entry)
+		return -ENOMEM;
+	smp_store_release(entry, page_to_phys(page) | flags);
+	return 0;
+}
+
+/* The window's tables for every frame, all leaf entries absent. */
+int blanket_window_init(struct blanket_vm *vm)
+{
+	u64 gfn;
+
+	for (gfn = 0; gfn < vm->nr_frames; gfn += 512) {
+		if (!leaf(vm, BLANKET_WINDOW + gfn * PAGE_SIZE, 0))
+			return -ENOMEM;
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
+	}
+	return 0;
+}
+
+/* Maps new zeroed pages over a range. */
+int blanket_map_new(struct blanket_vm *vm, u64 va, u64 size, u64 flags)
+{
+	u64 end = va + size;
+
+	for (; va < end; va += PAGE_SIZE) {
+		struct page *page = blanket_page(vm, 0);
+		int err;
+
+		if (!page)
+			return -ENOMEM;
+		err = blanket_map(vm, va, page, flags);
+		if (err)
+			return err;
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
+	}
+	return 0;
+}
+
+/*
+ * Adds up to @pages pages to the shadow pool. Returns how many, or -ENOMEM.
+ * Failing is ordinary here (the core reclaims), so the allocator is asked to
+ * fail rather than to kill something.
+ */
+long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
+{
+	const gfp_t soft = __GFP_NORETRY | __GFP_NOWARN;
+	u64 have, added = 0;
+
+	mutex_lock(&vm->lock);
+	have = vm->page->pool_pages;
+	pages = min3(pages, (u64)POOL_BATCH, vm->pool_limit - have);
+	while (added < pages) {
+		u64 nr = have + added;
+		u64 gfns = BLANKET_POOL_GFNS + nr * BLANKET_POOL_GFNS_SIZE;
+		u64 *entry = leaf(vm, gfns & PAGE_MASK, soft);
+		struct page *page;
+
+		if (!entry)
+			break;
+		if (!(*entry & ENTRY_P)) {
+			page = blanket_page(vm, soft);
+			if (!page)
+				break;
+			smp_store_release(entry, page_to_phys(page) | MAP_RW);
+		}
+		entry = leaf(vm, BLANKET_POOL + nr * PAGE_SIZE, soft);
+		page = entry ? blanket_page(vm, soft) : NULL;
+		if (!page)
+			break;
+		smp_store_release(entry, page_to_phys(page) | MAP_RW);
+		added++;
+	}
+	/* The core may use a page as soon as it reads the count. */
+	smp_store_release(&vm->page->pool_pages, have + added);
+	mutex_unlock(&vm->lock);
+	return added ? added : -ENOMEM;
+}
+
+/* The leaf entry of a guest frame; the window's tables exist from the start. */
+static u64 *window_entry(struct blanket_vm *vm, u64 gfn)
+{
+	u64 va = BLANKET_WINDOW + gfn * PAGE_SIZE;
+	u64 *table = vm->l3[SLOT_WINDOW];
+	unsigned int level;
+
+	for (level = 3; level > 1; level--) {
+		u64 entry = table[index_at(va, level)];
+
+		if (!(entry & ENTRY_P))
+			return NULL;
+		table = table_of(entry);
+	}
+	return &table[index_at(va, 1)];
+}
+
+/*
+ * Brings in the frames of the block around @gfn that are still absent, as far
+ * as they follow each other. Pins without the lock, then installs under it:
+ * where another vCPU was faster, its frame stays and ours is dropped.
+ */
+long blanket_frame(struct blanket_vm *vm, u64 gfn)
+{
+	struct page *pages[FRAME_BLOCK];
+	u64 first, end, at;
+	int want, got, i;
+
+	if (gfn >= vm->nr_frames)
+		return -EINVAL;
+	first = round_down(gfn, FRAME_BLOCK);
+	end = min(first + FRAME_BLOCK, vm->nr_frames);
+	/* The run of absent frames that contains gfn. */
+	for (at = gfn; at > first; at--)
+		if (READ_ONCE(*window_entry(vm, at - 1)) & ENTRY_P)
+			break;
+	first = at;
+	for (at = gfn + 1; at < end; at++)
+		if (READ_ONCE(*window_entry(vm, at)) & ENTRY_P)
+			break;
+	want = at - first;
+
+	got = pin_user_pages_fast(vm->user_addr + first * PAGE_SIZE, want,
+				  FOLL_WRITE | FOLL_LONGTERM, pages);
+	if (got < (int)(gfn - first) + 1) {
+		/* Something before it cannot be had; that is not gfn's fault. */
+		if (got > 0)
+			unpin_user_pages(pages, got);
+		first = gfn;
+		got = pin_user_pages_fast(vm->user_addr + gfn * PAGE_SIZE, 1,
+					  FOLL_WRITE | FOLL_LONGTERM, pages);
+		if (got < 1)
+			return got < 0 ? got : -EFAULT;
+	}
+
+	mutex_lock(&vm->lock);
+	for (i = 0; i < got; i++) {
+		u64 *entry = window_entry(vm, first + i);
+
+		if (*entry & ENTRY_P) {
+			unpin_user_page(pages[i]);
+			continue;
+		}
+		smp_store_release(entry, page_to_phys(pages[i]) | MAP_RW);
+		atomic64_inc(&vm->frames);
+	}
+	mutex_unlock(&vm->lock);
+	return 0;
+}
+
+/* Everything goes: the VM has no descriptor left, so no CPU uses its tables. */
+void blanket_tables_free(struct blanket_vm *vm)
+{
+	struct page *page, *next;
+	u64 gfn;
+
+	if (vm->l3[SLOT_WINDOW] && atomic64_read(&vm->frames)) {
+		for (gfn = 0; gfn < vm->nr_frames; gfn++) {
+			u64 *entry = window_entry(vm, gfn);
+
+			if (entry && (*entry & ENTRY_P)) {
+				page = pfn_to_page((*entry & ENTRY_FRAME) >> PAGE_SHIFT);
+				unpin_user_pages_dirty_lock(&page, 1, true);
+			}
+			if (!(gfn & 511))
+				cond_resched();
+		}
+	}
+	list_for_each_entry_safe(page, next, &vm->pages, lru) {
+		list_del(&page->lru);
+		__free_page(page);
+		cond_resched();
+	}
+}
