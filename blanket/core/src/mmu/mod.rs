@@ -19,11 +19,13 @@
 //!   back at any time.
 //! * **"Drop everything" is always a correct answer**: shadows are a cache.
 
+mod audit;
 mod fault;
 mod rmap;
 mod shadow;
 mod table;
 
+pub use audit::{AuditReport, Broken};
 pub use fault::{Access, Fault};
 
 use crate::machine::{Host, Memory};

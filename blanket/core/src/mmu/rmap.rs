@@ -160,4 +160,38 @@ impl Mmu {
             r[1]
         }
     }
+
+    /// Calls `f` for each location that maps `gfn`; returns the nodes in use.
+    pub(super) fn rmap_each<M: Memory>(&self, m: &M, gfn: u32, mut f: impl FnMut(u32)) -> u32 {
+        let [first, second] = self.gfns[gfn as usize].rmap;
+        if first != 0 {
+            f(first);
+        }
+        if second & NODE == 0 {
+            if second != 0 {
+                f(second);
+            }
+            return 0;
+        }
+        let (mut node, mut nodes) = (second & !NODE, 0);
+        while node != 0 && nodes <= self.fresh << 6 {
+            let head = load(m, node, 0);
+            for i in 1..=(head >> COUNT_SHIFT) {
+                f(load(m, node, i));
+            }
+            node = head & ((1 << COUNT_SHIFT) - 1);
+            nodes += 1;
+        }
+        nodes
+    }
+
+    /// Free nodes, counted up to one more than `most`.
+    pub(super) fn nodes_free<M: Memory>(&self, m: &M, most: u32) -> u32 {
+        let (mut node, mut n) = (self.node_free, 0);
+        while node != 0 && n <= most {
+            n += 1;
+            node = load(m, node, 0);
+        }
+        n
+    }
 }

@@ -46,7 +46,7 @@ impl Mmu {
         if level >= 4 && self.la57 {
             match self.alloc(m, ep, AUX) {
                 Ok(wrapper) => {
-                    m.gfns(page)[0].store(wrapper, Relaxed);
+                    m.gfns(page)[HOLE.start].store(wrapper, Relaxed);
                     let entry = m.pool_pte(page) | pte::P | pte::RW | pte::U | pte::A;
                     m.pool(wrapper)[0].store(entry, Relaxed);
                     m.pool(wrapper)[511].store(entry, Relaxed);
@@ -263,7 +263,7 @@ impl Mmu {
                 m.pool(page)[slot].store(0, Relaxed);
             }
             if self.la57 {
-                let wrapper = m.gfns(page)[0].load(Relaxed);
+                let wrapper = self.wrapper(m, page);
                 m.pool(wrapper)[0].store(0, Relaxed);
                 m.pool(wrapper)[511].store(0, Relaxed);
                 self.release(ep, wrapper);
@@ -363,7 +363,13 @@ impl Mmu {
     /// The value for CR3 that walks `page`.
     #[must_use]
     pub fn root_cr3<M: Memory>(&self, m: &M, page: u32) -> u64 {
-        if self.la57 { m.pool_pte(m.gfns(page)[0].load(Relaxed)) } else { m.pool_pte(page) }
+        if self.la57 { m.pool_pte(self.wrapper(m, page)) } else { m.pool_pte(page) }
+    }
+
+    /// The page above root `page` on a host with 5-level paging. Its number is kept
+    /// in a slot of the hypervisor, where a root has no child.
+    pub(super) fn wrapper<M: Memory>(&self, m: &M, page: u32) -> u32 {
+        m.gfns(page)[HOLE.start].load(Relaxed)
     }
 
     /// gfn of the guest table that root `page` shadows.
@@ -375,7 +381,7 @@ impl Mmu {
 
 /// A leaf's place, as the reverse map keeps it.
 #[allow(clippy::cast_possible_truncation, reason = "an index below 512")]
-const fn location(page: u32, i: usize) -> u32 {
+pub(super) const fn location(page: u32, i: usize) -> u32 {
     page << 9 | (i as u32 & 511)
 }
 
