@@ -35,6 +35,8 @@ enum Part {
     Module,
     /// The static `blanket` command.
     Command,
+    /// The static programs that tests and benchmarks run in VMs.
+    Programs,
 }
 
 /// Arguments of `build`.
@@ -82,6 +84,11 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     }
     if wants(Part::Command) {
         println!("{}", command(project)?.display());
+    }
+    if wants(Part::Programs) {
+        for program in guest_programs(project)? {
+            println!("{}", program.display());
+        }
     }
     Ok(())
 }

@@ -110,6 +110,11 @@ impl Machine {
                 cpu.push_str(flag);
             }
         }
+        // Without SVM, QEMU 7.2 ends the extended CPUID leaves before the one that
+        // tells the address sizes, and a kernel with 5-level paging goes wrong.
+        if cpu.starts_with("max") && !cpu.contains("xlevel") {
+            cpu.push_str(",min-xlevel=0x8000000a");
+        }
         cpu
     }
 
