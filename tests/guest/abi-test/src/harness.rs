@@ -126,7 +126,7 @@ fn run_one(check: &Check, options: &Options) -> Verdict {
         scale: options.scale,
     };
     let child = sys::fork(|| {
-        sys::lead_group_and_die_with_parent();
+        sys::become_check_process();
         let line = match (check.run)(&ctx) {
             Ok(Note::Pass) => "P".to_string(),
             Ok(Note::Info(value)) => format!("I{value}"),

@@ -111,10 +111,14 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Makes the caller a process group leader that dies with its parent.
-pub fn lead_group_and_die_with_parent() {
-    // SAFETY: both calls take integers only.
+/// Prepares a check's process: it leads a group, dies with its parent, and has
+/// default signal actions (Rust's start-up code changes some).
+pub fn become_check_process() {
+    // SAFETY: integers and default actions only.
     unsafe {
+        for sig in [libc::SIGSEGV, libc::SIGBUS, libc::SIGPIPE] {
+            libc::signal(sig, libc::SIG_DFL);
+        }
         libc::setpgid(0, 0);
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
     }

@@ -132,8 +132,15 @@ fn vdso_and_call(ctx: &Ctx) -> Verdict {
 }
 
 fn rdtsc() -> u64 {
-    // SAFETY: rdtsc is always there in 64-bit mode.
-    unsafe { core::arch::x86_64::_rdtsc() }
+    use core::arch::x86_64::{_mm_lfence, _rdtsc};
+    // SAFETY: both are always there in 64-bit mode. The fences keep the read
+    // in its place among the loads around it.
+    unsafe {
+        _mm_lfence();
+        let ticks = _rdtsc();
+        _mm_lfence();
+        ticks
+    }
 }
 
 fn tsc(ctx: &Ctx) -> Verdict {
