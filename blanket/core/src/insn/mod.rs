@@ -169,7 +169,7 @@ impl<'a> Bytes<'a> {
     fn imm(&mut self, size: u8) -> Option<u64> {
         let at = self.at;
         self.skip(usize::from(size))?;
-        let b = &self.bytes[at..self.at];
+        let b = self.bytes.get(at..self.at)?;
         let value = match *b {
             [a] => i64::from(i8::from_le_bytes([a])),
             [a, b] => i64::from(i16::from_le_bytes([a, b])),
