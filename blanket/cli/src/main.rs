@@ -1,1 +1,73 @@
-fn main() {}
+//! `blanket`: VMs on a machine without nested virtualization.
+
+mod args;
+mod client;
+mod control;
+mod doctor;
+mod exit;
+mod registry;
+mod run;
+mod stats;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use crate::args::{Arguments, Command};
+use crate::exit::Hint;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    start_log();
+    let result = match arguments.command {
+        Command::Doctor { json, force } => doctor::command(json, force),
+        Command::Run(run) => run::command(&run),
+        Command::Ps { json } => client::ps(json),
+        Command::Console { name } => client::console(&name),
+        Command::Stats { name, json } => client::stats(&name, json),
+        Command::Stop { name, timeout } => client::stop(&name, timeout),
+        Command::Kill { name } => client::kill(&name),
+        Command::Generate { what } => generate(&what),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(exit::FAILURE)
+        }
+    }
+}
+
+/// Writes an error with its causes, and the command that mends it.
+fn report(error: &anyhow::Error) {
+    eprintln!("blanket: {}", exit::text(error));
+    if let Some(hint) = error.downcast_ref::<Hint>() {
+        eprintln!("  {hint}");
+    }
+}
+
+fn start_log() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_env("BLANKET_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+}
+
+/// Writes the man page or a shell's completions, for packages.
+fn generate(what: &args::Generated) -> anyhow::Result<ExitCode> {
+    let mut out = std::io::stdout().lock();
+    let mut command = Arguments::command();
+    match what {
+        args::Generated::Man => clap_mangen::Man::new(command).render(&mut out)?,
+        args::Generated::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut command, "blanket", &mut text);
+            out.write_all(&text)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,289 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use blanket_vmm::console::Sink;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::exit;
+
+/// Runs unmodified stock Linux kernels as VMs, on machines without nested
+/// virtualization.
+#[derive(Debug, Parser)]
+#[command(
+    name = "blanket",
+    version,
+    after_help = "BLANKET_LOG sets what is logged to standard error, for instance \
+                  BLANKET_LOG=debug. `blanket doctor` says whether this machine can run VMs."
+)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Can this machine run VMs? What is missing, and the command that mends it
+    Doctor {
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+        /// Accept kernel versions that Blanket was never tried on
+        #[arg(long)]
+        force: bool,
+    },
+    /// Run a VM in this process
+    #[command(after_help = exit::TABLE)]
+    Run(Run),
+    /// List running VMs
+    Ps {
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Attach to a VM's console; Ctrl-] detaches
+    Console {
+        /// The VM
+        name: String,
+    },
+    /// Show a VM's counters
+    Stats {
+        /// The VM
+        name: String,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask a VM's guest to power off, and wait until it has
+    Stop {
+        /// The VM
+        name: String,
+        /// Seconds that the guest has
+        #[arg(long, default_value = "60", value_parser = seconds)]
+        timeout: Duration,
+    },
+    /// End a VM at once
+    Kill {
+        /// The VM
+        name: String,
+    },
+    /// Write the man page or completions
+    #[command(hide = true)]
+    Generate {
+        /// What to write
+        #[command(subcommand)]
+        what: Generated,
+    },
+}
+
+/// What can be generated.
+#[derive(Debug, Subcommand)]
+pub enum Generated {
+    /// The man page
+    Man,
+    /// Completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Kernel: a vmlinuz, as distributions ship it, or an ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Memory, such as 256M or 2G
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
+    pub memory: u64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub cpus: u32,
+    /// Kernel command line; console=hvc0 is added if it is not there
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    pub cmdline: String,
+    /// Name for ps, console, stats, stop and kill [default: vm1, vm2, ...]
+    #[arg(long, value_parser = name)]
+    pub name: Option<String>,
+    /// Where the console goes: stdio, pty, file:PATH, socket:PATH or none
+    /// [default: stdio, with --detach none]
+    #[arg(long, value_name = "WHERE", value_parser = sink)]
+    pub console: Option<Sink>,
+    /// Return once the VM runs, and leave it in the background
+    #[arg(long)]
+    pub detach: bool,
+    /// What a reboot of the guest does
+    #[arg(long, value_enum, value_name = "ACTION", default_value = "restart")]
+    pub on_reboot: OnReboot,
+    /// Write the VM's counters to standard error when it has ended
+    #[arg(long)]
+    pub stats_on_exit: bool,
+    /// Write how the VM ended to standard error, as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Have every hypercall that is refused reported on the console
+    #[arg(long)]
+    pub verbose_core: bool,
+    /// Most memory for shadow page tables [default: the module's]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub shadow_memory: Option<u64>,
+}
+
+/// What a reboot of the guest does.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum OnReboot {
+    /// Start it again
+    Restart,
+    /// End with exit code 3
+    Exit,
+}
+
+/// Reads a size with its unit.
+fn size(text: &str) -> Result<u64, String> {
+    let unit = text.trim_start_matches(|c: char| c.is_ascii_digit());
+    let number = &text[..text.len() - unit.len()];
+    let shift = match unit
+        .to_ascii_lowercase()
+        .trim_end_matches("ib")
+        .trim_end_matches('b')
+    {
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "" => return Err(format!("a size needs a unit, such as {number}M")),
+        _ => return Err(format!("unknown unit {unit:?}; K, M, G and T are known")),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "a size is a number and a unit".to_owned())?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "the size is too large".to_owned())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| "not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
+}
+
+/// Checks a VM's name: it becomes a file name.
+fn name(text: &str) -> Result<String, String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let starts_well = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if !starts_well || text.len() > 64 || !text.chars().all(allowed) {
+        return Err(
+            "a name has 1 to 64 letters, digits, dots, dashes and underscores, \
+             and starts with a letter or digit"
+                .to_owned(),
+        );
+    }
+    Ok(text.to_owned())
+}
+
+fn sink(text: &str) -> Result<Sink, String> {
+    let path = |path: &str| match path {
+        "" => Err("the path is missing".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    };
+    Ok(match text {
+        "stdio" => Sink::Stdio,
+        "pty" => Sink::Pty,
+        "none" => Sink::None,
+        _ => match text.split_once(':') {
+            Some(("file", rest)) => Sink::File(path(rest)?),
+            Some(("socket", rest)) => Sink::Socket(path(rest)?),
+            _ => return Err("one of stdio, pty, file:PATH, socket:PATH and none".to_owned()),
+        },
+    })
+}
+
+/// The user's command line, with the console that Blanket gives.
+pub fn with_console(cmdline: &str) -> String {
+    let has = cmdline
+        .split_ascii_whitespace()
+        .any(|word| word == "console=hvc0" || word.starts_with("console=hvc0,"));
+    match (has, cmdline.is_empty()) {
+        (true, _) => cmdline.to_owned(),
+        (false, true) => "console=hvc0".to_owned(),
+        (false, false) => format!("{cmdline} console=hvc0"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("256M"), Ok(256 << 20));
+        assert_eq!(size("2g"), Ok(2 << 30));
+        assert_eq!(size("64KiB"), Ok(64 << 10));
+        for wrong in [
+            "256",
+            "",
+            "M",
+            "-1M",
+            "1.5G",
+            "12Q",
+            "99999999999999T",
+            "1é",
+        ] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn names_and_sinks() {
+        assert!(name("web-1.a_b").is_ok());
+        for wrong in ["", "-a", ".hidden", "a/b", "a b", &"x".repeat(65)] {
+            assert!(name(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(sink("file:/tmp/x"), Ok(Sink::File("/tmp/x".into())));
+        assert_eq!(sink("socket:a:b"), Ok(Sink::Socket("a:b".into())));
+        assert!(sink("file:").is_err() && sink("tcp:1").is_err());
+    }
+
+    #[test]
+    fn the_console_is_added_only_if_it_is_missing() {
+        assert_eq!(with_console(""), "console=hvc0");
+        assert_eq!(with_console("quiet"), "quiet console=hvc0");
+        assert_eq!(with_console("console=ttyS0"), "console=ttyS0 console=hvc0");
+        assert_eq!(with_console("a console=hvc0 b"), "a console=hvc0 b");
+    }
+
+    #[test]
+    fn wrong_arguments_exit_with_2() {
+        for arguments in [
+            &["blanket", "run"][..],
+            &["blanket", "run", "--kernel", "k", "--cpus", "0"],
+            &["blanket", "run", "--kernel", "k", "--memory", "12"],
+            &["blanket", "stop"],
+            &["blanket", "unknown"],
+        ] {
+            let error = Arguments::try_parse_from(arguments).expect_err("wrong");
+            assert_eq!(error.exit_code(), 2, "{arguments:?}");
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! The commands that talk to running VMs.
+
+use std::io::{self, Write as _};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use blanket_vmm::console::RawMode;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use crate::control::{Answer, Info, Request, ask};
+use crate::exit::hint;
+use crate::registry::Registry;
+
+/// Ctrl-]: detaches.
+const ESCAPE: u8 = 0x1d;
+
+/// `blanket ps`.
+pub fn ps(json: bool) -> Result<ExitCode> {
+    let registry = Registry::open()?;
+    let mut found: Vec<Info> = Vec::new();
+    for name in registry.names()? {
+        // One that ends just now is not an error.
+        let Ok(stream) = registry.connect(&name) else {
+            continue;
+        };
+        match ask(&stream, &Request::Info) {
+            Ok(Answer::Info(info)) => found.push(*info),
+            Ok(_) => {}
+            Err(error) => tracing::warn!("{name}: {error:#}"),
+        }
+    }
+    if json {
+        println!("{}", serde_json::to_string_pretty(&found)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let header = [
+        "NAME", "PID", "CPUS", "MEMORY", "UPTIME", "BOOTS", "CONSOLE", "KERNEL",
+    ];
+    let mut rows = vec![header.map(str::to_owned)];
+    rows.extend(found.iter().map(|vm| {
+        [
+            vm.name.clone(),
+            vm.pid.to_string(),
+            vm.vcpus.to_string(),
+            format!("{}M", vm.memory >> 20),
+            duration(vm.uptime_seconds),
+            vm.boots.to_string(),
+            vm.console.clone(),
+            vm.kernel.clone(),
+        ]
+    }));
+    print!("{}", table(&rows));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Columns as wide as their widest cell.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] = std::array::from_fn(|n| {
+        rows.iter()
+            .map(|row| row[n].chars().count())
+            .max()
+            .unwrap_or(0)
+    });
+    let mut out = String::new();
+    for row in rows {
+        let line: String = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:<width$}  "))
+            .collect();
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+fn duration(seconds: f64) -> String {
+    let total = Duration::try_from_secs_f64(seconds)
+        .unwrap_or_default()
+        .as_secs();
+    match (total / 3600, total / 60 % 60, total % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m{s:02}s"),
+        (h, m, _) => format!("{h}h{m:02}m"),
+    }
+}
+
+/// `blanket stats`.
+pub fn stats(name: &str, json: bool) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let Answer::Stats(stats) = ask(&stream, &Request::Stats).with_context(|| name.to_owned())?
+    else {
+        bail!("{name} answered something else than counters");
+    };
+    if json {
+        println!("{}", serde_json::to_string_pretty(&stats)?);
+    } else {
+        print!("{stats}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `blanket stop`.
+pub fn stop(name: &str, timeout: Duration) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+    ask(&stream, &Request::Stop { timeout_ms })
+        .with_context(|| format!("{name} was not stopped"))
+        .map_err(|error| hint(&error, format!("`blanket kill {name}` ends it at once")))?;
+    wait_gone(&stream);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `blanket kill`.
+pub fn kill(name: &str) -> Result<ExitCode> {
+    let registry = Registry::open()?;
+    let stream = registry.connect(name)?;
+    // A second connection tells when the process is gone.
+    ask(&stream, &Request::Kill).with_context(|| format!("{name} was not killed"))?;
+    wait_gone(&stream);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until the other side has closed the connection, which it does after its
+/// answer at the earliest, so that what the VM held is free again.
+fn wait_gone(mut stream: &UnixStream) {
+    let _ = io::copy(&mut stream, &mut io::sink());
+}
+
+/// `blanket console`.
+pub fn console(name: &str) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    ask(&stream, &Request::Console).with_context(|| format!("{name} has no console to give"))?;
+    let raw = RawMode::enable().context("cannot use the terminal")?;
+    if raw.is_some() {
+        eprint!("[attached to {name}; Ctrl-] detaches]\r\n");
+    }
+    let end = exchange(&stream, raw.is_some());
+    drop(raw);
+    match end? {
+        Left::Detached => eprintln!("\n[detached from {name}]"),
+        Left::Ended => eprintln!("\n[{name} has ended]"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+enum Left {
+    Detached,
+    Ended,
+}
+
+fn exchange(stream: &UnixStream, terminal: bool) -> Result<Left> {
+    let stdin = io::stdin();
+    let mut stdin_open = true;
+    let mut bytes = [0; 4096];
+    loop {
+        let (from_stream, from_stdin) = {
+            let mut fds = vec![PollFd::new(stream, PollFlags::IN)];
+            if stdin_open {
+                fds.push(PollFd::new(&stdin, PollFlags::IN));
+            }
+            match poll(&mut fds, None) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error).context("cannot wait for the console"),
+            }
+            let ready = |n: usize| fds.get(n).is_some_and(|fd| !fd.revents().is_empty());
+            (ready(0), ready(1))
+        };
+        if from_stream {
+            match rustix::io::read(stream, &mut bytes) {
+                Ok(0) | Err(Errno::CONNRESET) => return Ok(Left::Ended),
+                Ok(count) => {
+                    let mut stdout = io::stdout().lock();
+                    stdout
+                        .write_all(&bytes[..count])
+                        .and_then(|()| stdout.flush())?;
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error).context("the console is lost"),
+            }
+        }
+        if from_stdin {
+            match rustix::io::read(&stdin, &mut bytes) {
+                Ok(0) => stdin_open = false,
+                Ok(count) => {
+                    let typed = &bytes[..count];
+                    let end = typed.iter().position(|&b| terminal && b == ESCAPE);
+                    let mut writer = stream;
+                    if writer.write_all(&typed[..end.unwrap_or(count)]).is_err() {
+                        return Ok(Left::Ended);
+                    }
+                    if end.is_some() {
+                        return Ok(Left::Detached);
+                    }
+                }
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(_) => stdin_open = false,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_aligned() {
+        let rows = [["A", "LONG"], ["wide", "b"]].map(|row| row.map(str::to_owned));
+        assert_eq!(table(&rows), "A     LONG\nwide  b\n");
+    }
+
+    #[test]
+    fn durations_are_short() {
+        assert_eq!(duration(5.9), "5s");
+        assert_eq!(duration(65.0), "1m05s");
+        assert_eq!(duration(7300.0), "2h01m");
+        assert_eq!(duration(-1.0), "0s");
+    }
+}

@@ -1,0 +1,580 @@
+//! Judging the facts. Each check is a pure function, and says what mends it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::facts::{DeviceFact, Facts};
+
+/// Kernel versions on which the module was built and run.
+const TRIED: [(u32, u32); 2] = [(6, 1), (6, 12)];
+/// Memory below which not even a small VM fits, KiB.
+const MEMORY_LEAST: u64 = 128 << 10;
+/// Memory below which only small VMs fit, KiB.
+const MEMORY_FEW: u64 = 384 << 10;
+
+/// How a check came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Good.
+    Ok,
+    /// VMs run, and something is worth knowing.
+    Warn,
+    /// VMs cannot run.
+    Fail,
+}
+
+/// The outcome of a check.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: &'static str,
+    /// How it came out.
+    pub state: State,
+    /// What was found.
+    pub text: String,
+    /// The command that mends it.
+    pub mend: Option<String>,
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Ok => "ok",
+            State::Warn => "warn",
+            State::Fail => "FAIL",
+        };
+        write!(f, "{state:<5} {:<13} {}", self.name, self.text)?;
+        if let Some(mend) = &self.mend {
+            write!(f, "\n      {:<13} -> {mend}", "")?;
+        }
+        Ok(())
+    }
+}
+
+fn check(name: &'static str, state: State, text: impl Into<String>) -> Check {
+    Check {
+        name,
+        state,
+        text: text.into(),
+        mend: None,
+    }
+}
+
+impl Check {
+    fn mend(mut self, command: impl Into<String>) -> Self {
+        self.mend = Some(command.into());
+        self
+    }
+}
+
+/// All checks, in the order in which failures must be mended.
+pub fn all(facts: &Facts, force: bool) -> Vec<Check> {
+    let mut checks = vec![cpu(facts)];
+    if facts.machine != "x86_64" {
+        return checks;
+    }
+    checks.extend([
+        fred(facts),
+        confidential(facts),
+        paging(facts),
+        kernel(facts, force),
+        container(facts),
+        signatures(facts),
+        headers(facts),
+        module(facts),
+        device(facts),
+        memory(facts),
+        clock(facts),
+        kvm(facts),
+    ]);
+    checks
+}
+
+/// Whether the device works, which answers every question about loading.
+fn works(facts: &Facts) -> bool {
+    matches!(facts.device, DeviceFact::Opened { .. })
+}
+
+fn cpu(facts: &Facts) -> Check {
+    const NAME: &str = "cpu";
+    if facts.machine != "x86_64" {
+        return check(
+            NAME,
+            State::Fail,
+            format!("{} is not x86-64", facts.machine),
+        )
+        .mend("use an instance type with Intel or AMD CPUs");
+    }
+    let missing: Vec<_> = ["lm", "nx", "syscall", "fxsr", "sse2", "tsc", "cx16"]
+        .into_iter()
+        .filter(|flag| !facts.has(flag))
+        .collect();
+    if missing.is_empty() {
+        check(NAME, State::Ok, facts.cpu.clone())
+    } else {
+        check(
+            NAME,
+            State::Fail,
+            format!("{} lacks {}", facts.cpu, missing.join(", ")),
+        )
+        .mend("use another instance type")
+    }
+}
+
+fn fred(facts: &Facts) -> Check {
+    const NAME: &str = "fred";
+    if facts.has("fred") {
+        check(
+            NAME,
+            State::Fail,
+            "the kernel uses FRED event delivery, which the world switch does not know",
+        )
+        .mend("add fred=off to the kernel command line and reboot")
+    } else {
+        check(NAME, State::Ok, "not in use")
+    }
+}
+
+fn confidential(facts: &Facts) -> Check {
+    const NAME: &str = "confidential";
+    match &facts.confidential {
+        Some(kind) => check(
+            NAME,
+            State::Fail,
+            format!("this is a confidential guest ({kind}), which is not supported"),
+        )
+        .mend("use an instance type without confidential computing"),
+        None => check(NAME, State::Ok, "not a confidential guest"),
+    }
+}
+
+fn paging(facts: &Facts) -> Check {
+    let levels = if facts.has("la57") { 5 } else { 4 };
+    let isolation = if facts.has("pti") { "with" } else { "without" };
+    check(
+        "paging",
+        State::Ok,
+        format!("{levels}-level, {isolation} page-table isolation (all of these are supported)"),
+    )
+}
+
+fn kernel(facts: &Facts, force: bool) -> Check {
+    const NAME: &str = "kernel";
+    let mut numbers = facts
+        .release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse);
+    let version = match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => Some((major, minor)),
+        _ => None,
+    };
+    if version.is_some_and(|version| TRIED.contains(&version)) {
+        return check(NAME, State::Ok, facts.release.clone());
+    }
+    let tried: Vec<_> = TRIED.iter().map(|(a, b)| format!("{a}.{b}")).collect();
+    let text = format!(
+        "{} was never tried; {} were",
+        facts.release,
+        tried.join(" and ")
+    );
+    if force || works(facts) {
+        check(NAME, State::Warn, text)
+    } else {
+        check(NAME, State::Fail, text)
+            .mend("boot a kernel of one of these versions, or try: blanket doctor --force")
+    }
+}
+
+fn container(facts: &Facts) -> Check {
+    const NAME: &str = "container";
+    match &facts.container {
+        None => check(NAME, State::Ok, "not a container"),
+        Some(kind) if works(facts) => {
+            check(NAME, State::Ok, format!("a {kind} container with access to the device"))
+        }
+        Some(kind) if facts.module_loaded => {
+            check(NAME, State::Fail, format!("a {kind} container that was not given the device"))
+                .mend("start the container with: --device /dev/blanket")
+        }
+        Some(kind) => check(
+            NAME,
+            State::Fail,
+            format!("a {kind} container: a kernel module must be loaded on its host"),
+        )
+        .mend("on the host: sudo modprobe blanket; then start the container with --device /dev/blanket"),
+    }
+}
+
+fn signatures(facts: &Facts) -> Check {
+    const NAME: &str = "signatures";
+    if facts.module_loaded {
+        return check(NAME, State::Ok, "the module was accepted");
+    }
+    let locked = facts.lockdown.as_deref().is_some_and(|mode| mode != "none");
+    let secure = facts.secure_boot == Some(true);
+    if !locked && !facts.signed_only {
+        let text = if secure {
+            "Secure Boot is on, and the kernel accepts unsigned modules all the same"
+        } else {
+            "the kernel accepts unsigned modules"
+        };
+        return check(NAME, State::Ok, text);
+    }
+    let mut reasons = Vec::new();
+    if secure {
+        reasons.push("Secure Boot is on".to_owned());
+    }
+    if let Some(mode) = facts.lockdown.as_deref().filter(|_| locked) {
+        reasons.push(format!("the kernel is locked down ({mode})"));
+    }
+    if facts.signed_only {
+        reasons.push("only signed modules may be loaded".to_owned());
+    }
+    let text = reasons.join(", ");
+    if facts.module_file.is_some() && secure {
+        // DKMS signs with a key of this machine; whether it is enrolled only a
+        // try will tell.
+        return check(NAME, State::Warn, text)
+            .mend("if modprobe is refused: sudo mokutil --import /var/lib/dkms/mok.pub, then reboot and enrol the key");
+    }
+    check(NAME, State::Fail, text).mend(if secure {
+        "sudo mokutil --import /var/lib/dkms/mok.pub, then reboot and enrol the key; \
+         or switch Secure Boot off in the instance's settings"
+    } else {
+        "remove lockdown= and module.sig_enforce from the kernel command line and reboot"
+    })
+}
+
+fn headers(facts: &Facts) -> Check {
+    const NAME: &str = "headers";
+    if facts.module_file.is_some() || facts.module_loaded {
+        return check(NAME, State::Ok, "the module is built already");
+    }
+    if facts.headers {
+        check(
+            NAME,
+            State::Ok,
+            "the module can be built for the running kernel",
+        )
+    } else {
+        check(
+            NAME,
+            State::Fail,
+            "the headers of the running kernel are missing, so the module cannot be built",
+        )
+        .mend(format!("sudo apt install linux-headers-{}", facts.release))
+    }
+}
+
+fn module(facts: &Facts) -> Check {
+    const NAME: &str = "module";
+    if facts.module_loaded || works(facts) {
+        return check(NAME, State::Ok, "loaded");
+    }
+    if let Some(file) = &facts.module_file {
+        let mend = if facts.root && !facts.may_load_modules {
+            "as a user with CAP_SYS_MODULE: modprobe blanket"
+        } else {
+            "sudo modprobe blanket"
+        };
+        return check(
+            NAME,
+            State::Fail,
+            format!("installed ({}), not loaded", file.display()),
+        )
+        .mend(mend);
+    }
+    if facts.dkms_source {
+        return check(
+            NAME,
+            State::Fail,
+            "its source is installed, but it is not built for the running kernel",
+        )
+        .mend(format!(
+            "sudo dkms autoinstall -k {0} && sudo modprobe blanket",
+            facts.release
+        ));
+    }
+    check(NAME, State::Fail, "not installed")
+        .mend("sudo apt install ./blanket-dkms_*.deb && sudo modprobe blanket")
+}
+
+fn device(facts: &Facts) -> Check {
+    const NAME: &str = "device";
+    match &facts.device {
+        DeviceFact::Opened { max_vcpus, .. } => {
+            check(NAME, State::Ok, format!("/dev/blanket, up to {max_vcpus} vCPUs for a VM"))
+        }
+        DeviceFact::NoPermission => {
+            check(NAME, State::Fail, "no permission to open /dev/blanket")
+                .mend("run blanket as root (sudo blanket ...)")
+        }
+        DeviceFact::OtherVersion { module, ours } => check(
+            NAME,
+            State::Fail,
+            format!("the loaded module has interface version {module}, this program {ours}"),
+        )
+        .mend("install both packages of one release, then: sudo rmmod blanket && sudo modprobe blanket"),
+        DeviceFact::Broken { error } => check(NAME, State::Fail, error.clone())
+            .mend("sudo dmesg | grep blanket says more"),
+        DeviceFact::Missing if facts.module_loaded => {
+            check(NAME, State::Fail, "the module is loaded, but /dev/blanket does not exist")
+                .mend("sudo udevadm trigger --action=add /sys/class/misc/blanket")
+        }
+        DeviceFact::Missing => check(NAME, State::Fail, "/dev/blanket does not exist: see module"),
+    }
+}
+
+fn memory(facts: &Facts) -> Check {
+    const NAME: &str = "memory";
+    let text = format!("{} MiB available", facts.available_kib >> 10);
+    if facts.available_kib < MEMORY_LEAST {
+        check(NAME, State::Fail, format!("{text}, too little for any VM"))
+            .mend("end other programs, or use a larger instance")
+    } else if facts.available_kib < MEMORY_FEW {
+        check(
+            NAME,
+            State::Warn,
+            format!("{text}, enough for small VMs only"),
+        )
+    } else {
+        check(NAME, State::Ok, text)
+    }
+}
+
+fn clock(facts: &Facts) -> Check {
+    const NAME: &str = "clock";
+    let source = facts.clocksource.as_deref().unwrap_or("unknown");
+    if matches!(
+        facts.device,
+        DeviceFact::Opened {
+            stable_tsc: true,
+            ..
+        }
+    ) {
+        return check(
+            NAME,
+            State::Ok,
+            format!("clock source {source}, TSC stable"),
+        );
+    }
+    // Sources that the kernel prefers to, or uses instead of, a TSC it distrusts.
+    match source {
+        "tsc" | "kvm-clock" | "xen" | "hyperv_clocksource_tsc_page" => {
+            check(NAME, State::Ok, format!("clock source {source}"))
+        }
+        _ => check(
+            NAME,
+            State::Warn,
+            format!(
+                "clock source {source}: the TSC is not trusted, so guests read the time slowly"
+            ),
+        ),
+    }
+}
+
+fn kvm(facts: &Facts) -> Check {
+    let text = if facts.kvm {
+        "/dev/kvm exists; not used by this version"
+    } else {
+        "no /dev/kvm; not needed"
+    };
+    check("kvm", State::Ok, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine on which everything is as it should be.
+    fn good() -> Facts {
+        Facts {
+            machine: "x86_64".into(),
+            release: "6.1.0-56-cloud-amd64".into(),
+            cpu: "EPYC".into(),
+            flags: "lm nx syscall fxsr sse2 tsc cx16 hypervisor"
+                .split(' ')
+                .map(str::to_owned)
+                .collect(),
+            may_load_modules: true,
+            root: true,
+            module_loaded: true,
+            module_file: Some("/lib/modules/x/blanket.ko".into()),
+            headers: true,
+            device: DeviceFact::Opened {
+                max_vcpus: 64,
+                stable_tsc: true,
+            },
+            available_kib: 1 << 20,
+            clocksource: Some("tsc".into()),
+            lockdown: Some("none".into()),
+            ..Facts::default()
+        }
+    }
+
+    fn failures(facts: &Facts) -> Vec<(&'static str, String)> {
+        all(facts, false)
+            .into_iter()
+            .filter(|check| check.state == State::Fail)
+            .map(|check| (check.name, check.mend.unwrap_or_default()))
+            .collect()
+    }
+
+    /// Changes one thing and expects exactly one failure, with a mending command.
+    fn one_failure(change: impl Fn(&mut Facts), name: &str, mend: &str) {
+        let mut facts = good();
+        change(&mut facts);
+        let found = failures(&facts);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert_eq!(found[0].0, name);
+        assert!(found[0].1.contains(mend), "{found:?}");
+    }
+
+    fn unloaded(facts: &mut Facts) {
+        facts.module_loaded = false;
+        facts.device = DeviceFact::Missing;
+    }
+
+    #[test]
+    fn a_good_machine_passes() {
+        let checks = all(&good(), false);
+        assert!(
+            checks.iter().all(|check| check.state == State::Ok),
+            "{checks:?}"
+        );
+    }
+
+    #[test]
+    fn each_cause_is_found_alone() {
+        one_failure(|f| f.machine = "aarch64".into(), "cpu", "instance type");
+        one_failure(|f| f.flags.retain(|flag| flag != "nx"), "cpu", "instance");
+        one_failure(|f| f.flags.push("fred".into()), "fred", "fred=off");
+        one_failure(
+            |f| f.confidential = Some("AMD SEV".into()),
+            "confidential",
+            "confidential",
+        );
+        one_failure(|f| f.available_kib = 1000, "memory", "larger instance");
+        one_failure(|f| f.device = DeviceFact::NoPermission, "device", "root");
+        one_failure(
+            |f| f.device = DeviceFact::OtherVersion { module: 9, ours: 1 },
+            "device",
+            "rmmod blanket",
+        );
+        one_failure(|f| f.device = DeviceFact::Missing, "device", "udevadm");
+        one_failure(
+            |f| {
+                f.device = DeviceFact::Broken {
+                    error: "odd".into(),
+                }
+            },
+            "device",
+            "dmesg",
+        );
+    }
+
+    /// Names of failed checks before the device, which fails with all of them.
+    fn before_device(change: impl Fn(&mut Facts)) -> Vec<(&'static str, String)> {
+        let mut facts = good();
+        unloaded(&mut facts);
+        change(&mut facts);
+        let mut found = failures(&facts);
+        assert_eq!(found.pop().map(|(name, _)| name), Some("device"));
+        found
+    }
+
+    #[test]
+    fn not_loaded_not_built_and_not_installed_are_told_apart() {
+        let found = before_device(|_| {});
+        assert_eq!(found, [("module", "sudo modprobe blanket".to_owned())]);
+        let found = before_device(|f| {
+            f.module_file = None;
+            f.dkms_source = true;
+        });
+        assert!(
+            found[0]
+                .1
+                .contains("dkms autoinstall -k 6.1.0-56-cloud-amd64")
+        );
+        let found = before_device(|f| f.module_file = None);
+        assert!(found[0].1.contains("blanket-dkms"));
+        let found = before_device(|f| {
+            f.module_file = None;
+            f.headers = false;
+        });
+        assert_eq!(found[0].0, "headers");
+        assert!(found[0].1.ends_with("linux-headers-6.1.0-56-cloud-amd64"));
+        let found = before_device(|f| f.container = Some("docker".into()));
+        assert_eq!(found[0].0, "container");
+        assert!(found[0].1.starts_with("on the host"));
+    }
+
+    #[test]
+    fn locked_kernels_say_how_to_get_a_module_in() {
+        let found = before_device(|f| {
+            f.lockdown = Some("integrity".into());
+            f.secure_boot = Some(true);
+            f.module_file = None;
+        });
+        assert_eq!(found[0].0, "signatures");
+        assert!(found[0].1.contains("mokutil"));
+        let found = before_device(|f| f.signed_only = true);
+        assert!(found[0].1.contains("sig_enforce"));
+        // A module of DKMS under Secure Boot may be signed well.
+        let mut facts = good();
+        unloaded(&mut facts);
+        facts.secure_boot = Some(true);
+        facts.lockdown = Some("integrity".into());
+        let signatures = all(&facts, false)
+            .into_iter()
+            .find(|check| check.name == "signatures");
+        assert_eq!(signatures.map(|check| check.state), Some(State::Warn));
+    }
+
+    #[test]
+    fn untried_kernels_need_force() {
+        let state = |release: &str, force, loaded: bool| {
+            let mut facts = good();
+            if !loaded {
+                unloaded(&mut facts);
+            }
+            facts.release = release.into();
+            let kernel = all(&facts, force)
+                .into_iter()
+                .find(|check| check.name == "kernel");
+            kernel.expect("checked").state
+        };
+        assert_eq!(state("6.12.95+bpo-amd64", false, false), State::Ok);
+        assert_eq!(state("6.1.0-56-rt-amd64", false, false), State::Ok);
+        assert_eq!(state("6.18.44", false, false), State::Fail);
+        assert_eq!(state("6.18.44", true, false), State::Warn);
+        assert_eq!(
+            state("6.10.1", false, false),
+            State::Fail,
+            "not a prefix of 6.1"
+        );
+        assert_eq!(state("garbage", false, false), State::Fail);
+        assert_eq!(
+            state("6.18.44", false, true),
+            State::Warn,
+            "it works already"
+        );
+    }
+
+    #[test]
+    fn a_distrusted_tsc_is_a_warning() {
+        let mut facts = good();
+        facts.device = DeviceFact::Opened {
+            max_vcpus: 1,
+            stable_tsc: false,
+        };
+        facts.clocksource = Some("hpet".into());
+        assert!(failures(&facts).is_empty());
+        let clock = all(&facts, false)
+            .into_iter()
+            .find(|check| check.name == "clock");
+        assert_eq!(clock.map(|check| check.state), Some(State::Warn));
+    }
+}

@@ -1,0 +1,64 @@
+//! `blanket doctor`: can this machine run VMs, and if not, what mends it.
+
+mod checks;
+mod facts;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use checks::{Check, State};
+use facts::Facts;
+
+/// Runs all checks. Exits with 0 only if VMs can run.
+pub fn command(json: bool, force: bool) -> Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Report<'a> {
+        ok: bool,
+        checks: &'a [Check],
+        facts: &'a Facts,
+    }
+    let facts = Facts::gather();
+    let checks = checks::all(&facts, force);
+    let ok = checks.iter().all(|check| check.state != State::Fail);
+    if json {
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&Report {
+                ok,
+                checks: &checks,
+                facts: &facts
+            })?
+        );
+    } else {
+        for check in &checks {
+            println!("{check}");
+        }
+        println!(
+            "\n{}",
+            if ok {
+                "VMs can run here."
+            } else {
+                "VMs cannot run here yet."
+            }
+        );
+    }
+    Ok(if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(crate::exit::FAILURE)
+    })
+}
+
+/// What to do when there is no device: the mending command of the first failed
+/// check, in the order in which they must be mended.
+pub fn module_hint() -> Option<String> {
+    checks::all(&Facts::gather(), true)
+        .into_iter()
+        .find(|check| check.state == State::Fail)
+        .map(|check| match check.mend {
+            Some(mend) => format!("{}: {mend}", check.text),
+            None => check.text,
+        })
+}

@@ -1,0 +1,296 @@
+//! `blanket run`.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixListener;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use blanket_vmm::console::{Console, IoThread, Sink};
+use blanket_vmm::device::{Device, Error as DeviceError};
+use blanket_vmm::instance::{Instance, OnReboot, Spec};
+use blanket_vmm::vm::End;
+use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::args::{self, Run};
+use crate::exit;
+use crate::registry::{Entry, Registry};
+use crate::stats::Stats;
+use crate::{control, doctor};
+
+/// Set in the environment of the process that `--detach` leaves behind.
+const DETACHED: &str = "BLANKET_DETACHED";
+/// How long a guest has to power off after a signal.
+const SIGNAL_PATIENCE: Duration = Duration::from_secs(15);
+
+/// The first signal that asked us to end, or 0.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+
+/// Runs a VM to its end.
+pub fn command(run: &Run) -> Result<ExitCode> {
+    let detached = std::env::var_os(DETACHED).is_some();
+    if run.detach && !detached {
+        return detach(run);
+    }
+    readable("kernel", &run.kernel)?;
+    if let Some(initrd) = &run.initrd {
+        readable("initrd", initrd)?;
+    }
+    let device = Device::open().map_err(with_hint)?;
+    let registry = Registry::open()?;
+    let (entry, listener) = registry.claim(run.name.as_deref())?;
+
+    let spec = Spec {
+        name: entry.name.clone(),
+        kernel: run.kernel.clone(),
+        initrd: run.initrd.clone(),
+        memory: run.memory,
+        vcpus: run.cpus,
+        cmdline: args::with_console(&run.cmdline),
+        on_reboot: match run.on_reboot {
+            args::OnReboot::Restart => OnReboot::Restart,
+            args::OnReboot::Exit => OnReboot::Exit,
+        },
+        verbose: run.verbose_core,
+        pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
+    };
+    let console = Console::new().context("cannot make a console")?;
+    let instance = Instance::new(spec, Arc::new(device), console)?;
+    let (end, stats) = live(run, detached, &registry, entry, listener, &instance)?;
+    Ok(finish(run, &instance, &end, stats))
+}
+
+/// From the first boot to the end.
+fn live(
+    run: &Run,
+    detached: bool,
+    registry: &Registry,
+    entry: Entry,
+    listener: UnixListener,
+    instance: &Arc<Instance>,
+) -> Result<(End, Option<Stats>)> {
+    let sink = run
+        .console
+        .clone()
+        .unwrap_or(if detached { Sink::None } else { Sink::Stdio });
+    let vm = instance.boot().map_err(boot_hint)?;
+    let killer = Arc::clone(instance);
+    let io = IoThread::start(
+        Arc::clone(instance.console()),
+        &sink,
+        Box::new(move || killer.kill()),
+    )?;
+    let place = match (&sink, io.pty()) {
+        (_, Some(path)) => path.display().to_string(),
+        (Sink::File(path) | Sink::Socket(path), _) => path.display().to_string(),
+        (Sink::Stdio, _) => "stdio".into(),
+        (Sink::Pty | Sink::None, _) => "none".into(),
+    };
+    control::serve(
+        listener,
+        Arc::clone(instance),
+        entry.name.clone(),
+        place.clone(),
+    )?;
+    watch_signals(instance)?;
+
+    if detached {
+        become_background(registry, &entry, &place)?;
+    } else if let Some(path) = io.pty() {
+        eprintln!("console: {}", path.display());
+    }
+    let end = instance.run(vm);
+    // Its last output first, then whatever there is to say about the end.
+    io.finish();
+    drop(entry);
+    let stats = instance.stats().ok().flatten().map(|raw| Stats::from(&raw));
+    Ok((end?, stats))
+}
+
+/// Says how it ended.
+fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> ExitCode {
+    #[derive(Serialize)]
+    struct Summary<'a> {
+        name: &'a str,
+        end: &'a str,
+        exit_code: u8,
+        detail: Option<String>,
+        boots: u32,
+        seconds: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        stats: Option<Stats>,
+    }
+    let signal = SIGNAL.load(Ordering::Acquire);
+    let exit_code = match u8::try_from(signal) {
+        Ok(signal @ 1..) => 128 | signal,
+        _ => exit::code(end),
+    };
+    let detail = exit::sentence(end);
+    if run.json {
+        let summary = Summary {
+            name: &instance.spec().name,
+            end: exit::word(end),
+            exit_code,
+            detail,
+            boots: instance.boots(),
+            seconds: instance.uptime().as_secs_f64(),
+            stats: stats.filter(|_| run.stats_on_exit),
+        };
+        match serde_json::to_string(&summary) {
+            Ok(line) => eprintln!("{line}"),
+            Err(error) => tracing::error!(%error, "the summary is lost"),
+        }
+    } else {
+        if let Some(detail) = detail {
+            eprintln!("blanket: {}: {detail}", instance.spec().name);
+        }
+        if let Some(stats) = stats.filter(|_| run.stats_on_exit) {
+            eprint!("{stats}");
+        }
+    }
+    ExitCode::from(exit_code)
+}
+
+/// A file that cannot be read is better named before anything is started.
+fn readable(what: &str, path: &std::path::Path) -> Result<()> {
+    File::open(path)
+        .map(drop)
+        .with_context(|| format!("{what} {}", path.display()))
+}
+
+/// The first signal asks the guest to power off, the second one ends the VM.
+fn watch_signals(instance: &Arc<Instance>) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot watch signals")?;
+    let instance = Arc::clone(instance);
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for signal in signals.forever() {
+                let first = SIGNAL.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Acquire);
+                if first.is_err() {
+                    instance.kill();
+                    continue;
+                }
+                tracing::info!(signal, "asking the guest to power off");
+                let instance = Arc::clone(&instance);
+                let stopper = std::thread::Builder::new()
+                    .name("stop".into())
+                    .spawn(move || {
+                        if let Err(error) = instance.stop(SIGNAL_PATIENCE) {
+                            tracing::info!("{error}; killing it");
+                            instance.kill();
+                        }
+                    });
+                if let Err(error) = stopper {
+                    tracing::warn!(%error, "cannot wait for the guest");
+                }
+            }
+        })
+        .context("cannot start the signal thread")?;
+    Ok(())
+}
+
+/// Starts this program again in the background and waits until its VM runs.
+fn detach(run: &Run) -> Result<ExitCode> {
+    if run.console == Some(Sink::Stdio) {
+        bail!("--console stdio and --detach exclude each other");
+    }
+    let mut child = Command::new(std::env::current_exe().context("cannot find this program")?)
+        .args(std::env::args_os().skip(1))
+        .env(DETACHED, "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the VM's process")?;
+    let mut line = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout)
+            .read_line(&mut line)
+            .context("the VM's process does not answer")?;
+    }
+    if line.is_empty() {
+        // It has said why on standard error, which is ours.
+        let status = child.wait().context("the VM's process is lost")?;
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        return Ok(ExitCode::from(
+            code.filter(|code| *code != 0).unwrap_or(exit::FAILURE),
+        ));
+    }
+    let started: Started = serde_json::from_str(&line).context("the VM's process")?;
+    if run.json {
+        print!("{line}");
+    } else {
+        println!("{}", started.name);
+        if started.console != "none" {
+            eprintln!("console: {}", started.console);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the process in the background says once its VM runs.
+#[derive(Serialize, serde::Deserialize)]
+struct Started {
+    name: String,
+    pid: u32,
+    console: String,
+}
+
+/// Leaves the terminal of the process that started us.
+fn become_background(registry: &Registry, entry: &Entry, console: &str) -> Result<()> {
+    // Fails only for a leader of a process group, who has no terminal to leave.
+    let _ = rustix::process::setsid();
+    let log = registry.log(&entry.name);
+    let log = File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
+    let null = File::options()
+        .write(true)
+        .open("/dev/null")
+        .context("cannot open /dev/null")?;
+    let started = Started {
+        name: entry.name.clone(),
+        pid: std::process::id(),
+        console: console.to_owned(),
+    };
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "{}", serde_json::to_string(&started)?)?;
+    stdout.flush()?;
+    rustix::stdio::dup2_stdout(null.as_fd())?;
+    rustix::stdio::dup2_stderr(log.as_fd())?;
+    Ok(())
+}
+
+/// Which of not installed, not loaded, no permission holds, and what to do.
+fn with_hint(error: DeviceError) -> anyhow::Error {
+    let next = match &error {
+        DeviceError::NoDevice(_) => doctor::module_hint(),
+        DeviceError::Permission(_) => Some(
+            "run blanket as root, or give your user the device: \
+             sudo chgrp kvm /dev/blanket && sudo chmod 660 /dev/blanket"
+                .into(),
+        ),
+        DeviceError::Version { .. } => Some(
+            "install the blanket and blanket-dkms packages of one release, then: \
+             sudo rmmod blanket && sudo modprobe blanket"
+                .into(),
+        ),
+        _ => Some("`blanket doctor` looks for the cause".into()),
+    };
+    let error = anyhow::Error::new(error);
+    match next {
+        Some(next) => exit::hint(&error, next),
+        None => error,
+    }
+}
+
+fn boot_hint(error: blanket_vmm::instance::Error) -> anyhow::Error {
+    match error {
+        blanket_vmm::instance::Error::Device(error @ DeviceError::NoMemory(_)) => with_hint(error),
+        other => other.into(),
+    }
+}
