@@ -127,7 +127,7 @@ impl<M: Machine> Context<'_, M> {
         ));
         loop {
             let len = self.m.set_data(text.bytes());
-            self.exit(exit::CRASH, [why, len as u64, 0, 0]);
+            self.exit(exit::CRASH, [why, 0, 0, len as u64]);
         }
     }
 
@@ -563,6 +563,12 @@ impl<M: Machine> Context<'_, M> {
                 let bits = self.m.switch().pending.swap(0, SeqCst);
                 if bits & pending::RAISED != 0 {
                     self.take_raised();
+                }
+                if bits & pending::NMI != 0 {
+                    self.exit(exit::NMI, [0; 4]);
+                }
+                if bits & pending::MCE != 0 {
+                    self.exit(exit::MCE, [0; 4]);
                 }
             }
             if self.v.check_timers {

@@ -21,10 +21,6 @@ pub struct Local {
     dr: [AtomicU64; 4],
     /// LDT entries of the guest.
     ldt: AtomicU32,
-    /// An NMI came while the core ran.
-    pub nmi: AtomicU32,
-    /// A machine check came while the core ran.
-    pub mce: AtomicU32,
 }
 
 const LOCAL: usize = FAST + 0x200;
@@ -137,15 +133,6 @@ impl Hal {
     pub fn set_syscall_msrs(&self, msrs: [u64; 4]) {
         // SAFETY: this vCPU's own block; the module reads it in the host world.
         unsafe { (&raw mut (*self.raw_switch()).syscall_msrs).write_volatile(msrs) };
-    }
-
-    /// Reports NMIs and machine checks that came in the core.
-    pub fn take_missed(&self) -> Option<u32> {
-        use blanket_abi::device::exit;
-        if self.local().nmi.swap(0, Ordering::Relaxed) != 0 {
-            return Some(exit::NMI);
-        }
-        (self.local().mce.swap(0, Ordering::Relaxed) != 0).then_some(exit::MCE)
     }
 }
 

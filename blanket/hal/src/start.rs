@@ -3,20 +3,18 @@
 use crate::cpu;
 use crate::entry;
 use crate::machine::Hal;
-use blanket_abi::device::{crash, exit};
+use blanket_abi::device::{crash, exit, pending};
 use blanket_abi::layout::{IMAGE, MAX_VCPUS, VCPU, VCPU_STRIDE, vcpu as area};
 use blanket_core::context::{Context, Text};
 use blanket_core::machine::{Cpu, Host};
 use blanket_core::mmu::Mmu;
 use blanket_core::vcpu::{NEVER, State, TrapFrame, Vcpu, entry as reason};
 use blanket_core::vm::Vm;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 use spin::{Mutex, Once};
 
 static VM: Once<Vm> = Once::new();
 static CLAIMED: AtomicBool = AtomicBool::new(false);
-/// NMIs that came on a stack of the host, while the worlds were changing.
-static STRAY_NMI: AtomicU32 = AtomicU32::new(0);
 
 static VCPUS: [Mutex<Vcpu>; MAX_VCPUS as usize] = {
     let mut all = [const { Mutex::new(Vcpu::new(0)) }; MAX_VCPUS as usize];
@@ -54,15 +52,6 @@ extern "C" fn blanket_trap(f: *mut TrapFrame) {
         with_context(&hal, vm, |c| {
             c.enter();
             c.prepare_return();
-            while let Some(missed) = hal.take_missed() {
-                c.exit(missed, [0; 4]);
-                c.prepare_return();
-            }
-            if STRAY_NMI.load(Ordering::Relaxed) != 0 && STRAY_NMI.swap(0, Ordering::Relaxed) != 0
-            {
-                c.exit(exit::NMI, [0; 4]);
-                c.prepare_return();
-            }
         });
     }
 }
@@ -209,24 +198,22 @@ fn find_fixup(rip: u64) -> Option<u64> {
 /// #DB, NMI, #DF or #MC in ring 0; `at` points at RIP of the interrupted code.
 #[unsafe(no_mangle)]
 extern "C" fn blanket_core_ist(vector: u64, at: *const u64) {
-    let sp = at as u64;
-    let ours = (VCPU..VCPU + u64::from(MAX_VCPUS) * VCPU_STRIDE).contains(&sp);
+    // Under the core's IDT the TSS is the core's too, so this is its stack.
+    // SAFETY: the stack lies in the area of the vCPU that runs here.
+    let hal = unsafe { Hal::containing(at as u64) };
     match vector {
-        2 if ours => {
-            // SAFETY: the stack lies in the area of the vCPU that runs here.
-            unsafe { Hal::containing(sp) }.local().nmi.store(1, Ordering::Relaxed);
+        // The module gives them to the host at the next exit, which is before the
+        // guest runs on (`prepare_return`).
+        2 => {
+            hal.switch().pending.fetch_or(pending::NMI, Ordering::SeqCst);
         }
-        2 => STRAY_NMI.store(1, Ordering::Relaxed),
-        18 if ours => {
-            // SAFETY: as above.
-            unsafe { Hal::containing(sp) }.local().mce.store(1, Ordering::Relaxed);
+        18 => {
+            hal.switch().pending.fetch_or(pending::MCE, Ordering::SeqCst);
         }
         // A debug exception in ring 0 comes from a MOV SS of the guest right
         // before its entry (CVE-2018-8897): the guest loses it.
         1 => cpu::set_dr(6, 0xffff_0ff0),
         _ => {
-            // SAFETY: as above; a double fault is always on our own stack.
-            let hal = unsafe { Hal::containing(sp) };
             // SAFETY: the CPU pushed RIP, CS, RFLAGS, RSP there.
             let (rip, rsp) = unsafe { (*at, *at.add(3)) };
             die(&hal, format_args!("vector {vector} in the core at {rip:#x}, rsp {rsp:#x}\n"))
@@ -239,7 +226,7 @@ fn die(hal: &Hal, args: core::fmt::Arguments<'_>) -> ! {
     let text = Text::new(args);
     loop {
         let n = hal.set_data(text.bytes());
-        hal.exit(exit::CRASH, [crash::CORE, n as u64, 0, 0]);
+        hal.exit(exit::CRASH, [crash::CORE, 0, 0, n as u64]);
     }
 }
 

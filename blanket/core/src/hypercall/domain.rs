@@ -86,7 +86,7 @@ impl<M: Machine> Context<'_, M> {
                     let n = (count - done).min(256) as usize;
                     self.copy_in(Va(ptr.wrapping_add(done)), &mut buf[..n])?;
                     let len = self.m.set_data(&buf[..n]);
-                    self.exit(exit::CONSOLE, [len as u64, 0, 0, 0]);
+                    self.exit(exit::CONSOLE, [0, 0, 0, len as u64]);
                     done += n as u64;
                 }
                 Ok(0)
