@@ -280,32 +280,42 @@ static u64 sane_xcr0(u64 xcr0)
 	return bad ? XFEATURE_MASK_FPSSE : xcr0;
 }
 
+/*
+ * The whole image is loaded and saved under the mask of all that guests may have:
+ * what a guest has switched off in its XCR0 is neither lost nor left to others.
+ */
 static void fpu_in(struct blanket_vcpu *vcpu, struct host_state *host)
 {
-	u64 xcr0;
+	u64 mask = blanket_host.xcr0_mask, xcr0;
 
 	if (!blanket_host.xsave) {
 		asm volatile("fxrstor64 %0" :: "m" (*(struct fxregs_state *)vcpu->xsave));
 		return;
 	}
 	host->xcr0 = xgetbv(XCR_XFEATURE_ENABLED_MASK);
-	xcr0 = sane_xcr0(vcpu->sw->guest_xcr0);
-	if (xcr0 != host->xcr0)
-		xsetbv(XCR_XFEATURE_ENABLED_MASK, xcr0);
+	if (mask != host->xcr0)
+		xsetbv(XCR_XFEATURE_ENABLED_MASK, mask);
 	asm volatile("xrstor64 %0" :: "m" (*(struct xregs_state *)vcpu->xsave),
 		     "a" (-1), "d" (-1) : "memory");
+	xcr0 = sane_xcr0(vcpu->sw->guest_xcr0);
+	if (xcr0 != mask)
+		xsetbv(XCR_XFEATURE_ENABLED_MASK, xcr0);
 }
 
 static void fpu_out(struct blanket_vcpu *vcpu, const struct host_state *host)
 {
+	u64 mask = blanket_host.xcr0_mask;
+
 	if (!blanket_host.xsave) {
 		asm volatile("fxsave64 %0" : "=m" (*(struct fxregs_state *)vcpu->xsave));
 		return;
 	}
-	/* The guest may have changed its XCR0, so it is not compared. */
+	if (xgetbv(XCR_XFEATURE_ENABLED_MASK) != mask)
+		xsetbv(XCR_XFEATURE_ENABLED_MASK, mask);
 	asm volatile("xsave64 %0" : "+m" (*(struct xregs_state *)vcpu->xsave)
 		     : "a" (-1), "d" (-1) : "memory");
-	xsetbv(XCR_XFEATURE_ENABLED_MASK, host->xcr0);
+	if (host->xcr0 != mask)
+		xsetbv(XCR_XFEATURE_ENABLED_MASK, host->xcr0);
 }
 
 /* Selectors that the switch left null. The bases were not to be touched by it. */

@@ -245,7 +245,7 @@ static void fill_switch(struct blanket_vcpu *vcpu, u64 area)
 	sw->core_idtr.base = BLANKET_IMAGE + blanket_header->idt;
 	sw->deadline = U64_MAX;
 	sw->armed = U64_MAX;
-	sw->guest_xcr0 = blanket_host.xsave ? XFEATURE_MASK_FP : 0;
+	sw->guest_xcr0 = blanket_host.xsave ? XFEATURE_MASK_FPSSE : 0;
 	sw->vcpu_id = vcpu->id;
 	sw->exit_entry = (u64)blanket_world_exit;
 	sw->host_self = (u64)sw;
