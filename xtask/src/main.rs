@@ -4,6 +4,7 @@
 //! [`kernels`] (stock Debian kernels), [`initramfs`] and [`qemu`].
 
 mod abi_check;
+mod bench;
 mod build;
 mod cases;
 mod demo;
@@ -35,6 +36,8 @@ enum Verb {
     Demo(demo::Args),
     /// Check everything: style, unit tests, whole systems in the lab.
     Test(test::Args),
+    /// A micro benchmark natively and in a VM, by instruction count and clock.
+    Bench(bench::Args),
     /// Build the core image, the kernel module and the static `blanket` command.
     Build(build::Args),
     /// Boot stock-kernel instances in QEMU and run a command in the first.
@@ -57,6 +60,7 @@ fn verb(verb: &Verb) -> anyhow::Result<()> {
         Verb::Setup => setup::run(&project),
         Verb::Demo(args) => demo::run(&project, args),
         Verb::Test(args) => test::run(&project, args),
+        Verb::Bench(args) => bench::run(&project, args),
         Verb::Build(args) => build::run(&project, args),
         Verb::Lab(args) => lab::run(&project, args),
     }

@@ -325,9 +325,21 @@ pub fn run(
     timeout: Duration,
     sink: &mut dyn Write,
 ) -> Result<Outcome> {
+    run_in(project, run_dir(project)?, machines, payload, timeout, sink)
+}
+
+/// As [`run`] in a directory made by [`run_dir`], where QEMU's control socket
+/// is `qmp`.
+pub fn run_in(
+    project: &Project,
+    dir: PathBuf,
+    machines: &[Machine],
+    payload: &Initramfs,
+    timeout: Duration,
+    sink: &mut dyn Write,
+) -> Result<Outcome> {
     let deadline = Instant::now() + timeout;
     let (first, others) = machines.split_first().context("a group without machines")?;
-    let dir = run_dir(project)?;
     let nonce = nonce()?;
     let accelerator = accelerator(project)?;
     let mut companions = Vec::new();

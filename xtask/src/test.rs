@@ -228,7 +228,7 @@ case " $* " in *" --cmdline "*) ;; *) set -- --cmdline "console=hvc0 panic=-1 oo
 mkfifo $dir/pipe
 tee $dir/log <$dir/pipe &
 tee=$!
-blanket run --initrd $dir/initrd "$@" </dev/null >$dir/pipe 2>&1
+blanket run --on-reboot exit --initrd $dir/initrd "$@" </dev/null >$dir/pipe 2>&1
 code=$?
 wait $tee
 ready=$(grep -c ^GUEST-READY $dir/log)

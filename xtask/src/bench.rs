@@ -1,0 +1,491 @@
+//! `bench`: one micro benchmark natively in an instance and in a VM on it.
+//!
+//! Two boots: one that counts instructions (one nanosecond for each, exact and
+//! repeatable), one by the clock, in which QEMU's own counters tell how often
+//! the address space was changed.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::build;
+use crate::initramfs;
+use crate::kernels::{self, Flavour};
+use crate::lab::Payload;
+use crate::project::{Project, write_if_changed};
+use crate::qemu::{self, End, Hardware, Machine};
+use crate::setup::{self, Need};
+
+/// Arguments of `bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// CPU model of the instance.
+    #[arg(long, default_value = "max,-svm")]
+    cpu: String,
+    /// Kernel of the instance and of the VM.
+    #[arg(long, default_value = "cloud")]
+    kernel: Flavour,
+    /// Work of each row, as a part of its full count.
+    #[arg(long, default_value_t = 0.3)]
+    scale: f64,
+    /// Repetitions of each row; the median is reported.
+    #[arg(long, default_value_t = 5)]
+    reps: u32,
+    /// Only rows whose names begin so; prints, and leaves docs/benchmarks.md alone.
+    #[arg(long)]
+    only: Vec<String>,
+    /// Only the run that counts instructions; leaves docs/benchmarks.md alone.
+    #[arg(long)]
+    instructions: bool,
+}
+
+const REFERENCE: &str = include_str!("../../tests/lab-scripts/xen-reference.tsv");
+
+/// One row as one run gave it.
+#[derive(Clone, Debug, PartialEq)]
+struct Row {
+    name: String,
+    unit: String,
+    value: f64,
+    /// Operations in one repetition.
+    count: f64,
+    /// Address space changes for one operation.
+    loads: Option<f64>,
+}
+
+/// Rows of the instance and of the VM.
+#[derive(Default)]
+struct Run {
+    native: Vec<Row>,
+    guest: Vec<Row>,
+}
+
+/// The `bench` verb.
+pub fn run(project: &Project, args: &Args) -> Result<()> {
+    setup::ensure(project, &[Need::Build, Need::Boot])?;
+    let counted = boot(project, args, true)?;
+    let clocked = if args.instructions {
+        Run::default()
+    } else {
+        boot(project, args, false)?
+    };
+    let text = table(&counted, &clocked)?;
+    println!("{text}");
+    if args.only.is_empty() && !args.instructions {
+        let release = kernels::fetch(project, args.kernel)?.release;
+        let page = page(args, &release, &text);
+        write_if_changed(&project.root.join("docs/benchmarks.md"), page.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
+    let kernel = kernels::fetch(project, args.kernel)?;
+    let programs = build::guest_programs(project)?;
+    let mut micro = format!(
+        "micro --hello /bin/hello --scale {} --reps {}",
+        args.scale, args.reps
+    );
+    for only in &args.only {
+        let _ = write!(micro, " --only '{only}'");
+    }
+    // When counting, the console's traffic must stay out of the measure; by the
+    // clock, each row must come when it is done, for its counters to be read.
+    let measure = if icount {
+        format!("{micro} >/tmp/out; cat /tmp/out")
+    } else {
+        micro
+    };
+    let mut payload = Payload::new(project, &kernel, Hardware::Virtio)?;
+    payload.module(&build::module_for(project, &kernel)?);
+    payload.program(&build::command(project)?)?;
+    for program in &programs {
+        payload.program(program)?;
+    }
+    payload.guest_kernel(&kernel);
+    payload.guest_initrd(&initramfs::guest(project, Some(&measure), &programs)?)?;
+    payload.command(&format!(
+        "echo BENCH-NATIVE\n({measure})\necho BENCH-GUEST\n\
+         blanket run --kernel /guest/vmlinuz --initrd /guest/initrd.img --memory 1024M --cpus 1 \
+         --cmdline 'console=hvc0 quiet'\n"
+    ));
+    let machine = Machine {
+        cpu: args.cpu.clone(),
+        hardware: Hardware::Virtio,
+        kernel,
+        memory: "2560M".into(),
+        smp: 1,
+        icount,
+        append: String::new(),
+        node: 1,
+        group: None,
+    };
+    let dir = qemu::run_dir(project)?;
+    let counters = (!icount).then(|| dir.join("qmp"));
+    let mut reader = Reader::new(counters, args.reps);
+    let timeout = Duration::from_secs(3000);
+    let outcome = qemu::run_in(
+        project,
+        dir,
+        &[machine],
+        &payload.archive,
+        timeout,
+        &mut reader,
+    )?;
+    if outcome.end != End::Exit(0) {
+        eprint!("{}", outcome.console_tail(100));
+        bail!("the benchmark's instance ended with {:?}", outcome.end);
+    }
+    outcome.discard();
+    ensure!(
+        !reader.run.native.is_empty(),
+        "no row came from the instance"
+    );
+    ensure!(!reader.run.guest.is_empty(), "no row came from the VM");
+    Ok(reader.run)
+}
+
+/// Takes rows out of the output as it comes.
+struct Reader {
+    line: Vec<u8>,
+    run: Run,
+    in_guest: bool,
+    /// QEMU's control socket, when its counters are wanted.
+    counters: Option<PathBuf>,
+    monitor: Option<Monitor>,
+    last: Option<f64>,
+    reps: u32,
+}
+
+impl Reader {
+    fn new(counters: Option<PathBuf>, reps: u32) -> Self {
+        Self {
+            line: Vec::new(),
+            run: Run::default(),
+            in_guest: false,
+            counters,
+            monitor: None,
+            last: None,
+            reps,
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        println!("{line}");
+        if line.starts_with("BENCH-GUEST") {
+            self.in_guest = true;
+        }
+        let row = parse(line);
+        // The first sample of a list is at its head line.
+        if row.is_none() && !line.starts_with("# micro") {
+            return;
+        }
+        let now = self.sample();
+        if let Some(mut row) = row {
+            if let (Some(now), Some(last)) = (now, self.last) {
+                row.loads = Some((now - last) / operations(&row, self.reps));
+            }
+            if self.in_guest {
+                self.run.guest.push(row)
+            } else {
+                self.run.native.push(row)
+            }
+        }
+        self.last = now;
+    }
+
+    fn sample(&mut self) -> Option<f64> {
+        let socket = self.counters.as_ref()?;
+        if self.monitor.is_none() {
+            self.monitor = Monitor::open(socket).ok();
+        }
+        self.monitor.as_mut()?.flushes().ok()
+    }
+}
+
+impl Write for Reader {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        for byte in bytes {
+            if *byte == b'\n' {
+                let line = String::from_utf8_lossy(&self.line).trim_end().to_owned();
+                self.line.clear();
+                self.line(&line);
+            } else {
+                self.line.push(*byte);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How often micro did the operation in all, with its warm-up.
+fn operations(row: &Row, reps: u32) -> f64 {
+    let warm_up = if row.unit == "ns" {
+        (row.count / 8.0).floor().max(1.0)
+    } else {
+        1.0
+    };
+    row.count * f64::from(reps) + warm_up
+}
+
+/// `sys_null  337.2 ns   # spread -0.0%..+0.0% n=30000`
+fn parse(line: &str) -> Option<Row> {
+    let mut words = line.split_whitespace();
+    let (name, value, unit) = (words.next()?, words.next()?, words.next()?);
+    if unit != "ns" && unit != "MiB/s" {
+        return None;
+    }
+    let count = words
+        .find_map(|word| word.strip_prefix("n="))?
+        .parse()
+        .ok()?;
+    Some(Row {
+        name: name.into(),
+        unit: unit.into(),
+        value: value.parse().ok()?,
+        count,
+        loads: None,
+    })
+}
+
+/// QEMU's control socket.
+struct Monitor {
+    stream: UnixStream,
+    reader: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    fn open(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("cannot connect to {}", socket.display()))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let reader = BufReader::new(stream.try_clone()?);
+        let mut this = Self { stream, reader };
+        this.ask(r#"{"execute":"qmp_capabilities"}"#)?;
+        Ok(this)
+    }
+
+    fn ask(&mut self, request: &str) -> Result<String> {
+        writeln!(self.stream, "{request}")?;
+        loop {
+            let mut line = String::new();
+            ensure!(
+                self.reader.read_line(&mut line)? > 0,
+                "QEMU closed its control socket"
+            );
+            if line.starts_with("{\"return\"") || line.starts_with("{\"error\"") {
+                return Ok(line);
+            }
+        }
+    }
+
+    /// Times that the whole TLB was flushed. On a CPU without PCIDs that is what
+    /// a load of CR3 does; QEMU counts it once for each of its 8 MMU modes.
+    fn flushes(&mut self) -> Result<f64> {
+        let answer = self.ask(
+            r#"{"execute":"human-monitor-command","arguments":{"command-line":"info jit"}}"#,
+        )?;
+        let number = |name: &str| -> Result<f64> {
+            let (_, rest) = answer
+                .split_once(name)
+                .with_context(|| format!("QEMU tells no {name}"))?;
+            let digits: String = rest
+                .trim_start()
+                .chars()
+                .take_while(char::is_ascii_digit)
+                .collect();
+            Ok(digits.parse()?)
+        };
+        let partial = number("TLB partial flushes")? + number("TLB elided flushes")?;
+        Ok(number("TLB full flushes")? + partial / 8.0)
+    }
+}
+
+/// Rows that count into the mean: not bare computing, bandwidth, or the clock.
+fn in_mean(name: &str) -> bool {
+    !["cpu_", "bw_", "clock_"]
+        .iter()
+        .any(|prefix| name.starts_with(prefix))
+}
+
+/// Cost of `value` as a multiple of `base`.
+fn ratio(unit: &str, value: f64, base: f64) -> f64 {
+    if unit == "ns" {
+        value / base
+    } else {
+        base / value
+    }
+}
+
+#[derive(Default)]
+struct Mean {
+    log: f64,
+    count: f64,
+}
+
+impl Mean {
+    fn add(&mut self, ratio: f64) {
+        self.log += ratio.ln();
+        self.count += 1.0;
+    }
+
+    fn text(&self) -> String {
+        if self.count == 0.0 {
+            "-".into()
+        } else {
+            format!("{:.2}", (self.log / self.count).exp())
+        }
+    }
+}
+
+fn table(counted: &Run, clocked: &Run) -> Result<String> {
+    let by_name = |rows: &[Row]| -> BTreeMap<String, Row> {
+        rows.iter()
+            .map(|row| (row.name.clone(), row.clone()))
+            .collect()
+    };
+    let guest = by_name(&counted.guest);
+    let (clock_native, clock_guest) = (by_name(&clocked.native), by_name(&clocked.guest));
+    let mut xen = BTreeMap::new();
+    for line in REFERENCE.lines().filter(|line| !line.starts_with('#')) {
+        let cells: Vec<&str> = line.split('\t').collect();
+        let [name, unit, native, pv, loads] = cells[..] else {
+            bail!("xen-reference.tsv has a bad line: {line}")
+        };
+        let cost = ratio(unit, pv.parse()?, native.parse()?);
+        xen.insert(name, (cost, loads));
+    }
+    let mut text = String::from(
+        "| operation | unit | native | VM | VM/native | Xen PV/native | CR3 loads native | VM | Xen PV \
+         | by the clock: native | VM | VM/native |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+    );
+    let (mut mean, mut xen_mean, mut clock_mean) =
+        (Mean::default(), Mean::default(), Mean::default());
+    for row in &counted.native {
+        let Some(vm) = guest.get(&row.name) else {
+            continue;
+        };
+        let cost = ratio(&row.unit, vm.value, row.value);
+        let reference = xen.get(row.name.as_str());
+        let clocks = clock_native.get(&row.name).zip(clock_guest.get(&row.name));
+        if in_mean(&row.name) {
+            mean.add(cost);
+            if let Some((cost, _)) = reference {
+                xen_mean.add(*cost);
+            }
+            if let Some((native, vm)) = clocks {
+                clock_mean.add(ratio(&row.unit, vm.value, native.value));
+            }
+        }
+        let loads = |row: Option<&Row>| {
+            row.and_then(|row| row.loads)
+                .map_or("-".into(), |loads| format!("{loads:.1}"))
+        };
+        let _ = write!(
+            text,
+            "| {} | {} | {} | {} | {cost:.2} | {} | {} | {} | {} ",
+            row.name,
+            row.unit,
+            number(row.value),
+            number(vm.value),
+            reference.map_or("-".into(), |(cost, _)| format!("{cost:.2}")),
+            loads(clock_native.get(&row.name)),
+            loads(clock_guest.get(&row.name)),
+            reference.map_or("-", |(_, loads)| loads),
+        );
+        let _ = match clocks {
+            Some((native, vm)) => writeln!(
+                text,
+                "| {} | {} | {:.2} |",
+                number(native.value),
+                number(vm.value),
+                ratio(&row.unit, vm.value, native.value)
+            ),
+            None => writeln!(text, "| - | - | - |"),
+        };
+    }
+    let _ = writeln!(
+        text,
+        "| **geometric mean** | | | | **{}** | {} | | | | | | {} |",
+        mean.text(),
+        xen_mean.text(),
+        clock_mean.text()
+    );
+    Ok(text)
+}
+
+fn number(value: f64) -> String {
+    if value < 1000.0 {
+        format!("{value:.1}")
+    } else {
+        format!("{value:.0}")
+    }
+}
+
+fn page(args: &Args, release: &str, table: &str) -> String {
+    format!(
+        "# Benchmarks\n\n\
+         Made by `cargo xtask bench --cpu {} --kernel {} --scale {} --reps {}`, which writes this \
+         page.\n\n\
+         The same static program, `tests/guest/micro`, runs natively in an instance (QEMU's \
+         translator, one CPU) and then in a VM on that instance (one vCPU, 1024 MiB). Both run the \
+         stock kernel {release}. The first columns count instructions exactly: one nanosecond is \
+         one instruction of the whole machine, the core and the module included. The CR3 loads are \
+         changes of address space for one operation, as QEMU counts them in the second boot, and \
+         the last columns are that boot by the clock. An emulator's clock says little about \
+         hardware: there, a CR3 load costs microseconds.\n\n\
+         The Xen PV columns are Xen 4.17 with the same kernel as a PV guest, measured once with the \
+         same rows and the same settings (`tests/lab-scripts/xen-reference.tsv`). Bandwidth rows \
+         (MiB/s) show the cost as native divided by VM. The mean leaves out `cpu_`, `bw_` and \
+         `clock_` rows.\n\n\
+         {table}",
+        args.cpu, args.kernel, args.scale, args.reps
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows() {
+        let row = parse("sys_null     337.2 ns   # spread -0.0%..+0.0% n=30000").unwrap();
+        assert_eq!(
+            (row.name.as_str(), row.value, row.count),
+            ("sys_null", 337.2, 30000.0)
+        );
+        assert_eq!(operations(&row, 5), 153_750.0);
+        assert_eq!(parse("# micro scale=0.3 reps=5"), None);
+        assert_eq!(parse("GUEST-READY 6.1.0-56-cloud-amd64 now"), None);
+    }
+
+    #[test]
+    fn table_has_rows_and_mean() {
+        let row = |name: &str, value| Row {
+            name: name.into(),
+            unit: "ns".into(),
+            value,
+            count: 8.0,
+            loads: None,
+        };
+        let run = Run {
+            native: vec![row("sys_null", 100.0)],
+            guest: vec![row("sys_null", 250.0)],
+        };
+        let text = table(&run, &Run::default()).unwrap();
+        assert!(
+            text.contains("| sys_null | ns | 100.0 | 250.0 | 2.50 | 2.95 |"),
+            "{text}"
+        );
+        assert!(text.contains("**2.50** | 2.95"), "{text}");
+    }
+}
