@@ -124,6 +124,7 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
         append: String::new(),
         node: 1,
         group: None,
+        extra: Vec::new(),
     };
     let dir = qemu::run_dir(project)?;
     let counters = (!icount).then(|| dir.join("qmp"));

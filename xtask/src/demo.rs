@@ -86,6 +86,7 @@ fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
         append: String::new(),
         node: 1,
         group: None,
+        extra: Vec::new(),
     };
     let by = match qemu::accelerator(project)? {
         Accelerator::Tcg => "emulated",

@@ -57,6 +57,10 @@ pub struct Args {
     /// Build nothing: use the module and the command if they are there.
     #[arg(long)]
     no_build: bool,
+    /// Options for QEMU itself, such as `-d int,cpu_reset -D qemu-trace.log`;
+    /// files land in the run's directory.
+    #[arg(long, allow_hyphen_values = true, default_value = "")]
+    qemu: String,
     /// Keep the run's directory under target/lab.
     #[arg(long)]
     keep: bool,
@@ -102,6 +106,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             append: args.append.clone(),
             node,
             group: group.clone(),
+            extra: args.qemu.split_whitespace().map(str::to_owned).collect(),
         })
         .collect();
     if args.command.is_empty() {

@@ -95,6 +95,8 @@ pub struct Machine {
     pub node: u32,
     /// Address of the group's network (`ADDRESS:PORT`, multicast); none alone.
     pub group: Option<String>,
+    /// More options for QEMU.
+    pub extra: Vec<String>,
 }
 
 impl Machine {
@@ -158,6 +160,7 @@ impl Machine {
         for device in self.hardware.disk() {
             add(&["-device", device]);
         }
+        options.extend(self.extra.iter().cloned());
         options
     }
 }
@@ -542,6 +545,7 @@ fn kvm_boots(project: &Project) -> Result<bool> {
         append: String::new(),
         node: 1,
         group: None,
+        extra: Vec::new(),
     };
     let dir = run_dir(project)?;
     let nonce = nonce()?;

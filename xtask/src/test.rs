@@ -364,6 +364,7 @@ impl<'a> Bench<'a> {
             append: case.append.into(),
             node: 1,
             group: None,
+            extra: Vec::new(),
         };
         let timeout = Duration::from_secs(case.timeout);
         qemu::run(project, &[machine], &payload.archive, timeout, output)
