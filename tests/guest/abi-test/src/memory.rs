@@ -331,7 +331,7 @@ fn shootdown_dontneed(ctx: &Ctx) -> Verdict {
     sys::pin(cpus[0])?;
     let region = Region::new(16 * PAGE)?;
     let (asked, answered) = (AtomicU64::new(0), AtomicU64::new(0));
-    let (failed, rounds) = (AtomicU64::new(0), u64::from(ctx.n(1000)));
+    let (failed, rounds) = (AtomicU64::new(0), u64::from(ctx.n(300)));
     let result = std::thread::scope(|scope| {
         scope.spawn(|| {
             if sys::pin(last).is_err() {

@@ -192,7 +192,7 @@ fn arch_prctl(ctx: &Ctx) -> Verdict {
         equal("gs:16", read_gs(16), 0x2222)?;
     }
     for bad in [
-        0x0000_8000_0000_0000_u64,
+        0x0100_0000_0000_0000_u64,
         0xffff_8000_0000_0000,
         0xffff_ffff_8000_0000,
     ] {

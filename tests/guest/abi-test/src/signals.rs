@@ -127,10 +127,9 @@ fn segv_prot_none(_: &Ctx) -> Verdict {
 
 fn segv_non_canonical(_: &Ctx) -> Verdict {
     probe::install();
-    // 57-bit machines still give a process 47 bits unless it asks for more,
-    // but these addresses are canonical there; only the signal must agree.
+    // Not canonical with 48 bits nor with 57.
     for addr in [
-        0x0000_8000_0000_0000_u64,
+        0x0100_0000_0000_0000_u64,
         0x1234_5678_9abc_def0,
         0xfff0_0000_0000_0000,
     ] {

@@ -191,7 +191,7 @@ fn bad_rip(_: &Ctx) -> Verdict {
         segv_at(&spoilt(&code, RIP, addr).fault()?, addr).map_err(|e| format!("{addr:#x}: {e}"))?;
     }
     for addr in [
-        0x0000_8000_0000_0000,
+        0x0100_0000_0000_0000,
         0x8000_0000_0000_0000,
         0xfffe_ffff_ffff_ffff,
     ] {
@@ -209,7 +209,7 @@ fn bad_rsp(_: &Ctx) -> Verdict {
         &[
             0,
             8,
-            0x0000_8000_0000_0000,
+            0x0100_0000_0000_0000,
             0xfff0_0000_0000_0000,
             0xffff_8000_0000_0800,
             0xffff_ffff_8100_0000,

@@ -92,7 +92,7 @@ fn futex_timeout(_: &Ctx) -> Verdict {
 }
 
 fn pipe_ping_pong(ctx: &Ctx) -> Verdict {
-    let rounds = ctx.n(5000);
+    let rounds = ctx.n(1000);
     let (first, last) = first_and_last();
     let (mut our_reader, mut their_writer) = std::io::pipe().map_err(|e| e.to_string())?;
     let (mut their_reader, mut our_writer) = std::io::pipe().map_err(|e| e.to_string())?;

@@ -155,7 +155,7 @@ fn bad_pointers(_: &Ctx) -> Verdict {
         0x10_usize,
         0x1000_0000_0000,
         0x7fff_ffff_f000,
-        0x0000_8000_0000_0000,
+        0x0100_0000_0000_0000,
         0x1234_5678_9abc_def0,
         0xffff_8000_0000_0000,
         0xffff_82d0_8000_0000,
@@ -178,35 +178,41 @@ fn bad_pointers(_: &Ctx) -> Verdict {
     Ok(Note::Pass)
 }
 
+/// Maps one page of code at `addr`, never over anything else.
+fn map_code_at(addr: u64) -> bool {
+    let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: NOREPLACE never touches an existing mapping.
+    unsafe { libc::mmap(addr as *mut libc::c_void, 4096, prot, flags, -1, 0) as u64 == addr }
+}
+
 /// A system call in the last bytes of the last page that a process may map:
 /// the return address is the first one it may not.
 fn top_of_user_space(_: &Ctx) -> Verdict {
     probe::install();
-    const LAST: u64 = 0x7fff_ffff_e000;
-    let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-    let map = |addr: u64| {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-        // SAFETY: NOREPLACE never touches an existing mapping.
-        unsafe { libc::mmap(addr as *mut libc::c_void, 4096, prot, flags, -1, 0) as u64 }
-    };
-    require(map(LAST + 4096) == u64::MAX, || {
+    // With 5-level page tables user space ends at 56 bits, else at 47.
+    let wide = map_code_at((1 << 56) - 8192);
+    let top = if wide { 1_u64 << 56 } else { 1 << 47 };
+    require(wide || map_code_at(top - 8192), || {
+        "the last page cannot be mapped".to_string()
+    })?;
+    require(!map_code_at(top - 4096), || {
         "the guard page can be mapped".to_string()
     })?;
-    require(map(0xffff_8000_0000_0000) == u64::MAX, || {
+    require(!map_code_at(0xffff_8000_0000_0000), || {
         "the hole can be mapped".to_string()
     })?;
-    equal("mapping the last page", map(LAST), LAST)?;
     // SAFETY: the page was just mapped writable; the bytes end with it.
     unsafe {
         let code: [u8; 2] = [0x0f, 0x05];
-        std::ptr::copy_nonoverlapping(code.as_ptr(), (LAST + 4094) as *mut u8, 2);
+        std::ptr::copy_nonoverlapping(code.as_ptr(), (top - 4098) as *mut u8, 2);
     }
     // mov eax,39; jmp rdi
     let jump = Code::new(&[0xb8, 39, 0, 0, 0, 0xff, 0xe7])?;
-    let fault = jump.run(LAST + 4094, 0).fault()?;
+    let fault = jump.run(top - 4098, 0).fault()?;
     equal("signal", fault.sig, libc::SIGSEGV)?;
-    equal("si_addr", fault.addr, LAST + 4096)?;
-    equal("rip", fault.rip, LAST + 4096)?;
+    equal("si_addr", fault.addr, top - 4096)?;
+    equal("rip", fault.rip, top - 4096)?;
     Ok(Note::Pass)
 }
 
