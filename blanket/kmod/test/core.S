@@ -24,7 +24,7 @@
 #define VP_LA57		0x84
 #define VP_SYSTEM_TIME	0xa8
 #define VP_RAISED	0xc8
-#define VP_HOLE		(0xc8 + 65 * 8 + 2048)
+#define VP_HOLE		(0xc8 + 66 * 8 + 2048)
 
 /* Our own state, behind the switch block. */
 #define MY_RIP		0xc00
