@@ -34,6 +34,9 @@ pub enum Command {
         /// Accept kernel versions that Blanket was never tried on
         #[arg(long)]
         force: bool,
+        /// Check also that this kernel can be run as a guest
+        #[arg(long, value_name = "FILE")]
+        kernel: Option<PathBuf>,
     },
     /// Run a VM in this process
     #[command(after_help = exit::TABLE)]
@@ -70,7 +73,7 @@ pub enum Command {
         /// The VM
         name: String,
     },
-    /// Write the man page or completions
+    /// Write the man pages or completions
     #[command(hide = true)]
     Generate {
         /// What to write
@@ -82,8 +85,11 @@ pub enum Command {
 /// What can be generated.
 #[derive(Debug, Subcommand)]
 pub enum Generated {
-    /// The man page
-    Man,
+    /// The man pages, one for each command
+    Man {
+        /// Directory to write them to
+        directory: PathBuf,
+    },
     /// Completions for a shell
     Completions {
         /// The shell

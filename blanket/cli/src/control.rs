@@ -181,3 +181,114 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
     }
     Err(anyhow!("the VM ended before it answered"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use blanket_vmm::console::{Console, IoThread, Sink};
+    use blanket_vmm::hypervisor::Exit;
+    use blanket_vmm::instance::{OnReboot, Spec};
+    use blanket_vmm::testing::{Fake, Guest, Program, Synthetic};
+    use blanket_vmm::vm::End;
+
+    use super::*;
+
+    /// A served VM whose guest writes "hello", then waits until it is killed.
+    fn vm(directory: &std::path::Path) -> (std::path::PathBuf, std::thread::JoinHandle<End>) {
+        let kernel = directory.join("kernel");
+        std::fs::write(&kernel, Synthetic::default().elf()).expect("written");
+        let spec = Spec {
+            name: "test".into(),
+            kernel,
+            initrd: None,
+            memory: 64 << 20,
+            vcpus: 2,
+            cmdline: "quiet".into(),
+            on_reboot: OnReboot::Exit,
+            verbose: false,
+            pool_limit: 0,
+        };
+        let fake = Fake::new(|_, id| {
+            let mut first = id == 0;
+            Box::new(move |guest: &Guest| {
+                if std::mem::take(&mut first) {
+                    return Ok(Exit::Console(b"hello".to_vec()));
+                }
+                while guest.wait().is_some() {}
+                Ok(Exit::Interrupted)
+            }) as Program
+        });
+        let console = Console::new().expect("a console");
+        let io = IoThread::start(Arc::clone(&console), &Sink::None, Box::new(|| {}));
+        let io = io.expect("a thread");
+        let instance = Instance::new(spec, fake, console).expect("an instance");
+        let socket = directory.join("test.sock");
+        let listener = UnixListener::bind(&socket).expect("bound");
+        serve(
+            listener,
+            Arc::clone(&instance),
+            "test".into(),
+            "none".into(),
+        )
+        .expect("served");
+        let vm = instance.boot().expect("boots");
+        let thread = std::thread::spawn(move || {
+            let end = instance.run(vm).expect("no reboot");
+            io.finish();
+            end
+        });
+        (socket, thread)
+    }
+
+    #[test]
+    fn everything_that_can_be_asked() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (socket, thread) = vm(directory.path());
+        let connect = || UnixStream::connect(&socket).expect("listens");
+
+        let Ok(Answer::Info(info)) = ask(&connect(), &Request::Info) else {
+            panic!("no info")
+        };
+        assert_eq!(
+            (&*info.name, info.vcpus, info.memory),
+            ("test", 2, 64 << 20)
+        );
+        assert_eq!((info.pid, info.boots), (std::process::id(), 1));
+
+        let Ok(Answer::Stats(stats)) = ask(&connect(), &Request::Stats) else {
+            panic!("none")
+        };
+        assert_eq!(stats.guest_ns, 5);
+
+        let mut console = connect();
+        assert!(matches!(ask(&console, &Request::Console), Ok(Answer::Done)));
+        let mut seen = [0; 5];
+        console.read_exact(&mut seen).expect("the history");
+        assert_eq!(&seen, b"hello");
+
+        let error = ask(&connect(), &Request::Stop { timeout_ms: 10 }).expect_err("it is deaf");
+        assert!(error.to_string().contains("did not shut down"), "{error}");
+
+        for nonsense in ["\n", "{}\n", "\"reboot\"\n", "\u{0}\n"] {
+            let mut stream = connect();
+            stream.write_all(nonsense.as_bytes()).expect("taken");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).expect("answered");
+            assert!(answer.contains("not a request"), "{answer}");
+        }
+        // Somebody who leaves without a word disturbs nobody.
+        drop(connect());
+
+        assert!(matches!(ask(&connect(), &Request::Kill), Ok(Answer::Done)));
+        assert!(matches!(thread.join(), Ok(End::Killed)));
+        let mut rest = Vec::new();
+        console.read_to_end(&mut rest).expect("closed");
+        assert!(
+            ask(&connect(), &Request::Stop { timeout_ms: 10 })
+                .expect_err("gone")
+                .to_string()
+                .contains("ended already")
+        );
+    }
+}

@@ -21,7 +21,11 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start_log();
     let result = match arguments.command {
-        Command::Doctor { json, force } => doctor::command(json, force),
+        Command::Doctor {
+            json,
+            force,
+            kernel,
+        } => doctor::command(json, force, kernel.as_deref()),
         Command::Run(run) => run::command(&run),
         Command::Ps { json } => client::ps(json),
         Command::Console { name } => client::console(&name),
@@ -57,12 +61,12 @@ fn start_log() {
         .init();
 }
 
-/// Writes the man page or a shell's completions, for packages.
+/// Writes the man pages or a shell's completions, for packages.
 fn generate(what: &args::Generated) -> anyhow::Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     let mut command = Arguments::command();
     match what {
-        args::Generated::Man => clap_mangen::Man::new(command).render(&mut out)?,
+        args::Generated::Man { directory } => clap_mangen::generate_to(command, directory)?,
         args::Generated::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut command, "blanket", &mut text);

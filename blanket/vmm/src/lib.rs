@@ -16,13 +16,5 @@ mod sync;
 pub mod vm;
 pub mod xenstore;
 
-#[cfg(test)]
-mod fake;
-#[cfg(test)]
-#[allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    clippy::cast_possible_wrap,
-    reason = "small numbers of the tests' own making"
-)]
-mod testkernel;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;

@@ -1,7 +1,9 @@
 //! Judging the facts. Each check is a pure function, and says what mends it.
 
 use std::fmt;
+use std::path::Path;
 
+use blanket_vmm::kernel::{Error as KernelError, Kernel};
 use serde::Serialize;
 
 use super::facts::{DeviceFact, Facts};
@@ -384,8 +386,28 @@ fn kvm(facts: &Facts) -> Check {
     check("kvm", State::Ok, text)
 }
 
+/// Whether a kernel can be run as a guest.
+pub fn guest_kernel(path: &Path, loaded: Result<Kernel, KernelError>) -> Check {
+    const NAME: &str = "guest kernel";
+    match loaded {
+        Ok(kernel) => {
+            let packed = kernel.compression().map_or_else(
+                || "not packed".to_owned(),
+                |format| format!("packed with {format:?}"),
+            );
+            let mib = kernel.end().div_ceil(1 << 20);
+            let text = format!("{}: a Xen PV kernel, {packed}, {mib} MiB", path.display());
+            check(NAME, State::Ok, text)
+        }
+        Err(error) => check(NAME, State::Fail, error.to_string())
+            .mend("use the vmlinuz of a Debian, Ubuntu, Fedora, Arch or SUSE kernel"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use blanket_vmm::testing::Synthetic;
+
     use super::*;
 
     /// A machine on which everything is as it should be.
@@ -560,6 +582,26 @@ mod tests {
             state("6.18.44", false, true),
             State::Warn,
             "it works already"
+        );
+    }
+
+    #[test]
+    fn a_guest_kernel_is_judged() {
+        let path = Path::new("/some/vmlinuz");
+        let plain = Kernel::parse(Synthetic::default().elf());
+        let loaded = plain.map_err(|kind| KernelError {
+            path: path.into(),
+            kind,
+        });
+        let found = guest_kernel(path, loaded);
+        assert!(
+            found.state == State::Ok && found.text.contains("/some/vmlinuz"),
+            "{found}"
+        );
+        let found = guest_kernel(path, Kernel::load(Path::new("/no/kernel")));
+        assert!(
+            found.state == State::Fail && found.text.contains("/no/kernel"),
+            "{found}"
         );
     }
 

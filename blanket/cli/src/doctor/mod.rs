@@ -3,16 +3,18 @@
 mod checks;
 mod facts;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use blanket_vmm::kernel::Kernel;
 use serde::Serialize;
 
 use checks::{Check, State};
 use facts::Facts;
 
 /// Runs all checks. Exits with 0 only if VMs can run.
-pub fn command(json: bool, force: bool) -> Result<ExitCode> {
+pub fn command(json: bool, force: bool, kernel: Option<&Path>) -> Result<ExitCode> {
     #[derive(Serialize)]
     struct Report<'a> {
         ok: bool,
@@ -20,7 +22,8 @@ pub fn command(json: bool, force: bool) -> Result<ExitCode> {
         facts: &'a Facts,
     }
     let facts = Facts::gather();
-    let checks = checks::all(&facts, force);
+    let mut checks = checks::all(&facts, force);
+    checks.extend(kernel.map(|path| checks::guest_kernel(path, Kernel::load(path))));
     let ok = checks.iter().all(|check| check.state != State::Fail);
     if json {
         println!(
@@ -58,7 +61,7 @@ pub fn module_hint() -> Option<String> {
         .into_iter()
         .find(|check| check.state == State::Fail)
         .map(|check| match check.mend {
-            Some(mend) => format!("{}: {mend}", check.text),
+            Some(mend) => format!("{} -> {mend}", check.text),
             None => check.text,
         })
 }

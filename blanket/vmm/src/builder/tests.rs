@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::check::check;
 use super::*;
 use crate::kernel::{Error as KernelError, Kernel};
-use crate::testkernel::{Synthetic, bzimage};
+use crate::testing::{Synthetic, bzimage};
 
 const MIB: u64 = 1 << 20;
 

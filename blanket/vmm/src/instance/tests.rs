@@ -6,10 +6,10 @@ use blanket_xenstore::wire::{HEADER, Header, Kind};
 
 use super::*;
 use crate::builder::Layout;
-use crate::fake::{Fake, Guest, Program};
 use crate::hypervisor::{Crash, CrashKind, Exit};
 use crate::ring::{Place, Ring};
-use crate::testkernel::{Synthetic, bzimage};
+use crate::testing::{Fake, Guest, Program};
+use crate::testing::{Synthetic, bzimage};
 
 fn kernel_file() -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().expect("a file");

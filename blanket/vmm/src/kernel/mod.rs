@@ -63,12 +63,10 @@ impl Kernel {
     /// # Errors
     /// Everything in [`ErrorKind`], with the path.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        read_file(path)
-            .and_then(Self::parse)
-            .map_err(|kind| Error {
-                path: path.to_owned(),
-                kind,
-            })
+        read_file(path).and_then(Self::parse).map_err(|kind| Error {
+            path: path.to_owned(),
+            kind,
+        })
     }
 
     /// Takes a kernel from memory.

@@ -3,9 +3,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
-use crate::testkernel::{
-    Synthetic, bzimage, bzimage_raw, bzip2, gzip, lz4_legacy, with_size, zstd,
-};
+use crate::testing::{Synthetic, bzimage, bzimage_raw, bzip2, gzip, lz4_legacy, with_size, zstd};
 
 fn xz(data: &[u8]) -> Vec<u8> {
     use std::io::Write as _;

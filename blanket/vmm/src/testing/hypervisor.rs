@@ -21,7 +21,9 @@ pub struct Fake<F> {
 
 /// The guest's view of its VM.
 pub struct Guest {
+    /// Its memory.
     pub memory: Arc<GuestMemory>,
+    /// What the builder said.
     pub boot: Boot,
     events: Mutex<Events>,
     changed: Condvar,
@@ -35,6 +37,9 @@ struct Events {
 
 impl Guest {
     /// Waits for an event; `None` when the vCPU is to leave.
+    ///
+    /// # Panics
+    /// If another thread of the test panicked.
     pub fn wait(&self) -> Option<u32> {
         let mut events = lock(&self.events);
         loop {
@@ -50,6 +55,7 @@ impl Guest {
 }
 
 impl<F: Fn(u32, u32) -> Program + Send + Sync> Fake<F> {
+    /// A hypervisor for these programs.
     pub fn new(programs: F) -> Arc<Self> {
         Arc::new(Self {
             programs,

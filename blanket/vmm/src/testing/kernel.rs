@@ -1,18 +1,25 @@
-//! Synthetic kernels for tests: a small ELF with Xen notes, and bzImages around it.
+//! Synthetic kernels: a small ELF with Xen notes, and bzImages around it.
 
 use std::io::Write as _;
 
 use crate::kernel::Kernel;
 
 /// Recipe of an ELF kernel with one loaded segment and a PT_NOTE.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Synthetic {
+    /// Note VIRT_BASE.
     pub virt_base: u64,
+    /// Note ENTRY.
     pub entry: u64,
+    /// Note INIT_P2M.
     pub init_p2m: Option<u64>,
+    /// Note MOD_START_PFN.
     pub mod_start_pfn: bool,
+    /// Whether it has a hypercall page.
     pub hypercall_page: bool,
+    /// Note FEATURES.
     pub features: &'static str,
+    /// Whether it has Xen PV notes at all.
     pub xen: bool,
     /// Zeroed bytes after the file's.
     pub bss: u64,
@@ -38,10 +45,17 @@ impl Default for Synthetic {
 }
 
 impl Synthetic {
+    /// The kernel, parsed.
+    ///
+    /// # Panics
+    /// If the recipe makes no valid kernel.
+    #[must_use]
     pub fn kernel(&self) -> Kernel {
         Kernel::parse(self.elf()).expect("a synthetic kernel is a kernel")
     }
 
+    /// The ELF file.
+    #[must_use]
     pub fn elf(&self) -> Vec<u8> {
         let notes = self.notes();
         let text: Vec<u8> = (0..TEXT).map(|n| (n * 7 + (n >> 8)) as u8).collect();
@@ -116,6 +130,7 @@ impl Synthetic {
 }
 
 /// A bzImage around a payload that is packed already.
+#[must_use]
 pub fn bzimage_raw(payload: &[u8]) -> Vec<u8> {
     let mut image = vec![0; 3 * 512];
     image[0x1f1] = 2;
@@ -130,10 +145,13 @@ pub fn bzimage_raw(payload: &[u8]) -> Vec<u8> {
 }
 
 /// A bzImage with an LZ4 payload, as Debian's.
+#[must_use]
 pub fn bzimage(elf: &[u8]) -> Vec<u8> {
     bzimage_raw(&lz4_legacy(elf))
 }
 
+/// Packed as the kernel's build does it.
+#[must_use]
 pub fn lz4_legacy(data: &[u8]) -> Vec<u8> {
     let mut out = vec![0x02, 0x21, 0x4c, 0x18];
     for block in data.chunks(8 << 20) {
@@ -145,18 +163,30 @@ pub fn lz4_legacy(data: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Packed as the kernel's build does it.
+///
+/// # Panics
+/// Never: it writes to memory.
+#[must_use]
 pub fn gzip(data: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(data).expect("memory");
     encoder.finish().expect("memory")
 }
 
+/// Packed as the kernel's build does it.
+///
+/// # Panics
+/// Never: it writes to memory.
+#[must_use]
 pub fn bzip2(data: &[u8]) -> Vec<u8> {
     let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::fast());
     encoder.write_all(data).expect("memory");
     with_size(encoder.finish().expect("memory"), data)
 }
 
+/// Packed as the kernel's build does it.
+#[must_use]
 pub fn zstd(data: &[u8]) -> Vec<u8> {
     let packed =
         ruzstd::encoding::compress_to_vec(data, ruzstd::encoding::CompressionLevel::Fastest);
@@ -164,6 +194,7 @@ pub fn zstd(data: &[u8]) -> Vec<u8> {
 }
 
 /// The unpacked size that the kernel's build appends.
+#[must_use]
 pub fn with_size(mut packed: Vec<u8>, data: &[u8]) -> Vec<u8> {
     packed.extend_from_slice(&(data.len() as u32).to_le_bytes());
     packed
