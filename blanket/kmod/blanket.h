@@ -214,7 +214,6 @@ struct blanket_vm_page {
 	__u64 raised_virqs;
 	__u8 port_vcpu[BLANKET_PORT_VCPUS];
 	__u64 pool_limit;
-	__u64 pool_limit;
 	__u64 hole[16];
 };
 

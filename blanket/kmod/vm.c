@@ -398,7 +398,6 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	vm->page->nr_vcpus = vm->nr_vcpus;
 	vm->page->la57 = blanket_host.la57;
 	vm->page->pool_limit = vm->pool_limit;
-	vm->page->pool_limit = vm->pool_limit;
 	vm->page->xcr0_mask = blanket_host.xcr0_mask;
 	blanket_clock_init(vm);
 

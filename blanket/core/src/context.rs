@@ -560,16 +560,7 @@ impl<M: Machine> Context<'_, M> {
                 self.stay_down();
             }
             if self.m.switch().pending.load(Relaxed) != 0 {
-                let bits = self.m.switch().pending.swap(0, SeqCst);
-                if bits & pending::RAISED != 0 {
-                    self.take_raised();
-                }
-                if bits & pending::NMI != 0 {
-                    self.exit(exit::NMI, [0; 4]);
-                }
-                if bits & pending::MCE != 0 {
-                    self.exit(exit::MCE, [0; 4]);
-                }
+                self.take_pending();
             }
             if self.v.check_timers {
                 self.v.check_timers = false;
@@ -598,13 +589,27 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
+    /// Answers what others and the NMI stub asked of this vCPU.
+    pub fn take_pending(&mut self) {
+        let bits = self.m.switch().pending.swap(0, SeqCst);
+        if bits & pending::RAISED != 0 {
+            self.take_raised();
+        }
+        if bits & pending::NMI != 0 {
+            self.exit(exit::NMI, [0; 4]);
+        }
+        if bits & pending::MCE != 0 {
+            self.exit(exit::MCE, [0; 4]);
+        }
+    }
+
     /// Waits until another vCPU brings this one up.
     fn stay_down(&mut self) {
         self.set_runstate(shared::runstate::OFFLINE);
         while self.vm.states[self.v.id as usize].get() != State::UP {
             self.v.singleshot = NEVER;
             self.m.switch().deadline.store(NEVER, Release);
-            self.m.switch().pending.swap(0, SeqCst);
+            self.take_pending();
             if self.vm.states[self.v.id as usize].get() == State::UP {
                 break;
             }

@@ -205,15 +205,13 @@ impl<M: Machine> Context<'_, M> {
         [u64::from(self.v.runstate), self.v.runstate_since, t[0], t[1], t[2], t[3]]
     }
 
-    /// Registers the run-state area at `va`.
+    /// Where a run-state area at `va` is.
     ///
     /// # Errors
     /// EINVAL, EFAULT.
-    pub fn register_runstate(&mut self, va: Va) -> Result<(), i64> {
+    pub fn runstate_place(&mut self, va: Va) -> Result<(Place, Gfn), i64> {
         let first = self.place(va, 8)?;
         let last = self.place(Va(va.0.wrapping_add(runstate::SIZE - 8)), 8)?;
-        self.v.runstate_area = Some((first, last.gfn));
-        self.publish_runstate();
-        Ok(())
+        Ok((first, last.gfn))
     }
 }

@@ -3,7 +3,7 @@
 use super::super::context::{Context, Hyper};
 use crate::machine::Machine;
 use crate::vcpu::NEVER;
-use blanket_abi::device::{exit, pending};
+use blanket_abi::device::exit;
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall::sched;
 use blanket_abi::xen::shared::runstate;
@@ -58,10 +58,7 @@ impl<M: Machine> Context<'_, M> {
                 self.publish_time();
                 self.run_timers();
             }
-            let bits = self.m.switch().pending.swap(0, SeqCst);
-            if bits & pending::RAISED != 0 {
-                self.take_raised();
-            }
+            self.take_pending();
             let nmi = self.vm.nmi.load(SeqCst) & 1 << self.v.id != 0;
             let down =
                 self.vm.states[self.v.id as usize].get() != crate::vcpu::State::UP;

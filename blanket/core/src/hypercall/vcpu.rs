@@ -40,10 +40,17 @@ impl<M: Machine> Context<'_, M> {
                 Ok(0)
             }
             vcpu::GET_PHYSID => Err(errno::EINVAL),
-            // Linux registers each area from the vCPU itself.
-            vcpu::REGISTER_RUNSTATE_MEMORY_AREA if own => {
+            vcpu::REGISTER_RUNSTATE_MEMORY_AREA => {
                 let [va] = self.read_words::<1>(ptr)?;
-                self.register_runstate(Va(va)).map(|()| 0)
+                let area = self.runstate_place(Va(va))?;
+                if own {
+                    self.v.runstate_area = Some(area);
+                    self.publish_runstate();
+                } else {
+                    // Linux does it for a vCPU before that is up.
+                    self.other(id)?.runstate_area = Some(area);
+                }
+                Ok(0)
             }
             vcpu::GET_RUNSTATE_INFO if own => {
                 let words = self.runstate_words();
@@ -85,8 +92,7 @@ impl<M: Machine> Context<'_, M> {
                 self.arm();
                 Ok(0)
             }
-            vcpu::REGISTER_RUNSTATE_MEMORY_AREA
-            | vcpu::GET_RUNSTATE_INFO
+            vcpu::GET_RUNSTATE_INFO
             | vcpu::REGISTER_VCPU_TIME_MEMORY_AREA
             | vcpu::SET_PERIODIC_TIMER
             | vcpu::STOP_PERIODIC_TIMER
@@ -94,6 +100,12 @@ impl<M: Machine> Context<'_, M> {
             | vcpu::STOP_SINGLESHOT_TIMER => Err(errno::EINVAL),
             _ => Err(errno::ENOSYS),
         }
+    }
+
+    /// Another vCPU's private state, while it does not need it.
+    fn other(&self, id: u32) -> Result<spin::MutexGuard<'static, crate::vcpu::Vcpu>, i64> {
+        let vcpus: &'static [_] = self.vm.vcpus;
+        vcpus.get(id as usize).and_then(|v| v.try_lock()).ok_or(errno::EBUSY)
     }
 
     /// Arms the one-shot timer; a time that has passed fires at once.
@@ -177,9 +189,7 @@ impl<M: Machine> Context<'_, M> {
             return Err(errno::EEXIST);
         }
         let vm = self.vm;
-        let Some(mut target) = vm.vcpus.get(id as usize).and_then(|v| v.try_lock()) else {
-            return Err(errno::EBUSY);
-        };
+        let mut target = self.other(id)?;
         let word = |c: &mut Self, at: u64| c.read_words::<1>(ptr.wrapping_add(at)).map(|w| w[0]);
         let flags = word(self, gc::FLAGS)?;
         for v in 0..256u64 {
@@ -261,6 +271,8 @@ impl<M: Machine> Context<'_, M> {
         self.f.rip = r[16];
         self.f.cs = r[17] & 0xfffc | 3;
         self.f.rflags = r[18] & 0x3f_7fd5 & !rflags::HYPERVISOR | rflags::IF | rflags::ONE;
+        // The virtual IOPL comes with the flags (`xen/arch/x86/domain.c`).
+        self.v.iopl = (r[18] >> 12 & 3) as u8;
         self.f.rsp = r[19];
         self.f.ss = if r[20] & 0xfffc == 0 { u64::from(sel::GUEST_SS) } else { r[20] & 0xffff | 3 };
         let select = |i: usize| (r[i] & 0xffff) as u16;
