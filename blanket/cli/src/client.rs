@@ -118,15 +118,16 @@ pub fn stop(name: &str, timeout: Duration) -> Result<ExitCode> {
 pub fn kill(name: &str) -> Result<ExitCode> {
     let registry = Registry::open()?;
     let stream = registry.connect(name)?;
-    // A second connection tells when the process is gone.
+
     ask(&stream, &Request::Kill).with_context(|| format!("{name} was not killed"))?;
     wait_gone(&stream);
     Ok(ExitCode::SUCCESS)
 }
 
-/// Waits until the other side has closed the connection, which it does after its
-/// answer at the earliest, so that what the VM held is free again.
+/// Waits until the VM's process, which holds the connection, is gone, so that what
+/// the VM held is free again.
 fn wait_gone(mut stream: &UnixStream) {
+    // A connection that breaks says the same as one that ends.
     let _ = io::copy(&mut stream, &mut io::sink());
 }
 

@@ -150,8 +150,14 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
         Err(error) => Answer::Error(format!("not a request: {error}")),
     };
     send(&stream, &answer)?;
-    if matches!(request, Ok(Request::Console)) {
-        instance.console().attach(stream.into());
+    match request {
+        Ok(Request::Console) => instance.console().attach(stream.into()),
+        // Held until this process, and with it the VM's memory and name, is gone,
+        // or the client does not wait for that.
+        Ok(Request::Stop { .. } | Request::Kill) if matches!(answer, Answer::Done) => {
+            std::io::copy(&mut &stream, &mut std::io::sink())?;
+        }
+        _ => {}
     }
     Ok(())
 }

@@ -79,7 +79,6 @@ fn live(
         .console
         .clone()
         .unwrap_or(if detached { Sink::None } else { Sink::Stdio });
-    let vm = instance.boot().map_err(boot_hint)?;
     let killer = Arc::clone(instance);
     let io = IoThread::start(
         Arc::clone(instance.console()),
@@ -92,6 +91,7 @@ fn live(
         (Sink::Stdio, _) => "stdio".into(),
         (Sink::Pty | Sink::None, _) => "none".into(),
     };
+    // Before the boot, which takes a while: whoever finds the VM can ask and kill it.
     control::serve(
         listener,
         Arc::clone(instance),
@@ -99,6 +99,7 @@ fn live(
         place.clone(),
     )?;
     watch_signals(instance)?;
+    let vm = instance.boot().map_err(boot_hint)?;
 
     if detached {
         become_background(registry, &entry, &place)?;

@@ -89,6 +89,9 @@ pub enum StopError {
     /// There is nothing to stop.
     #[error("the VM has ended already")]
     Ended,
+    /// There is nothing to stop yet.
+    #[error("the VM is only just being started")]
+    NotStarted,
     /// The guest did not do it.
     #[error(
         "the guest did not shut down within {} seconds{}",
@@ -241,7 +244,16 @@ impl Instance {
     /// # Errors
     /// It did not within the time.
     pub fn stop(&self, timeout: Duration) -> Result<(), StopError> {
-        let running = lock(&self.now).running.clone().ok_or(StopError::Ended)?;
+        let running = {
+            let now = lock(&self.now);
+            let none = if now.boots == 0 {
+                StopError::NotStarted
+            } else {
+                StopError::Ended
+            };
+            now.running.clone().ok_or(none)?
+        };
+
         running
             .xenstore
             .request_shutdown("poweroff")

@@ -68,6 +68,8 @@ struct Link {
     from_guest: Ring,
     to_guest: Ring,
     broken: bool,
+    /// Whether a guest that breaks its ring was reported; once is enough.
+    reported: bool,
 }
 
 impl Console {
@@ -99,6 +101,7 @@ impl Console {
             from_guest: ring(page::OUT, page::OUT_SIZE, page::OUT_PROD, page::OUT_CONS),
             to_guest: ring(page::IN, page::IN_SIZE, page::IN_PROD, page::IN_CONS),
             broken: false,
+            reported: false,
         };
         lock(&self.state).link = Some(link);
     }
@@ -167,7 +170,10 @@ impl State {
                 }
                 Err(error) => {
                     // What the guest meant is lost, what it writes from now on is not.
-                    tracing::warn!(%error, "the guest's console ring");
+                    if !std::mem::replace(&mut link.reported, true) {
+                        tracing::warn!(%error, "the guest broke its console ring");
+                    }
+
                     link.broken = matches!(error, crate::ring::RingError::Memory(_));
                     break;
                 }

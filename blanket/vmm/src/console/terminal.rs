@@ -16,7 +16,8 @@ static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
 pub struct RawMode(());
 
 impl RawMode {
-    /// Switches standard input to raw mode, if it is a terminal and ours to change.
+    /// Switches standard input to raw mode, if it is a terminal and this process is
+    /// in its foreground.
     /// Arranges that a panic of any thread restores it before its message.
     ///
     /// # Errors
@@ -24,9 +25,13 @@ impl RawMode {
     pub fn enable() -> io::Result<Option<Self>> {
         static HOOK: Once = Once::new();
         let stdin = io::stdin();
-        if !rustix::termios::isatty(&stdin) {
+        // A background job that changed its terminal would be stopped.
+        let ours = rustix::termios::tcgetpgrp(&stdin)
+            .is_ok_and(|foreground| foreground == rustix::process::getpgrp());
+        if !ours {
             return Ok(None);
         }
+
         let before = tcgetattr(&stdin)?;
         let mut raw = before.clone();
         raw.make_raw();
