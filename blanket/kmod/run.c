@@ -40,6 +40,12 @@
 #define FIRST_VECTOR	32
 #define SYSCALL_VECTOR	0x80
 
+/* Newer kernels name these by the operand's letter. */
+#ifndef native_wrmsrl
+#define native_wrmsrl native_wrmsrq
+#define __rdmsr native_rdmsrq
+#endif
+
 #define TSS_BUSY	(1ULL << 41)
 
 /* Host state that C code keeps over a visit to the core world. */
@@ -357,6 +363,16 @@ static void dispatch(struct blanket_vcpu *vcpu, u32 reason)
 		blanket_interrupt(sw->args[0]);
 }
 
+/*
+ * Signals, and work that the kernel does for a task only on its way to user
+ * space (memory cgroup throttling, NUMA placement, closing files): the VMM is
+ * told EINTR, and its next RUN comes after the work.
+ */
+static bool wants_user(struct task_struct *task)
+{
+	return signal_pending(task) || test_tsk_thread_flag(task, TIF_NOTIFY_RESUME);
+}
+
 /* One visit to the core world. Returns the reason, or 0 if it did not take place. */
 static u32 enter(struct blanket_vcpu *vcpu)
 {
@@ -371,7 +387,7 @@ static u32 enter(struct blanket_vcpu *vcpu)
 	WRITE_ONCE(vcpu->cpu, smp_processor_id());
 	/* See the head of this file. */
 	smp_mb();
-	if (need_resched() || signal_pending(current)) {
+	if (need_resched() || wants_user(current)) {
 		WRITE_ONCE(vcpu->cpu, -1);
 		local_irq_enable();
 		kernel_fpu_end();
@@ -506,7 +522,7 @@ static long run(struct blanket_vcpu *vcpu)
 
 		if (READ_ONCE(vm->dead))
 			return -EIO;
-		if (signal_pending(current) || READ_ONCE(vcpu->run->immediate_exit))
+		if (wants_user(current) || READ_ONCE(vcpu->run->immediate_exit))
 			return -EINTR;
 		cond_resched();
 		arm_timer(vcpu);

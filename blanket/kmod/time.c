@@ -88,7 +88,8 @@ static void measure(struct blanket_clock *c, s8 shift, u64 tsc, u64 ns)
 
 	if (dns < WINDOW_MIN_NS)
 		return;
-	mul = mul_u64_u64_div_u64(dns, 1ULL << (32 - shift), dtsc);
+	/* The division overflows for a TSC below 32 MHz: it did not run all the time. */
+	mul = dtsc > dns / 32 ? mul_u64_u64_div_u64(dns, 1ULL << (32 - shift), dtsc) : 0;
 	/* Further off than any crystal: the TSC jumped (suspend, move). */
 	if (mul > c->nominal_mul - c->nominal_mul / 64 &&
 	    mul < c->nominal_mul + c->nominal_mul / 64)
@@ -104,14 +105,13 @@ static u32 slewed(const struct blanket_clock *c, s64 err, u64 interval)
 	s64 span = max_t(s64, NSEC_PER_SEC, 2 * interval);
 	s64 ppm, low = err < -(s64)STEP_NS ? -SLEW_PPM_AHEAD : -SLEW_PPM;
 
-	/* Parts per 2^20 would do; a million reads better. */
 	ppm = clamp_t(s64, div64_s64(err * 1000, div64_s64(span, 1000)), low, SLEW_PPM);
 	return c->base_mul + div_s64((s64)c->base_mul * ppm, 1000000);
 }
 
-static void publish_wall(struct blanket_vm *vm, u64 mono)
+static void publish_wall(struct blanket_vm *vm)
 {
-	s64 wall = ktime_get_real_ns() - mono;
+	s64 wall = ktime_to_ns(ktime_mono_to_real(0));
 	u32 nsec;
 
 	if (abs(wall - vm->clock.wall_ns) <= WALL_SLACK_NS)
@@ -132,7 +132,7 @@ static void publish(struct blanket_vm *vm, u64 tsc, u64 mono, u64 system_time, u
 	WRITE_ONCE(p->system_time, system_time);
 	WRITE_ONCE(p->tsc_mul, mul);
 	WRITE_ONCE(p->time_flags, check_tsc_unstable() ? 0 : BLANKET_TIME_STABLE);
-	publish_wall(vm, mono);
+	publish_wall(vm);
 	smp_wmb();
 	WRITE_ONCE(p->time_version, p->time_version + 1);
 

@@ -5,6 +5,7 @@
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/version.h>
 #include <asm/desc_defs.h>
 #include <asm/fpu/types.h>
 #include "internal.h"
@@ -251,6 +252,16 @@ static void fill_switch(struct blanket_vcpu *vcpu, u64 area)
 	sw->host_self = (u64)sw;
 }
 
+static void init_timer(struct blanket_vcpu *vcpu)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
+	hrtimer_setup(&vcpu->timer, blanket_timer_fn, CLOCK_MONOTONIC, HRTIMER_MODE_ABS_PINNED);
+#else
+	hrtimer_init(&vcpu->timer, CLOCK_MONOTONIC, HRTIMER_MODE_ABS_PINNED);
+	vcpu->timer.function = blanket_timer_fn;
+#endif
+}
+
 static int vcpu_create(struct blanket_vm *vm, unsigned int id)
 {
 	u64 area = BLANKET_VCPU + id * BLANKET_VCPU_STRIDE;
@@ -267,8 +278,7 @@ static int vcpu_create(struct blanket_vm *vm, unsigned int id)
 	vcpu->timer_cpu = -1;
 	mutex_init(&vcpu->run_mutex);
 	init_waitqueue_head(&vcpu->wait);
-	hrtimer_init(&vcpu->timer, CLOCK_MONOTONIC, HRTIMER_MODE_ABS_PINNED);
-	vcpu->timer.function = blanket_timer_fn;
+	init_timer(vcpu);
 
 	vcpu->run = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
 	vcpu->sw = (void *)__get_free_pages(GFP_KERNEL_ACCOUNT | __GFP_ZERO, 1);
