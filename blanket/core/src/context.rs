@@ -16,6 +16,9 @@ use core::sync::atomic::{AtomicU64, fence};
 /// Result of a hypercall: a value, or a negative errno.
 pub type Hyper = Result<i64, i64>;
 
+/// Times that one operation may find the shadow pool empty at its limit.
+const POOL_TRIES: u32 = 1000;
+
 /// The vCPU that runs on this CPU, between entry and return.
 pub struct Context<'a, M: Machine> {
     /// Memory, CPU and host.
@@ -136,6 +139,7 @@ impl<M: Machine> Context<'_, M> {
         &mut self,
         mut op: impl FnMut(&mut Mmu, &M, &crate::mmu::Epochs) -> Result<T, Need>,
     ) -> T {
+        let mut pool_tries = 0;
         loop {
             let need = {
                 let mut mmu = self.vm.mmu.lock();
@@ -145,12 +149,13 @@ impl<M: Machine> Context<'_, M> {
                     Err(need) => need,
                 }
             };
-            self.mend(need);
+            pool_tries += u32::from(need == Need::Pool);
+            self.mend(need, pool_tries);
         }
     }
 
     #[cold]
-    fn mend(&mut self, need: Need) {
+    fn mend(&mut self, need: Need, pool_tries: u32) {
         match need {
             Need::Frame(gfn) => {
                 let ret = self.exit(exit::FRAME, [gfn.0, 0, 0, 0]);
@@ -168,8 +173,12 @@ impl<M: Machine> Context<'_, M> {
                 if self.exit(exit::POOL, [128, 0, 0, 0]) > 0 {
                     return;
                 }
-                // At the limit: first what is free but not yet safe, then all.
-                let retired = self.vm.mmu.lock().has_retired();
+                // At the limit: first what is free but not yet safe, then all. Other
+                // vCPUs may take what was freed, hence more than two tries.
+                if pool_tries > POOL_TRIES {
+                    self.crash(crash::MEMORY, format_args!("the shadow pool is too small"));
+                }
+                let retired = pool_tries == 1 && self.vm.mmu.lock().has_retired();
                 if !retired {
                     self.count(counter::SHADOW_DROP_ALL);
                     let mut mmu = self.vm.mmu.lock();
@@ -530,7 +539,7 @@ impl<M: Machine> Context<'_, M> {
         self.f.rip = handler;
         self.f.cs = u64::from(sel::GUEST_CS64);
         self.f.ss = u64::from(sel::GUEST_SS);
-        self.f.rflags &= !(rflags::AC | rflags::RF | rflags::TF | rflags::HYPERVISOR);
+        self.f.rflags &= !(rflags::AC | rflags::RF | rflags::NT | rflags::TF | rflags::HYPERVISOR);
         self.f.rflags |= rflags::IF | rflags::ONE;
         if mask {
             self.set_events_masked(true);

@@ -4,7 +4,7 @@
 //! The audit visits every pool page and follows every reverse-map chain: its cost
 //! is that of the whole shadow pool, so it is no part of any path of a guest.
 
-use super::{AUX, FREE, GfnInfo, Mmu, SHADOW, USER_ROOT, shadow::mark_bit};
+use super::{FREE, GfnInfo, Mmu, NODES, SHADOW, USER_ROOT, WRAPPER, shadow::mark_bit};
 use crate::machine::{Host, Memory};
 use crate::pte;
 use blanket_abi::Gfn;
@@ -20,8 +20,10 @@ pub struct AuditReport {
     pub shadows: u32,
     /// Free pages that were in use before.
     pub free: u32,
-    /// Pages of reverse-map nodes, and second pages of 5-level roots.
-    pub aux: u32,
+    /// Second pages of 5-level roots.
+    pub wrappers: u32,
+    /// Pages of reverse-map nodes.
+    pub nodes: u32,
     /// Leaves.
     pub leaves: u64,
     /// Leaves that may be written through.
@@ -69,7 +71,7 @@ pub enum Broken {
     LinkBits { page: u32, i: usize },
     /// A slot of the hypervisor is not what the module gave.
     Hole { page: u32, i: usize },
-    /// The second page of a 5-level root is wrong.
+    /// The second page of a 5-level root is wrong, or (page 0) their number is.
     Wrapper { page: u32 },
     /// Reverse-map nodes have been lost or are in two places.
     Nodes { counted: u32, pages: u32 },
@@ -110,28 +112,32 @@ impl Mmu {
     #[doc(hidden)]
     pub fn audit<M: Memory + Host>(&mut self, m: &M, roots: &[u32]) -> Result<AuditReport, Broken> {
         let mut r = AuditReport::default();
-        let mut wrappers = 0;
+        let mut roots_of_5 = 0;
         for page in 1..self.fresh {
             match self.pool[page as usize].state {
                 FREE => {
                     r.free += 1;
                     zero(m, page, 0..512)?;
                 }
-                AUX => r.aux += 1,
+                WRAPPER => r.wrappers += 1,
+                NODES => r.nodes += 1,
                 SHADOW => {
                     r.shadows += 1;
                     self.audit_chain(page)?;
                     if self.pool[page as usize].level == 1 {
                         self.audit_leaves(m, page, &mut r)?;
                     } else {
-                        wrappers += self.audit_links(m, page, &mut r)?;
+                        roots_of_5 += self.audit_links(m, page, &mut r)?;
                     }
                 }
                 _ => return Err(Broken::State { page }),
             }
         }
         self.audit_free_list(r.free)?;
-        self.audit_rmap(m, r.aux - wrappers.min(r.aux), &mut r)?;
+        if r.wrappers != roots_of_5 {
+            return Err(Broken::Wrapper { page: 0 });
+        }
+        self.audit_rmap(m, r.nodes, &mut r)?;
         self.audit_refs(m, roots)?;
         Ok(r)
     }
@@ -249,7 +255,7 @@ impl Mmu {
         let want = m.pool_pte(page) | pte::P | pte::RW | pte::U | pte::A;
         let fits = wrapper != 0
             && wrapper < self.fresh
-            && self.pool[wrapper as usize].state == AUX
+            && self.pool[wrapper as usize].state == WRAPPER
             && [0, 511]
                 .iter()
                 .all(|&i| m.pool(wrapper)[i].load(Relaxed) == want);

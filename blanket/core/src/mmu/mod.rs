@@ -69,8 +69,10 @@ const USER_ROOT: u8 = 5;
 
 const FREE: u8 = 0;
 const SHADOW: u8 = 1;
-/// A page of reverse-map nodes, or the second page of a 5-level root.
-const AUX: u8 = 2;
+/// The second page of a 5-level root.
+const WRAPPER: u8 = 2;
+/// A page of reverse-map nodes.
+const NODES: u8 = 3;
 
 /// Why an operation could not finish. The caller drops the lock, mends it, and
 /// runs the operation again; all operations may be repeated.

@@ -5,7 +5,7 @@
 //! nodes live in pool pages, 64 to a page. A leaf's location is
 //! `pool page * 512 + index`; page 0 is never a shadow, so 0 means none.
 
-use super::{AUX, Epochs, Mmu, Need};
+use super::{Epochs, Mmu, NODES, Need};
 use crate::machine::{Host, Memory};
 use core::sync::atomic::Ordering::Relaxed;
 
@@ -35,7 +35,7 @@ impl Mmu {
     /// Pages that hold nodes have 64 of them: 64 bytes each.
     fn node_alloc<M: Memory + Host>(&mut self, m: &M, ep: &Epochs) -> Result<u32, Need> {
         if self.node_free == 0 {
-            let page = self.alloc(m, ep, AUX)?;
+            let page = self.alloc(m, ep, NODES)?;
             for i in (0..64).rev() {
                 let node = page << 6 | i;
                 store(m, node, 0, self.node_free);
@@ -50,6 +50,19 @@ impl Mmu {
     fn node_release<M: Memory>(&mut self, m: &M, node: u32) {
         store(m, node, 0, self.node_free);
         self.node_free = node;
+    }
+
+    /// Gives back all pages of nodes. No leaf may be left.
+    pub(super) fn nodes_drop<M: Memory>(&mut self, m: &M, ep: &Epochs) {
+        self.node_free = 0;
+        for page in 1..self.fresh {
+            if self.pool[page as usize].state == NODES {
+                for word in m.pool(page) {
+                    word.store(0, Relaxed);
+                }
+                self.release(ep, page);
+            }
+        }
     }
 
     #[inline]

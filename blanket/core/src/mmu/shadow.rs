@@ -1,6 +1,6 @@
 //! Making, filling, linking and dropping shadows.
 
-use super::{AUX, Epochs, FREE, Mmu, Need, PoolInfo, SHADOW, USER_ROOT, gfn32, idx};
+use super::{Epochs, FREE, Mmu, Need, PoolInfo, SHADOW, USER_ROOT, WRAPPER, gfn32, idx};
 use crate::machine::{Host, Memory};
 use crate::pte;
 use blanket_abi::Gfn;
@@ -44,7 +44,7 @@ impl Mmu {
         }
         let page = self.alloc(m, ep, SHADOW)?;
         if level >= 4 && self.la57 {
-            match self.alloc(m, ep, AUX) {
+            match self.alloc(m, ep, WRAPPER) {
                 Ok(wrapper) => {
                     m.gfns(page)[HOLE.start].store(wrapper, Relaxed);
                     let entry = m.pool_pte(page) | pte::P | pte::RW | pte::U | pte::A;
@@ -327,6 +327,7 @@ impl Mmu {
                 self.empty(m, ep, page);
             }
         }
+        self.nodes_drop(m, ep);
         for page in 1..self.fresh {
             let p = self.pool[page as usize];
             if p.state == SHADOW && p.refs == 0 {

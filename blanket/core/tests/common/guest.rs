@@ -181,6 +181,7 @@ impl World {
         }
         let sp = super::ARGS + super::ARGS_SIZE;
         assert_eq!(self.call(id, nr::STACK_SWITCH, &[0xe02b, sp]), 0);
+        self.regs[id as usize].rsp = sp;
         if g.user_root != 0 {
             assert_eq!(
                 self.mmuext(id, nr::mmuext::NEW_USER_BASEPTR, g.user_root, 0),
@@ -189,11 +190,17 @@ impl World {
         }
     }
 
-    /// A hypercall through the dispatcher.
+    /// A hypercall through the dispatcher, from kernel mode: user mode has none.
     pub fn call(&mut self, id: u32, call: u64, args: &[u64]) -> i64 {
         let mut a = [0; 6];
         a[..args.len()].copy_from_slice(args);
-        self.on(id, |c| c.dispatch(call, a)).unwrap_or_else(|e| e)
+        self.on(id, |c| {
+            if !c.kernel_mode() {
+                c.to_kernel_mode();
+            }
+            c.dispatch(call, a)
+        })
+        .unwrap_or_else(|e| e)
     }
 
     /// One mmuext operation.

@@ -11,19 +11,20 @@
 )]
 
 pub mod guest;
+mod world;
 
-use blanket_abi::device::{Boot, COUNTERS, Dtr, RUN_DATA, Switch, VmPage, counter, crash, exit};
+pub use world::{Reached, World};
+
+use blanket_abi::device::{Boot, COUNTERS, Dtr, RUN_DATA, Switch, VmPage, crash, exit};
 use blanket_abi::{Gfn, Va};
-use blanket_core::context::Context;
 use blanket_core::machine::{Cpu, Host, Memory, Words};
-use blanket_core::mmu::{AuditReport, Broken, GfnInfo, Mmu, PoolInfo};
+use blanket_core::mmu::Mmu;
 use blanket_core::pte;
-use blanket_core::vcpu::{Fast, NEVER, TrapFrame, Vcpu};
+use blanket_core::vcpu::NEVER;
 use blanket_core::vm::Vm;
-use spin::Mutex;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
 use std::sync::atomic::{AtomicI8, AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 /// Host frame numbers of guest frames begin here; 4096 generations for each gfn.
@@ -52,7 +53,7 @@ pub struct Exit {
     pub args: [u64; 4],
 }
 
-/// What a panic carries when the core ended the VM.
+/// How the core ended the VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Crash {
     /// One of `blanket_abi::device::crash`.
@@ -60,10 +61,6 @@ pub struct Crash {
     /// Report.
     pub text: String,
 }
-
-/// What a panic carries when a guest shut down, where the test asked for that.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ended(pub u64);
 
 struct Frame {
     words: Box<Words>,
@@ -112,6 +109,8 @@ pub struct FakeMachine {
     pub log: RefCell<Vec<Exit>>,
     /// Text of `set_data` calls.
     pub texts: RefCell<Vec<Vec<u8>>>,
+    /// Why the core ended the VM.
+    pub crashed: RefCell<Option<Crash>>,
     /// Asked at every exit first.
     pub hook: RefCell<Option<Hook>>,
     args: RefCell<Vec<u8>>,
@@ -260,6 +259,7 @@ impl FakeMachine {
             refused: RefCell::default(),
             log: RefCell::default(),
             texts: RefCell::default(),
+            crashed: RefCell::default(),
             hook: RefCell::default(),
             args: RefCell::new(vec![0; ARGS_SIZE as usize]),
             la57: setup.la57,
@@ -295,6 +295,16 @@ impl FakeMachine {
         if self.present(gfn) {
             self.frames[gfn as usize].generation.fetch_add(1, SeqCst);
         }
+    }
+
+    /// What the notifier does: the frame goes, then every leaf of it, then the TLBs.
+    pub fn revoke(&self, gfn: u64) {
+        self.take(gfn);
+        let vm = self.vm.get().expect("a VM");
+        vm.mmu
+            .try_lock()
+            .expect("no operation runs")
+            .revoke(self, Gfn(gfn));
     }
 
     fn hfn(&self, gfn: u64) -> u64 {
@@ -713,179 +723,14 @@ impl FakeMachine {
             exit::CRASH => {
                 let text = self.texts.borrow().last().cloned().unwrap_or_default();
                 let text = String::from_utf8_lossy(&text).into_owned();
-                std::panic::panic_any(Crash {
-                    why: out.args[0],
-                    text,
-                })
+                let why = out.args[0];
+                *self.crashed.borrow_mut() = Some(Crash {
+                    why,
+                    text: text.clone(),
+                });
+                panic!("the core ends the VM ({}): {text}", crash_kind(why))
             }
             _ => 0,
-        }
-    }
-}
-
-/// Where an access of the guest ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reached {
-    /// At a frame.
-    Frame(u64),
-    /// In the guest's fault handler.
-    Fault,
-    /// It faults for ever, without harm to others: a guest that writes its own
-    /// tables through themselves.
-    Never,
-}
-
-/// A VM on a fake machine.
-pub struct World {
-    pub m: FakeMachine,
-    pub vm: &'static Vm,
-    pub fast: Vec<Fast>,
-    pub regs: Vec<TrapFrame>,
-    pub setup: Setup,
-}
-
-impl World {
-    /// A VM that has not started. What the core keeps for ever is leaked, as it is
-    /// in the image.
-    pub fn new(setup: Setup, boot: Boot) -> Self {
-        let m = FakeMachine::new(setup, boot);
-        let gfns = vec![GfnInfo::default(); setup.frames() as usize].leak();
-        let pool = vec![PoolInfo::default(); setup.pool as usize].leak();
-        let mmu = Mmu::new(gfns, pool, hole(), setup.la57, setup.vcpus);
-        let vcpus: Vec<_> = (0..setup.vcpus)
-            .map(|id| Mutex::new(Vcpu::new(id)))
-            .collect();
-        let vm: &'static Vm = Box::leak(Box::new(Vm::new(
-            boot,
-            setup.frames(),
-            setup.vcpus,
-            mmu,
-            vcpus.leak(),
-        )));
-        assert!(m.vm.set(vm).is_ok());
-        Self {
-            m,
-            vm,
-            fast: (0..setup.vcpus).map(|_| Fast::default()).collect(),
-            regs: vec![TrapFrame::default(); setup.vcpus as usize],
-            setup,
-        }
-    }
-
-    /// Runs `f` as vCPU `id`.
-    pub fn on<R>(&mut self, id: u32, f: impl FnOnce(&mut Context<'_, FakeMachine>) -> R) -> R {
-        let i = id as usize;
-        self.m.current.set(i);
-        let mut v = self.vm.vcpus[i].try_lock().expect("a vCPU runs once");
-        f(&mut Context {
-            m: &self.m,
-            vm: self.vm,
-            v: &mut v,
-            fast: &mut self.fast[i],
-            f: &mut self.regs[i],
-        })
-    }
-
-    /// As [`Self::on`] for vCPU 0.
-    pub fn cpu0<R>(&mut self, f: impl FnOnce(&mut Context<'_, FakeMachine>) -> R) -> R {
-        self.on(0, f)
-    }
-
-    /// Runs something that must end the VM and returns the report.
-    pub fn crashes(&mut self, f: impl FnOnce(&mut Context<'_, FakeMachine>)) -> Crash {
-        let run = std::panic::AssertUnwindSafe(|| self.on(0, f));
-        match std::panic::catch_unwind(run) {
-            Ok(()) => panic!("the VM goes on"),
-            Err(e) => *e.downcast::<Crash>().expect("a crash of the guest"),
-        }
-    }
-
-    /// Makes another vCPU current without running it (for walks).
-    pub fn switch_to(&self, id: u32) {
-        self.m.current.set(id as usize);
-    }
-
-    /// The shadows that vCPUs hold as roots.
-    pub fn roots(&self) -> Vec<u32> {
-        self.vm
-            .vcpus
-            .iter()
-            .flat_map(|v| {
-                let v = v.try_lock().expect("no vCPU runs");
-                [v.kernel_root, v.user_root]
-            })
-            .filter(|&r| r != 0)
-            .collect()
-    }
-
-    /// Checks all rules of the shadow MMU.
-    pub fn try_audit(&self) -> Result<AuditReport, Broken> {
-        let roots = self.roots();
-        let mut mmu = self.vm.mmu.try_lock().expect("no operation runs");
-        self.m.check_caches(&mmu);
-        mmu.audit(&self.m, &roots)
-    }
-
-    /// As [`Self::try_audit`], for tests in which no rule may be broken.
-    pub fn audit(&self) -> AuditReport {
-        self.try_audit().unwrap_or_else(|e| panic!("{e:?}"))
-    }
-
-    /// What the notifier does: takes a frame from the VM.
-    pub fn revoke(&self, gfn: u64) {
-        self.m.take(gfn);
-        self.vm
-            .mmu
-            .try_lock()
-            .expect("no operation runs")
-            .revoke(&self.m, Gfn(gfn));
-    }
-
-    /// One access of the guest's code at CPL 3, handled as the CPU and the entry
-    /// code would: fault, core, again. No instruction is emulated.
-    pub fn try_access(&mut self, id: u32, va: u64, write: bool, fetch: bool) -> Reached {
-        for _ in 0..8 {
-            self.switch_to(id);
-            let error = match self.m.walk(Va(va), write, fetch, true) {
-                Ok((gfn, _)) => return Reached::Frame(gfn),
-                Err(error) => error,
-            };
-            let faults = |w: &Self| w.m.switch().counters[counter::PF_GUEST].load(Relaxed);
-            let before = faults(self);
-            self.m.cpu().cr2.set(va);
-            self.on(id, |c| {
-                // No code can be read there.
-                c.f.rip = ARGS + ARGS_SIZE;
-                c.f.vector = 14;
-                c.f.error = error;
-                c.enter();
-                c.f.rsp = ARGS + ARGS_SIZE;
-            });
-            self.switch_to(id);
-            if faults(self) != before {
-                return Reached::Fault;
-            }
-        }
-        Reached::Never
-    }
-
-    /// As [`Self::try_access`]: the gfn, or `None` if the guest got the fault.
-    pub fn access(&mut self, id: u32, va: u64, write: bool, fetch: bool) -> Option<u64> {
-        match self.try_access(id, va, write, fetch) {
-            Reached::Frame(gfn) => Some(gfn),
-            Reached::Fault => None,
-            Reached::Never => panic!("the fault at {va:#x} is never solved"),
-        }
-    }
-
-    /// A store of the guest's code; false if the guest got a fault.
-    pub fn store(&mut self, id: u32, va: u64, val: u64) -> bool {
-        match self.access(id, va, true, false) {
-            Some(gfn) => {
-                self.m.words(gfn)[(va >> 3) as usize & 511].store(val, SeqCst);
-                true
-            }
-            None => false,
         }
     }
 }
