@@ -6,6 +6,7 @@ use crate::insn::{self, PrivOp, decode_priv, decode_pt_write};
 use crate::machine::Machine;
 use crate::trap::vector;
 use blanket_abi::device::{counter, crash};
+use blanket_abi::layout::sel;
 use blanket_abi::{Gfn, Va};
 
 /// Model-specific registers that guests touch.
@@ -49,17 +50,34 @@ enum Done {
 }
 
 impl<M: Machine> Context<'_, M> {
+    /// Linear address of the instruction at RIP.
+    fn linear_rip(&self) -> u64 {
+        #[allow(clippy::cast_possible_truncation, reason = "selectors have 16 bits")]
+        let cs = self.f.cs as u16;
+        if cs == sel::GUEST_CS64 {
+            return self.f.rip;
+        }
+        let desc = self.m.descriptor(cs);
+        // Bit 53: a 64-bit segment, whose base is not used.
+        if desc >> 53 & 1 != 0 {
+            return self.f.rip;
+        }
+        let base = desc >> 16 & 0xff_ffff | desc >> 56 << 24;
+        base.wrapping_add(self.f.rip) & 0xffff_ffff
+    }
+
     /// Reads what can be read of the instruction at RIP.
     fn fetch(&mut self) -> ([u8; insn::MAX_LEN], usize) {
         let mut code = [0; insn::MAX_LEN];
-        let rip = self.f.rip;
-        if self.copy_in(Va(rip), &mut code).is_ok() {
-            return (code, insn::MAX_LEN);
-        }
-        // The next page may be missing: take what lies in this one.
+        let rip = self.linear_rip();
+        // Most instructions end on the page they begin on: do not fault in the next.
         let rest = (4096 - (rip & 0xfff)).min(insn::MAX_LEN as u64) as usize;
-        let ok = self.copy_in(Va(rip), &mut code[..rest]).is_ok();
-        (code, if ok { rest } else { 0 })
+        if self.copy_in(Va(rip), &mut code[..rest]).is_err() {
+            return (code, 0);
+        }
+        let all = rest == insn::MAX_LEN
+            || self.copy_in(Va(rip + rest as u64), &mut code[rest..]).is_ok();
+        (code, if all { insn::MAX_LEN } else { rest })
     }
 
     /// #UD: Xen's forced-emulation prefix, or the guest's own business.

@@ -82,6 +82,9 @@ pub trait Cpu {
     fn write_gdt(&self, index: u32, desc: u64);
     /// Writes entry `index` of the core's copy of the guest LDT.
     fn write_ldt(&self, index: u32, desc: u64);
+    /// The descriptor that a selector names in the core's copies of the guest's
+    /// tables, or 0.
+    fn descriptor(&self, selector: u16) -> u64;
     /// Activates the first `entries` of the LDT copy (0 = no LDT).
     fn load_ldt(&self, entries: u32);
     /// Sets XCR0 (checked by the caller).

@@ -21,8 +21,8 @@ pub mod rflags {
     pub const VM: u64 = 1 << 17;
     /// Alignment check.
     pub const AC: u64 = 1 << 18;
-    /// Bits that only the hypervisor decides: IOPL, NT, VM, VIF, VIP.
-    pub const HYPERVISOR: u64 = IOPL | NT | VM | 1 << 19 | 1 << 20;
+    /// Bits that only the hypervisor decides: IOPL, VM, VIF, VIP.
+    pub const HYPERVISOR: u64 = IOPL | VM | 1 << 19 | 1 << 20;
     /// Always one.
     pub const ONE: u64 = 1 << 1;
 }

@@ -283,6 +283,19 @@ impl Cpu for Hal {
             unsafe { at::<AtomicU64>(va) }.store(desc, Ordering::Relaxed);
         }
     }
+    fn descriptor(&self, selector: u16) -> u64 {
+        let index = u64::from(selector >> 3);
+        let (table, entries) = if selector & 4 != 0 {
+            (area::LDT, u64::from(self.local().ldt.load(Ordering::Relaxed)))
+        } else {
+            (area::GDT, 15 * 512)
+        };
+        if index >= entries {
+            return 0;
+        }
+        // SAFETY: inside this vCPU's GDT or LDT copy, mapped by the module.
+        unsafe { at::<AtomicU64>(self.area + table + index * 8) }.load(Ordering::Relaxed)
+    }
     fn load_ldt(&self, entries: u32) {
         self.local().ldt.store(entries, Ordering::Relaxed);
         if entries == 0 {

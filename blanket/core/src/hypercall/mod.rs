@@ -9,8 +9,9 @@ mod mmu;
 mod sched;
 mod vcpu;
 
-use crate::context::{Context, Hyper};
+use crate::context::{Context, Hyper, Text};
 use crate::machine::Machine;
+use blanket_abi::device::{boot_flags, exit};
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall as nr;
 
@@ -41,6 +42,33 @@ impl<M: Machine> Context<'_, M> {
 
     /// One call, as from a register frame or a multicall entry.
     pub fn dispatch(&mut self, call: u64, a: Args) -> Hyper {
+        let result = self.run_call(call, a);
+        if let Err(error) = result
+            && self.vm.boot.flags & boot_flags::VERBOSE != 0
+        {
+            self.log_refusal(call, a, error);
+        }
+        result
+    }
+
+    /// Tells the VMM's console of a call that was refused.
+    #[cold]
+    fn log_refusal(&mut self, call: u64, a: Args, error: i64) {
+        let text = Text::new(format_args!(
+            "blanket: vCPU {} {} ({call}) {:#x} {:#x} {:#x} {:#x} at {:#x}: {error}\n",
+            self.v.id,
+            nr::name(call).unwrap_or("hypercall"),
+            a[0],
+            a[1],
+            a[2],
+            a[3],
+            self.f.rip,
+        ));
+        let len = self.m.set_data(text.bytes());
+        self.exit(exit::CONSOLE, [0, 0, 0, len as u64]);
+    }
+
+    fn run_call(&mut self, call: u64, a: Args) -> Hyper {
         if call < nr::COUNT {
             self.count(call as usize);
         }
