@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::control::{Answer, Info, Request, ask};
-use crate::exit::hint;
+use crate::exit::{hint, output};
 use crate::registry::Registry;
 
 /// Ctrl-]: detaches.
@@ -33,7 +33,7 @@ pub fn ps(json: bool) -> Result<ExitCode> {
         }
     }
     if json {
-        println!("{}", serde_json::to_string_pretty(&found)?);
+        output(&format!("{}\n", serde_json::to_string_pretty(&found)?))?;
         return Ok(ExitCode::SUCCESS);
     }
     let header = [
@@ -52,7 +52,7 @@ pub fn ps(json: bool) -> Result<ExitCode> {
             vm.kernel.clone(),
         ]
     }));
-    print!("{}", table(&rows));
+    output(&table(&rows))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -96,9 +96,9 @@ pub fn stats(name: &str, json: bool) -> Result<ExitCode> {
         bail!("{name} answered something else than counters");
     };
     if json {
-        println!("{}", serde_json::to_string_pretty(&stats)?);
+        output(&format!("{}\n", serde_json::to_string_pretty(&stats)?))?;
     } else {
-        print!("{stats}");
+        output(&stats.to_string())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -107,6 +107,7 @@ pub fn stats(name: &str, json: bool) -> Result<ExitCode> {
 pub fn stop(name: &str, timeout: Duration) -> Result<ExitCode> {
     let stream = Registry::open()?.connect(name)?;
     let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+    // If it is gone before it answers, it has done what it was asked for.
     ask(&stream, &Request::Stop { timeout_ms })
         .with_context(|| format!("{name} was not stopped"))
         .map_err(|error| hint(&error, format!("`blanket kill {name}` ends it at once")))?;

@@ -1,7 +1,7 @@
 //! The control socket: one request as a line of JSON, one answer as another. After
 //! a `console` request the socket is the console.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub enum Request {
 }
 
 /// What is answered.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
     /// Done.
@@ -46,10 +46,13 @@ pub enum Answer {
     Stats(Box<Stats>),
     /// Why not.
     Error(String),
+    /// Not an answer: the VM's process was gone before it could give one.
+    #[serde(skip)]
+    Gone,
 }
 
 /// What a VM is.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Info {
     /// Its name.
     pub name: String,
@@ -176,7 +179,13 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
     let mut line = Vec::new();
     let mut byte = [0];
     let mut reader = stream;
-    while line.len() as u64 <= LINE_MAX && reader.read(&mut byte).context("no answer")? == 1 {
+    while line.len() as u64 <= LINE_MAX {
+        match reader.read(&mut byte) {
+            Ok(1) => {}
+            Ok(_) => break,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
+            Err(error) => return Err(error).context("no answer"),
+        }
         if byte[0] == b'\n' {
             return match serde_json::from_slice(&line).context("an answer of another version")? {
                 Answer::Error(text) => Err(anyhow!(text)),
@@ -185,7 +194,11 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
         }
         line.push(byte[0]);
     }
-    Err(anyhow!("the VM ended before it answered"))
+    if line.is_empty() {
+        Ok(Answer::Gone)
+    } else {
+        Err(anyhow!("the VM ended while it answered"))
+    }
 }
 
 #[cfg(test)]

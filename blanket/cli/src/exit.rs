@@ -1,6 +1,7 @@
 //! Exit codes, and hints that go with errors.
 
 use std::fmt;
+use std::io::Write as _;
 
 use blanket_vmm::hypervisor::CrashKind;
 use blanket_vmm::vm::End;
@@ -89,6 +90,19 @@ pub fn sentence(end: &End) -> Option<String> {
         }
         End::Failed(failure) => failure.to_string(),
     })
+}
+
+/// Writes a command's result to standard output. A reader that has seen enough and
+/// went away (`blanket ps | head -1`) is no error.
+pub fn output(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// The next step after an error: the innermost cause of an error made by [`hint`].

@@ -225,9 +225,9 @@ fn detach(run: &Run) -> Result<ExitCode> {
     }
     let started: Started = serde_json::from_str(&line).context("the VM's process")?;
     if run.json {
-        print!("{line}");
+        exit::output(&line)?;
     } else {
-        println!("{}", started.name);
+        exit::output(&format!("{}\n", started.name))?;
         if started.console != "none" {
             eprintln!("console: {}", started.console);
         }

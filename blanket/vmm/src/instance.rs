@@ -161,8 +161,10 @@ impl Instance {
     /// Which of the steps failed and on what; nothing is left running.
     pub fn boot(&self) -> Result<Vm, Error> {
         let spec = &self.spec;
+        let begun = Instant::now();
         let domain = {
             let kernel = Kernel::load(&spec.kernel)?;
+            tracing::info!(kernel = %spec.kernel.display(), elapsed = ?begun.elapsed(), "kernel read");
             let initrd = spec.initrd.as_deref().map(read_initrd).transpose()?;
             let config = builder::Config {
                 memory: spec.memory,
@@ -171,6 +173,8 @@ impl Instance {
             };
             builder::build(&kernel, initrd.as_deref(), &config)?
         };
+        tracing::info!(elapsed = ?begun.elapsed(), "domain built");
+
         let machine = self
             .hypervisor
             .create(&domain, spec.vcpus, spec.pool_limit)?;
@@ -198,6 +202,8 @@ impl Instance {
             early_console: Arc::clone(&self.console) as Arc<dyn EarlyConsole>,
         };
         let vm = Vm::start(Arc::clone(&machine), spec.vcpus, backends)?;
+
+        tracing::info!(elapsed = ?begun.elapsed(), "vCPUs started");
 
         let mut now = lock(&self.now);
         now.boots += 1;

@@ -13,6 +13,8 @@ use serde::Serialize;
 use checks::{Check, State};
 use facts::Facts;
 
+use crate::exit::output;
+
 /// Runs all checks. Exits with 0 only if VMs can run.
 pub fn command(json: bool, force: bool, kernel: Option<&Path>) -> Result<ExitCode> {
     #[derive(Serialize)]
@@ -26,26 +28,20 @@ pub fn command(json: bool, force: bool, kernel: Option<&Path>) -> Result<ExitCod
     checks.extend(kernel.map(|path| checks::guest_kernel(path, Kernel::load(path))));
     let ok = checks.iter().all(|check| check.state != State::Fail);
     if json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&Report {
-                ok,
-                checks: &checks,
-                facts: &facts
-            })?
-        );
+        let report = Report {
+            ok,
+            checks: &checks,
+            facts: &facts,
+        };
+        output(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
     } else {
-        for check in &checks {
-            println!("{check}");
-        }
-        println!(
-            "\n{}",
-            if ok {
-                "VMs can run here."
-            } else {
-                "VMs cannot run here yet."
-            }
-        );
+        let mut text: String = checks.iter().map(|check| format!("{check}\n")).collect();
+        text.push_str(if ok {
+            "\nVMs can run here.\n"
+        } else {
+            "\nVMs cannot run here yet.\n"
+        });
+        output(&text)?;
     }
     Ok(if ok {
         ExitCode::SUCCESS
