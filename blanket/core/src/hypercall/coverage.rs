@@ -49,7 +49,7 @@ const BOOT: &str = "lab: boot";
 /// The ABI program in guest and instance.
 const ABI: &str = "lab: abi-test";
 /// The test that asks the dispatcher for everything.
-const TABLE: &str = "coverage::refusals";
+const TABLE: &str = "core: coverage";
 
 /// The whole ABI.
 pub const TABLE_ROWS: &[Row] = &[
@@ -91,11 +91,16 @@ pub const TABLE_ROWS: &[Row] = &[
     row(nr::GRANT_TABLE_OP, Some(0), "map", Refused, "a guest maps no grants", TABLE),
     row(nr::GRANT_TABLE_OP, Some(1), "unmap", Refused, "a guest maps no grants", TABLE),
     row(nr::GRANT_TABLE_OP, Some(2), "setup_table", Full, "", BOOT),
+    row(nr::GRANT_TABLE_OP, Some(3), "dump_table", Refused, "control domain only", TABLE),
     row(nr::GRANT_TABLE_OP, Some(4), "transfer", Refused, "obsolete", TABLE),
     row(nr::GRANT_TABLE_OP, Some(5), "copy", Refused, "backends only", TABLE),
     row(nr::GRANT_TABLE_OP, Some(6), "query_size", Full, "", BOOT),
+    row(nr::GRANT_TABLE_OP, Some(7), "unmap_and_replace", Refused, "a guest maps no grants", TABLE),
     row(nr::GRANT_TABLE_OP, Some(8), "set_version", Partial, "version 1", BOOT),
+    row(nr::GRANT_TABLE_OP, Some(9), "get_status_frames", Refused, "version 1", TABLE),
     row(nr::GRANT_TABLE_OP, Some(10), "get_version", Full, "", TABLE),
+    row(nr::GRANT_TABLE_OP, Some(11), "swap_grant_ref", Refused, "no user of it", TABLE),
+    row(nr::GRANT_TABLE_OP, Some(12), "cache_flush", Refused, "Arm only", TABLE),
     row(nr::VM_ASSIST, None, "", Partial, "no architectural IOPL", BOOT),
     row(nr::UPDATE_VA_MAPPING_OTHERDOMAIN, None, "", Refused, "no foreign domains", TABLE),
     row(nr::IRET, None, "", Full, "", BOOT),

@@ -13,6 +13,7 @@
 pub mod guest;
 mod world;
 
+#[allow(unused_imports, reason = "not every test program looks")]
 pub use world::{Reached, World};
 
 use blanket_abi::device::{Boot, COUNTERS, Dtr, RUN_DATA, Switch, VmPage, crash, exit};
@@ -602,6 +603,18 @@ impl Cpu for FakeMachine {
     fn write_ldt(&self, index: u32, desc: u64) {
         assert!(index < 8192, "LDT entry {index}");
         self.cpu().ldt.borrow_mut().insert(index, desc);
+    }
+    fn descriptor(&self, selector: u16) -> u64 {
+        let table = if selector & 4 == 0 {
+            &self.cpu().gdt
+        } else {
+            &self.cpu().ldt
+        };
+        table
+            .borrow()
+            .get(&u32::from(selector >> 3))
+            .copied()
+            .unwrap_or(0)
     }
     fn load_ldt(&self, entries: u32) {
         assert!(entries <= 8192);
