@@ -102,6 +102,8 @@ fn counter_name(index: usize) -> Option<&'static str> {
         counter::SLOW_SYSCALL => "slow-syscalls",
         counter::SLOW_IRET => "slow-irets",
         counter::TRAP => "traps-to-guest",
+        counter::FAST_SYSCALL => "fast-syscalls",
+        counter::FAST_IRET => "fast-irets",
         _ => return None,
     })
 }
