@@ -273,8 +273,16 @@ impl Payload {
         let mut archive = Initramfs::with_busybox(project)?;
         archive.text("init", 0o755, INIT);
         archive.text("bin/lab-initrd", 0o755, LAB_INITRD);
+        let mut this = Self { archive };
+        this.modules(project, kernel, hardware.modules())?;
+        Ok(this)
+    }
+
+    /// Has init load these modules of `kernel`, and what they depend on, instead
+    /// of those named before.
+    pub fn modules(&mut self, project: &Project, kernel: &Kernel, names: &[&str]) -> Result<()> {
         let mut list = String::new();
-        for file in kernel.modules(hardware.modules())? {
+        for file in kernel.modules(names)? {
             let name = file
                 .file_name()
                 .context("a module without a name")?
@@ -283,14 +291,14 @@ impl Payload {
             if name.ends_with(".xz") {
                 let sh = project.shell()?;
                 let unpacked = cmd!(sh, "xz -dc {file}").quiet().output()?;
-                archive.bytes(&path, 0o644, unpacked.stdout);
+                self.archive.bytes(&path, 0o644, unpacked.stdout);
             } else {
-                archive.copy(&path, 0o644, &file);
+                self.archive.copy(&path, 0o644, &file);
             }
             list.push_str(&format!("/{path}\n"));
         }
-        archive.text("lab/modules", 0o644, &list);
-        Ok(Self { archive })
+        self.archive.text("lab/modules", 0o644, &list);
+        Ok(())
     }
 
     /// Has init load this module.

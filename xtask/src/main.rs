@@ -11,6 +11,7 @@ mod demo;
 mod initramfs;
 mod kernels;
 mod lab;
+mod package;
 mod project;
 mod qemu;
 mod setup;
@@ -38,6 +39,8 @@ enum Verb {
     Test(test::Args),
     /// A micro benchmark natively and in a VM, by instruction count and clock.
     Bench(bench::Args),
+    /// Debian packages of the command and the module.
+    Package(package::Args),
     /// Build the core image, the kernel module and the static `blanket` command.
     Build(build::Args),
     /// Boot stock-kernel instances in QEMU and run a command in the first.
@@ -61,6 +64,7 @@ fn verb(verb: &Verb) -> anyhow::Result<()> {
         Verb::Demo(args) => demo::run(&project, args),
         Verb::Test(args) => test::run(&project, args),
         Verb::Bench(args) => bench::run(&project, args),
+        Verb::Package(args) => package::run(&project, args),
         Verb::Build(args) => build::run(&project, args),
         Verb::Lab(args) => lab::run(&project, args),
     }

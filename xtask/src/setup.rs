@@ -51,7 +51,16 @@ pub fn ensure(project: &Project, needs: &[Need]) -> Result<()> {
         .iter()
         .filter(|(need, _)| needs.contains(need))
         .flat_map(|(_, packages)| packages.iter().copied());
-    let missing: Vec<&str> = wanted.filter(|package| !installed(package)).collect();
+    install_missing(project, &wanted.collect::<Vec<_>>())
+}
+
+/// Installs those of `packages` that are not there.
+pub fn install_missing(project: &Project, packages: &[&str]) -> Result<()> {
+    let missing: Vec<&str> = packages
+        .iter()
+        .copied()
+        .filter(|package| !installed(package))
+        .collect();
     install(project, &missing)
 }
 
