@@ -139,7 +139,7 @@ impl<M: Machine> Context<'_, M> {
                 due = true;
             }
             if self.v.periodic <= now {
-                self.v.periodic = now + self.v.period;
+                self.v.periodic = now.saturating_add(self.v.period);
                 due = true;
             }
             if due {

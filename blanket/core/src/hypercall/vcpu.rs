@@ -11,6 +11,11 @@ use blanket_abi::xen::shared::{guest_context as gc, runstate, shared_info, vcpu_
 use blanket_abi::{Gfn, Va};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 
+/// `VCPU_SSHOTTMR_future`: the timer must not be due already (`public/vcpu.h`).
+const SSHOTTMR_FUTURE: u64 = 1;
+/// Linux's ETIME, as Xen numbers its errors (`public/errno.h`).
+const ETIME: i64 = -62;
+
 impl<M: Machine> Context<'_, M> {
     /// `vcpu_op(cmd, vcpu, ptr)`.
     pub(super) fn vcpu_op(&mut self, cmd: u64, id: u64, ptr: u64) -> Hyper {
@@ -83,7 +88,10 @@ impl<M: Machine> Context<'_, M> {
                 Ok(0)
             }
             vcpu::SET_SINGLESHOT_TIMER if own => {
-                let [at] = self.read_words::<1>(ptr)?;
+                let [at, flags] = self.read_words::<2>(ptr)?;
+                if flags & SSHOTTMR_FUTURE != 0 && at < self.now() {
+                    return Err(ETIME);
+                }
                 self.set_singleshot(at);
                 Ok(0)
             }
