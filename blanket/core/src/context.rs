@@ -65,6 +65,17 @@ impl Text {
     }
 }
 
+/// What a frame holds besides SS, RSP, RFLAGS, CS, RIP, R11 and RCX.
+#[derive(Clone, Copy, Debug)]
+pub enum Shape {
+    /// Nothing.
+    Plain,
+    /// An error code.
+    Error(u64),
+    /// DS, ES, FS, GS: the failsafe frame.
+    Selectors([u64; 4]),
+}
+
 impl<M: Machine> Context<'_, M> {
     /// Whether the guest is in kernel mode.
     #[inline]
@@ -482,14 +493,11 @@ impl<M: Machine> Context<'_, M> {
     /// (Xen `create_bounce_frame`): SS, RSP, RFLAGS, CS with the event mask in
     /// its upper half, RIP, `extra` (error code), R11, RCX.
     pub fn bounce(&mut self, handler: u64, mask: bool, error: Option<u64>) {
-        let extra = error.map_or([0; 1], |e| [e]);
-        let n = usize::from(error.is_some());
-        self.bounce_with(handler, mask, &extra[..n], &[]);
+        self.bounce_as(handler, mask, error.map_or(Shape::Plain, Shape::Error));
     }
 
-    /// As [`Self::bounce`]; `tail` are words between R11 and the rest (the
-    /// selectors of the failsafe frame).
-    pub fn bounce_with(&mut self, handler: u64, mask: bool, error: &[u64], tail: &[u64]) {
+    /// As [`Self::bounce`], with a frame of any shape.
+    pub fn bounce_as(&mut self, handler: u64, mask: bool, shape: Shape) {
         let was_kernel = self.kernel_mode();
         if !was_kernel {
             self.to_kernel_mode();
@@ -501,27 +509,15 @@ impl<M: Machine> Context<'_, M> {
         if !masked {
             flags |= rflags::IF;
         }
-        let mut words = [0u64; 12];
-        let mut n = 0;
-        let mut push = |w: u64| {
-            words[n] = w;
-            n += 1;
-        };
-        push(self.f.rcx);
-        push(self.f.r11);
-        for &w in tail.iter().take(4) {
-            push(w);
-        }
-        for &w in error.iter().take(1) {
-            push(w);
-        }
-        push(self.f.rip);
-        push(cs | u64::from(masked) << 32);
-        push(flags);
-        push(self.f.rsp);
-        push(self.f.ss & 0xffff);
-        let new_sp = sp.wrapping_sub(8 * n as u64);
-        let bytes = words.map(u64::to_le_bytes);
+        let from = [
+            self.f.rip,
+            cs | u64::from(masked) << 32,
+            flags,
+            self.f.rsp,
+            self.f.ss & 0xffff,
+        ];
+        let [rip, cs, flags, rsp, ss] = from;
+        let (rcx, r11) = (self.f.rcx, self.f.r11);
         let vector = self.f.vector;
         if handler == 0 || !Va(handler).is_guest() {
             self.crash(
@@ -529,7 +525,22 @@ impl<M: Machine> Context<'_, M> {
                 format_args!("vector {vector} has no handler"),
             );
         }
-        if self.copy_out(Va(new_sp), &bytes.as_flattened()[..8 * n]).is_err() {
+        let (new_sp, pushed) = match shape {
+            Shape::Plain => {
+                let at = sp.wrapping_sub(56);
+                (at, self.write_words(at, [rcx, r11, rip, cs, flags, rsp, ss]))
+            }
+            Shape::Error(code) => {
+                let at = sp.wrapping_sub(64);
+                (at, self.write_words(at, [rcx, r11, code, rip, cs, flags, rsp, ss]))
+            }
+            Shape::Selectors([ds, es, fs, gs]) => {
+                let at = sp.wrapping_sub(88);
+                let words = [rcx, r11, ds, es, fs, gs, rip, cs, flags, rsp, ss];
+                (at, self.write_words(at, words))
+            }
+        };
+        if pushed.is_err() {
             self.crash(
                 crash::GUEST,
                 format_args!("no stack at {new_sp:#x} for an entry to {handler:#x}"),

@@ -2,7 +2,7 @@
 //! (`xen/arch/x86/pv/emul-priv-op.c`, `emul-inv-op.c`, `ro-page-fault.c`).
 
 use crate::context::Context;
-use crate::insn::{self, PrivOp, decode_priv, decode_pt_write};
+use crate::insn::{self, PrivOp, PtOp, PtWrite, Reg, decode_priv, decode_pt_write};
 use crate::machine::Machine;
 use crate::trap::vector;
 use blanket_abi::device::{counter, crash};
@@ -160,11 +160,11 @@ impl<M: Machine> Context<'_, M> {
                     }
                     _ => return Done::Refuse,
                 };
-                self.set_gpr(gpr, val);
+                self.f.set_gpr(gpr, val);
                 Done::Next
             }
             PrivOp::MovToCr { cr, gpr } => {
-                let val = self.f.gprs()[usize::from(gpr & 15)];
+                let val = self.f.gpr(gpr);
                 match cr {
                     // Only TS may change, and TS is never set for real.
                     0 if (val ^ CR0) & !8 == 0 => Done::Next,
@@ -185,11 +185,11 @@ impl<M: Machine> Context<'_, M> {
                     4 | 6 => self.v.dr6,
                     _ => self.v.dr7,
                 };
-                self.set_gpr(gpr, val);
+                self.f.set_gpr(gpr, val);
                 Done::Next
             }
             PrivOp::MovToDr { dr, gpr } => {
-                let val = self.f.gprs()[usize::from(gpr & 15)];
+                let val = self.f.gpr(gpr);
                 if self.set_debugreg(u64::from(dr), val).is_ok() { Done::Next } else { Done::Refuse }
             }
             PrivOp::Clts | PrivOp::Wbinvd => Done::Next,
@@ -226,12 +226,6 @@ impl<M: Machine> Context<'_, M> {
             .info
             .and_then(|p| self.word(p.gfn, p.offset + vcpu_info::CR2))
             .map_or(0, |w| w.load(core::sync::atomic::Ordering::Relaxed))
-    }
-
-    fn set_gpr(&mut self, gpr: u8, val: u64) {
-        let mut regs = self.f.gprs();
-        regs[usize::from(gpr & 15)] = val;
-        self.f.set_gprs(&regs);
     }
 
     fn read_msr(&mut self, nr: u32) -> Option<u64> {
@@ -354,30 +348,58 @@ impl<M: Machine> Context<'_, M> {
     /// A write of the guest kernel to a page table that it maps read-only. False
     /// if the instruction is not one that is emulated.
     pub fn emulate_table_write(&mut self, gfn: Gfn, va: Va) -> bool {
-        let (code, n) = self.fetch();
-        let Some(write) = decode_pt_write(&code[..n]) else { return false };
+        let Some(write) = self.decode_table_write() else { return false };
         let shift = u32::from((va.0 & 7) as u8) * 8;
         if shift / 8 + u32::from(write.size) > 8 {
             return false;
         }
         self.count(counter::PT_WRITE);
-        let mask = if write.size >= 8 { u64::MAX } else { (1 << (8 * write.size)) - 1 };
         let index = ((va.0 & 0xfff) >> 3) as usize;
-        let before = (self.f.gprs(), self.f.rflags);
-        let mut after = before;
-        self.mmu(|mmu, m, ep| {
-            mmu.write_entry(m, ep, gfn, index, |old| {
-                after = before;
-                match write.apply(old >> shift & mask, &mut after.0, &mut after.1) {
-                    Some(new) => old & !(mask << shift) | (new & mask) << shift,
-                    None => old,
-                }
-            })
-        });
-        self.f.set_gprs(&after.0);
-        self.f.rflags = after.1;
+        if let PtWrite { size: 8, op: PtOp::Xchg(Reg { num, high: false }), .. } = write {
+            // Nearly all of them: clearing an entry and learning what it was.
+            let new = self.f.gpr(num);
+            let (old, _) = self.mmu(|mmu, m, ep| mmu.write_entry(m, ep, gfn, index, |_| new));
+            self.f.set_gpr(num, old);
+        } else {
+            let mask = if write.size >= 8 { u64::MAX } else { (1 << (8 * write.size)) - 1 };
+            let before = (self.f.gprs(), self.f.rflags);
+            let mut after = before;
+            self.mmu(|mmu, m, ep| {
+                mmu.write_entry(m, ep, gfn, index, |old| {
+                    after = before;
+                    match write.apply(old >> shift & mask, &mut after.0, &mut after.1) {
+                        Some(new) => old & !(mask << shift) | (new & mask) << shift,
+                        None => old,
+                    }
+                })
+            });
+            self.f.set_gprs(&after.0);
+            self.f.rflags = after.1;
+        }
         self.f.rip = self.f.rip.wrapping_add(u64::from(write.len));
         true
+    }
+
+    /// Decodes the write at RIP. A kernel has two or three places that write page
+    /// tables, so the last decodings are remembered, by the code bytes themselves:
+    /// code that is patched can never meet an old decoding.
+    fn decode_table_write(&mut self) -> Option<PtWrite> {
+        let rip = self.f.rip;
+        let code = if rip & 0xfff <= 4096 - 8 { self.read_words::<1>(rip).ok()?[0] } else { 0 };
+        // The operand size prefix or LOCK tells the usual two apart.
+        let slot = usize::from(code & 0xff == 0xf0);
+        if let Some((known, write)) = self.v.decoded[slot]
+            && known == code
+            && code != 0
+        {
+            return Some(write);
+        }
+        let (bytes, n) = self.fetch();
+        let write = decode_pt_write(&bytes[..n])?;
+        if write.len <= 8 && code != 0 {
+            self.v.decoded[slot] = Some((code, write));
+        }
+        Some(write)
     }
 
     /// A hole in our own logic: ends the VM, names the place.

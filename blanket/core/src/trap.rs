@@ -1,6 +1,6 @@
 //! Entries from the guest: exceptions, host interrupts, slow system calls.
 
-use crate::context::Context;
+use crate::context::{Context, Shape};
 use crate::machine::Machine;
 use crate::mmu::{Access, Fault};
 use crate::pte;
@@ -95,7 +95,7 @@ impl<M: Machine> Context<'_, M> {
         }
         // The guest sees the selectors that it asked for in the frame.
         let selectors = self.m.data_selectors().map(u64::from);
-        self.bounce_with(callback.address, callback.mask, &[], &selectors);
+        self.bounce_as(callback.address, callback.mask, Shape::Selectors(selectors));
     }
 
     /// Whether the present mode may use gate `n` with `int n`. The guest kernel

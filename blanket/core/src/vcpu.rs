@@ -77,6 +77,52 @@ impl TrapFrame {
             self.r8, self.r9, self.r10, self.r11, self.r12, self.r13, self.r14, self.r15,
         ]
     }
+    /// One general register by its number in the encoding.
+    #[inline]
+    #[must_use]
+    pub fn gpr(&self, num: u8) -> u64 {
+        match num & 15 {
+            0 => self.rax,
+            1 => self.rcx,
+            2 => self.rdx,
+            3 => self.rbx,
+            4 => self.rsp,
+            5 => self.rbp,
+            6 => self.rsi,
+            7 => self.rdi,
+            8 => self.r8,
+            9 => self.r9,
+            10 => self.r10,
+            11 => self.r11,
+            12 => self.r12,
+            13 => self.r13,
+            14 => self.r14,
+            _ => self.r15,
+        }
+    }
+    /// Sets one general register by its number in the encoding.
+    #[inline]
+    pub fn set_gpr(&mut self, num: u8, val: u64) {
+        let reg = match num & 15 {
+            0 => &mut self.rax,
+            1 => &mut self.rcx,
+            2 => &mut self.rdx,
+            3 => &mut self.rbx,
+            4 => &mut self.rsp,
+            5 => &mut self.rbp,
+            6 => &mut self.rsi,
+            7 => &mut self.rdi,
+            8 => &mut self.r8,
+            9 => &mut self.r9,
+            10 => &mut self.r10,
+            11 => &mut self.r11,
+            12 => &mut self.r12,
+            13 => &mut self.r13,
+            14 => &mut self.r14,
+            _ => &mut self.r15,
+        };
+        *reg = val;
+    }
     /// Sets the general registers from encoding order.
     pub fn set_gprs(&mut self, r: &[u64; 16]) {
         [
@@ -235,6 +281,8 @@ pub struct Vcpu {
     pub nmi_blocked: bool,
     /// Version of the time parameters that were last published.
     pub time_seen: u32,
+    /// Page-table writes by their code, see `decode_table_write`.
+    pub decoded: [Option<(u64, crate::insn::PtWrite)>; 2],
     /// The world was left since timers were last looked at.
     pub check_timers: bool,
 }
@@ -281,6 +329,7 @@ impl Vcpu {
             nmi_blocked: false,
             // Odd: no version is.
             time_seen: 1,
+            decoded: [None; 2],
             check_timers: true,
         }
     }

@@ -374,16 +374,23 @@ blanket_entry_end:
     # blanket_copy(to: rdi, from: rsi, bytes: rdx) -> 0, or 1 if an access faulted.
     .global blanket_copy
 blanket_copy:
-    mov rcx, rdx
-    shr rcx, 3
-    jz 41f
-40: mov rax, [rsi]
-42: mov [rdi], rax
+    sub rdx, 16
+    jb 34f
+33: mov rax, [rsi]
+35: mov rcx, [rsi + 8]
+36: mov [rdi], rax
+37: mov [rdi + 8], rcx
+    add rsi, 16
+    add rdi, 16
+    sub rdx, 16
+    jae 33b
+34: test dl, 8
+    jz 40f
+38: mov rax, [rsi]
+39: mov [rdi], rax
     add rsi, 8
     add rdi, 8
-    dec rcx
-    jnz 40b
-41: and edx, 7
+40: and edx, 7
     jz 45f
 43: mov al, [rsi]
 44: mov [rdi], al
@@ -435,7 +442,9 @@ blanket_leave:
     jmp [rdi + {S_EXIT}]
 
     .section .extable, "a"
-    .quad 40b, 46b, 42b, 46b, 43b, 46b, 44b, 46b
+    .irp at, 33, 35, 36, 37, 38, 39, 43, 44
+    .quad \at\()b, 46b
+    .endr
     .quad 50b, 54b, 51b, 55b, 52b, 56b, 53b, 57b
     .text
     "#,

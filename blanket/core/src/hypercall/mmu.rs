@@ -9,8 +9,6 @@ use blanket_abi::xen::{domid, errno};
 use blanket_abi::{Gfn, Va};
 use core::sync::atomic::Ordering::Relaxed;
 
-/// Requests copied from the guest at a time.
-const CHUNK: usize = 16;
 /// The top bit of a count is Xen's own (`MMU_UPDATE_PREEMPTED`).
 const COUNT_MASK: u64 = 0x7fff_ffff;
 
@@ -31,25 +29,17 @@ impl<M: Machine> Context<'_, M> {
         let count = count & COUNT_MASK;
         let mut n = 0;
         let mut result = Ok(0);
-        'all: while n < count {
-            let chunk = (count - n).min(CHUNK as u64) as usize;
-            let mut bytes = [[0u8; 16]; CHUNK];
-            if let Err(e) =
-                self.copy_in(Va(list.wrapping_add(n * 16)), bytes[..chunk].as_flattened_mut())
-            {
+        while n < count {
+            let at = list.wrapping_add(n * 16);
+            let one = match self.read_words::<2>(at) {
+                Ok([ptr, val]) => self.mmu_update_one(ptr, val),
+                Err(e) => Err(e),
+            };
+            if let Err(e) = one {
                 result = Err(e);
                 break;
             }
-            for req in &bytes[..chunk] {
-                let (ptr, val) = req.split_at(8);
-                let ptr = u64::from_le_bytes(ptr.try_into().unwrap_or_default());
-                let val = u64::from_le_bytes(val.try_into().unwrap_or_default());
-                if let Err(e) = self.mmu_update_one(ptr, val) {
-                    result = Err(e);
-                    break 'all;
-                }
-                n += 1;
-            }
+            n += 1;
         }
         if done != 0 {
             #[allow(clippy::cast_possible_truncation, reason = "count has 31 bits")]
@@ -198,7 +188,8 @@ impl<M: Machine> Context<'_, M> {
             mmuext::INVLPG_ALL => self.flush(u64::MAX, Some(Va(arg1))),
             // Guests own no device memory: caches are coherent.
             mmuext::FLUSH_CACHE | mmuext::FLUSH_CACHE_GLOBAL => {}
-            mmuext::SET_LDT => self.set_ldt(arg1, arg2)?,
+            // The count has 32 bits; the guest leaves the rest undefined.
+            mmuext::SET_LDT => self.set_ldt(arg1, arg2 & 0xffff_ffff)?,
             mmuext::CLEAR_PAGE => self.page_op(arg1, None)?,
             mmuext::COPY_PAGE => self.page_op(arg1, Some(arg2))?,
             _ => return Err(errno::ENOSYS),
