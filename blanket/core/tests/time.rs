@@ -1,5 +1,10 @@
 //! Clocks, timers and run-states (`public/xen.h`, `public/vcpu.h`).
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "small numbers of a small machine"
+)]
+
 mod common;
 
 use blanket_abi::device::exit;
@@ -82,7 +87,7 @@ proptest! {
         let clock = w.cpu0(|c| c.clock());
         let wide = u128::from(ticks);
         let wide = if shift >= 0 { wide << shift } else { wide >> -shift };
-        let want = u128::from(time) + (wide * u128::from(mul) >> 32);
+        let want = u128::from(time) + ((wide * u128::from(mul)) >> 32);
         prop_assert_eq!(u128::from(clock.at(stamp.wrapping_add(ticks))), want);
         // Never backwards, and a CPU that lags behind the timestamp shows the timestamp.
         prop_assert!(clock.at(stamp.wrapping_add(ticks + 1)) >= clock.at(stamp.wrapping_add(ticks)));

@@ -10,7 +10,9 @@
     reason = "small numbers of a small machine"
 )]
 
+pub mod fuzz;
 pub mod guest;
+pub mod trap;
 mod world;
 
 #[allow(unused_imports, reason = "not every test program looks")]
@@ -99,9 +101,9 @@ type Hook = Box<dyn FnMut(&FakeMachine, Exit) -> Option<i64>>;
 pub struct FakeMachine {
     frames: Vec<Frame>,
     pool: Vec<Box<Words>>,
-    names: Vec<Box<[AtomicU32; 512]>>,
+    names: Vec<[AtomicU32; 512]>,
     pub page: Box<VmPage>,
-    switches: Vec<Box<Switch>>,
+    switches: Vec<Switch>,
     pub cpus: Vec<FakeCpu>,
     current: Cell<usize>,
     pub tsc: Cell<u64>,
@@ -170,8 +172,8 @@ pub fn hole() -> [u64; 16] {
     hole
 }
 
-fn switch(id: u32) -> Box<Switch> {
-    Box::new(Switch {
+fn switch(id: u32) -> Switch {
+    Switch {
         core_rsp: 0,
         host_rsp: 0,
         trans_cr3: 0,
@@ -210,7 +212,7 @@ fn switch(id: u32) -> Box<Switch> {
         host_self: 0,
         counters: [const { AtomicU64::new(0) }; COUNTERS],
         data: [0; RUN_DATA],
-    })
+    }
 }
 
 impl FakeMachine {
@@ -250,7 +252,7 @@ impl FakeMachine {
             frames,
             pool: (0..setup.pool).map(|_| zeroed()).collect(),
             names: (0..setup.pool)
-                .map(|_| Box::new([const { AtomicU32::new(0) }; 512]))
+                .map(|_| [const { AtomicU32::new(0) }; 512])
                 .collect(),
             page,
             switches: (0..setup.vcpus).map(switch).collect(),
