@@ -6,7 +6,7 @@
 
 use std::io::Read;
 
-use super::{ErrorKind, MAX_IMAGE};
+use super::ErrorKind;
 
 /// Dictionary memory that an xz or lzma stream may ask for, KiB.
 const DICTIONARY_LIMIT_KIB: u32 = 256 << 10;
@@ -47,58 +47,56 @@ impl Compression {
     }
 }
 
-/// Unpacks a payload; the result has at most [`MAX_IMAGE`] bytes.
-pub fn decompress(payload: &[u8], format: Compression) -> Result<Vec<u8>, ErrorKind> {
+/// Unpacks a payload; the result has at most `limit` bytes.
+pub fn decompress(payload: &[u8], format: Compression, limit: usize) -> Result<Vec<u8>, ErrorKind> {
     let broken = |what: &dyn std::fmt::Display| {
         ErrorKind::corrupt(format!("the {format:?} payload cannot be unpacked: {what}"))
     };
     match format {
-        Compression::Gzip => bounded(flate2::bufread::GzDecoder::new(payload), &broken),
-        Compression::Bzip2 => bounded(bzip2::bufread::BzDecoder::new(payload), &broken),
+        Compression::Gzip => bounded(flate2::bufread::GzDecoder::new(payload), limit, &broken),
+        Compression::Bzip2 => bounded(bzip2::bufread::BzDecoder::new(payload), limit, &broken),
         Compression::Xz => bounded(
             lzma_rust2::XzReader::new_mem_limit(payload, false, DICTIONARY_LIMIT_KIB),
+            limit,
             &broken,
         ),
         Compression::Lzma => bounded(
             lzma_rust2::LzmaReader::new_mem_limit(payload, DICTIONARY_LIMIT_KIB, None)
                 .map_err(|e| broken(&e))?,
+            limit,
             &broken,
         ),
         Compression::Zstd => bounded(
             ruzstd::decoding::StreamingDecoder::new(payload).map_err(|e| broken(&e))?,
+            limit,
             &broken,
         ),
-        Compression::Lz4 => lz4_legacy(payload, &broken),
+        Compression::Lz4 => lz4_legacy(payload, limit, &broken),
     }
 }
 
 type Broken<'a> = dyn Fn(&dyn std::fmt::Display) -> ErrorKind + 'a;
 
-fn bounded(reader: impl Read, broken: &Broken<'_>) -> Result<Vec<u8>, ErrorKind> {
+fn bounded(reader: impl Read, limit: usize, broken: &Broken<'_>) -> Result<Vec<u8>, ErrorKind> {
     let mut out = Vec::new();
-    let limit = MAX_IMAGE as u64 + 1;
     reader
-        .take(limit)
+        .take(limit as u64 + 1)
         .read_to_end(&mut out)
         .map_err(|e| broken(&e))?;
-    if out.len() > MAX_IMAGE {
-        return Err(ErrorKind::TooLarge {
-            limit: MAX_IMAGE >> 20,
-        });
+    if out.len() > limit {
+        return Err(ErrorKind::TooLarge { limit: limit >> 20 });
     }
     Ok(out)
 }
 
 /// The magic, then blocks of {compressed size u32, bytes}, then the size of all.
-fn lz4_legacy(payload: &[u8], broken: &Broken<'_>) -> Result<Vec<u8>, ErrorKind> {
+fn lz4_legacy(payload: &[u8], limit: usize, broken: &Broken<'_>) -> Result<Vec<u8>, ErrorKind> {
     let (body, size) = payload[4..]
         .split_last_chunk::<4>()
         .ok_or_else(|| broken(&"it ends before its first block"))?;
     let total = u32::from_le_bytes(*size) as usize;
-    if total > MAX_IMAGE {
-        return Err(ErrorKind::TooLarge {
-            limit: MAX_IMAGE >> 20,
-        });
+    if total > limit {
+        return Err(ErrorKind::TooLarge { limit: limit >> 20 });
     }
     let mut out = Vec::new();
     let mut block = vec![0; LZ4_BLOCK];

@@ -80,7 +80,10 @@ impl Kernel {
             let payload = bzimage::payload(&image)?;
             match Compression::detect(payload)? {
                 None => (payload.to_vec(), None),
-                Some(format) => (decompress::decompress(payload, format)?, Some(format)),
+                Some(format) => (
+                    decompress::decompress(payload, format, MAX_IMAGE)?,
+                    Some(format),
+                ),
             }
         } else if image.is_empty() {
             return Err(ErrorKind::NotAKernel("the file is empty"));
