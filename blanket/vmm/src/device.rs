@@ -367,6 +367,7 @@ impl Vcpu for DeviceVcpu {
             let source = io::Error::last_os_error();
             return match source.raw_os_error() {
                 Some(libc::EINTR | libc::EAGAIN) => Ok(Exit::Interrupted),
+                Some(libc::EIO) => Ok(Exit::Dead),
                 Some(libc::ENOMEM) => Err(Error::NoMemory("run a vCPU")),
                 _ => Err(Error::Refused {
                     what: "run a vCPU",

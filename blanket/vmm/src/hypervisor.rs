@@ -79,6 +79,8 @@ pub enum Exit {
     Crash(Crash),
     /// A signal, or [`Kick::stop`].
     Interrupted,
+    /// The VM is dead: another vCPU's run has returned, or will return, with the reason.
+    Dead,
 }
 
 /// Why a guest was ended.

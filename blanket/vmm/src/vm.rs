@@ -14,6 +14,9 @@ use crate::device;
 use crate::hypervisor::{Crash, Exit, Kick, Machine, Vcpu};
 use crate::sync::lock;
 
+/// How long the vCPU that knows why a VM died may take to say so.
+const REPORT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// The VMM's end of an event channel.
 pub trait Backend: Send + Sync {
     /// The guest notified the port. Called by the vCPU's thread: must not wait.
@@ -61,6 +64,9 @@ pub enum Failure {
         /// The host's answer.
         source: io::Error,
     },
+    /// The module ended the VM and no vCPU said why.
+    #[error("the module `blanket` ended the VM without a reason; `dmesg` may tell")]
+    Dead,
     /// A vCPU's thread panicked: a bug of this program.
     #[error("the thread of vCPU {0} panicked")]
     Panicked(u32),
@@ -203,22 +209,9 @@ impl Handle {
     /// Waits until the VM has ended. Returns whether it did so in time.
     #[must_use]
     pub fn wait_ended(&self, timeout: Duration) -> bool {
-        let Some(shared) = self.0.upgrade() else {
-            return true;
-        };
-        let deadline = Instant::now() + timeout;
-        let mut state = lock(&shared.state);
-        while !state.ended {
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
-                return false;
-            };
-            state = shared
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                .0;
-        }
-        true
+        self.0
+            .upgrade()
+            .is_none_or(|shared| shared.wait_ended(timeout))
     }
 }
 
@@ -236,6 +229,23 @@ impl Shared {
         for kick in &self.kicks {
             kick.stop();
         }
+    }
+
+    /// Waits until the VM has ended. Returns whether it did so in time.
+    fn wait_ended(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mut state = lock(&self.state);
+        while !state.ended {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+        true
     }
 
     fn has_ended(&self) -> bool {
@@ -265,6 +275,8 @@ impl Shared {
             }),
             Exit::Crash(crash) => Some(End::Crash(crash)),
             Exit::Interrupted => None,
+            // Its own report comes from another vCPU's thread, and must win.
+            Exit::Dead => (!self.wait_ended(REPORT_PATIENCE)).then_some(End::Failed(Failure::Dead)),
         }
     }
 }

@@ -1,15 +1,16 @@
 use std::io::Read as _;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 
 use blanket_abi::xen::io::{console as console_page, xenstore as store_page};
 use blanket_xenstore::wire::{HEADER, Header, Kind};
+use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
 use crate::builder::Layout;
 use crate::hypervisor::{Crash, CrashKind, Exit};
 use crate::ring::{Place, Ring};
-use crate::testing::{Fake, Guest, Program};
-use crate::testing::{Synthetic, bzimage};
+use crate::testing::{Fake, Guest, Program, Synthetic, bzimage};
 
 fn kernel_file() -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().expect("a file");
@@ -200,6 +201,46 @@ fn one_vcpu_ends_all_of_them() {
         4,
     );
     assert!(matches!(end, End::Poweroff), "{end:?}");
+}
+
+#[test]
+fn the_report_of_a_crash_wins_over_those_who_only_see_the_vm_dead() {
+    let (_, end) = run(
+        |_, id| {
+            Box::new(move |guest| {
+                if id > 0 {
+                    // Tells vCPU 0 to go on, so that death is seen first.
+                    let raised = guest.memory.store(1u8, GuestAddress(0), Ordering::SeqCst);
+                    raised.expect("inside");
+                    return Ok(Exit::Dead);
+                }
+                while guest
+                    .memory
+                    .load::<u8>(GuestAddress(0), Ordering::SeqCst)
+                    .expect("inside")
+                    == 0
+                {
+                    std::thread::yield_now();
+                }
+                let report = "why".to_owned();
+                Ok(Exit::Crash(Crash {
+                    kind: CrashKind::Core,
+                    report,
+                }))
+            })
+        },
+        3,
+    );
+    assert!(
+        matches!(
+            end,
+            End::Crash(Crash {
+                kind: CrashKind::Core,
+                ..
+            })
+        ),
+        "{end:?}"
+    );
 }
 
 #[test]
