@@ -16,6 +16,10 @@ use core::sync::atomic::{AtomicU64, fence};
 /// Result of a hypercall: a value, or a negative errno.
 pub type Hyper = Result<i64, i64>;
 
+/// Steps of a hypercall between two breaths: a step is a copy from or to the guest
+/// or the change of a table's entry, far below a microsecond.
+const BREATH: u32 = 2048;
+
 /// Times that one operation may find the shadow pool empty at its limit.
 const POOL_TRIES: u32 = 1000;
 
@@ -162,6 +166,17 @@ impl<M: Machine> Context<'_, M> {
             };
             pool_tries += u32::from(need == Need::Pool);
             self.mend(need, pool_tries);
+        }
+    }
+
+    /// Counts `steps` of a hypercall that the guest can make as long as it likes,
+    /// and lets interrupts in between.
+    #[inline]
+    pub fn breathe(&mut self, steps: u32) {
+        self.v.work += steps;
+        if self.v.work >= BREATH {
+            self.v.work = 0;
+            self.exit(exit::YIELD, [0; 4]);
         }
     }
 

@@ -285,6 +285,8 @@ pub struct Vcpu {
     pub decoded: [Option<(u64, crate::insn::PtWrite)>; 2],
     /// The world was left since timers were last looked at.
     pub check_timers: bool,
+    /// Steps of the present hypercall since the world was left.
+    pub work: u32,
 }
 
 impl Vcpu {
@@ -331,6 +333,7 @@ impl Vcpu {
             time_seen: 1,
             decoded: [None; 2],
             check_timers: true,
+            work: 0,
         }
     }
 }

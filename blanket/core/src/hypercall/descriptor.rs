@@ -48,6 +48,7 @@ impl<M: Machine> Context<'_, M> {
         let entries = entries as u32;
         self.v.gdt_entries = entries;
         for i in 0..entries.max(before) {
+            self.breathe(1);
             let gfn = gdt[(i / 512) as usize % 14];
             let raw = if i < entries {
                 self.word(gfn, u64::from(i % 512) * 8).map_or(0, |w| w.load(Relaxed))
@@ -98,6 +99,7 @@ impl<M: Machine> Context<'_, M> {
         #[allow(clippy::cast_possible_truncation, reason = "checked against the maximum")]
         let n = entries as u32;
         for i in 0..n {
+            self.breathe(1);
             let [desc] = self.read_words::<1>(va.wrapping_add(u64::from(i) * 8))?;
             self.m.write_ldt(i, sanitise(desc));
         }
@@ -157,6 +159,7 @@ impl<M: Machine> Context<'_, M> {
             return Ok(0);
         }
         for i in 0..257u64 {
+            self.breathe(1);
             let [head, address] = self.read_words::<2>(list.wrapping_add(16 * i))?;
             if address == 0 {
                 return Ok(0);

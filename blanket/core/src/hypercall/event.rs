@@ -221,6 +221,7 @@ impl<M: Machine> Context<'_, M> {
             return Err(errno::EINVAL);
         }
         for i in 0..count {
+            self.breathe(1);
             match cmd {
                 grant::SETUP_TABLE => {
                     let at = list.wrapping_add(i * 24);
@@ -229,6 +230,7 @@ impl<M: Machine> Context<'_, M> {
                     let done = vm.grants.lock().setup(head as u16, nr);
                     if done.is_ok() {
                         for n in 0..nr {
+                            self.breathe(1);
                             let gfn = vm.grants.lock().frame(n).ok_or(errno::EINVAL)?;
                             let to = frames.wrapping_add(u64::from(n) * 8);
                             self.write_words(to, [gfn.0])?;

@@ -54,6 +54,7 @@ impl<M: Machine> Context<'_, M> {
             return Err(errno::EINVAL);
         }
         for i in 0..n {
+            self.breathe(1);
             let [gfn] = self.read_words::<1>(list.wrapping_add(8 * i))?;
             if gfn >= self.vm.boot.ram_frames {
                 return Ok(i.cast_signed());

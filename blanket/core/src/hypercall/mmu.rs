@@ -30,6 +30,7 @@ impl<M: Machine> Context<'_, M> {
         let mut n = 0;
         let mut result = Ok(0);
         while n < count {
+            self.breathe(1);
             let at = list.wrapping_add(n * 16);
             let one = match self.read_words::<2>(at) {
                 Ok([ptr, val]) => self.mmu_update_one(ptr, val),
@@ -129,6 +130,7 @@ impl<M: Machine> Context<'_, M> {
         let mut n = 0;
         let mut result = Ok(0);
         while n < count {
+            self.breathe(1);
             let op = match self.read_words::<3>(list.wrapping_add(n * 24)) {
                 Ok(op) => op,
                 Err(e) => {
@@ -203,6 +205,7 @@ impl<M: Machine> Context<'_, M> {
         let to = self.check_gfn(to)?;
         let from = from.map(|g| self.check_gfn(g)).transpose()?;
         for i in 0..512 {
+            self.breathe(1);
             self.mmu(|mmu, m, ep| {
                 let val = match from {
                     Some(g) => m.frame(g).ok_or(Need::Frame(g))?[i].load(Relaxed),

@@ -25,6 +25,7 @@ impl<M: Machine> Context<'_, M> {
     /// The hypercall that the guest's registers name.
     pub fn hypercall(&mut self) {
         let call = self.f.rax;
+        self.v.work = 0;
         if call == nr::IRET {
             self.count(nr::IRET as usize);
             self.iret();
@@ -114,6 +115,7 @@ impl<M: Machine> Context<'_, M> {
             let at = list.wrapping_add(i * 64);
             let [op, _, a @ ..] = self.read_words::<8>(at)?;
             let result = self.dispatch(op, a).unwrap_or_else(|e| e);
+            self.breathe(1);
             self.write_words(at.wrapping_add(8), [result.cast_unsigned()])?;
         }
         Ok(0)

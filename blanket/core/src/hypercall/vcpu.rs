@@ -197,7 +197,14 @@ impl<M: Machine> Context<'_, M> {
             return Err(errno::EEXIST);
         }
         let vm = self.vm;
+        self.breathe(256);
         let mut target = self.other(id)?;
+        // Another vCPU may have been faster. From here to the end only this one can
+        // change the state, so the target's own thread does not wait for the lock
+        // that is held while the guest's structure is read.
+        if vm.states[id as usize].get() != State::RAW {
+            return Err(errno::EEXIST);
+        }
         let word = |c: &mut Self, at: u64| c.read_words::<1>(ptr.wrapping_add(at)).map(|w| w[0]);
         let flags = word(self, gc::FLAGS)?;
         for v in 0..256u64 {
@@ -257,7 +264,6 @@ impl<M: Machine> Context<'_, M> {
             kernel_root: cr3,
             user_root: (cr1 != 0).then(|| Gfn::containing(cr1)),
         });
-        drop(target);
         vm.states[id as usize].set(State::DOWN);
         Ok(0)
     }

@@ -114,6 +114,8 @@ pub struct FakeMachine {
     pub texts: RefCell<Vec<Vec<u8>>>,
     /// Why the core ended the VM.
     pub crashed: RefCell<Option<Crash>>,
+    /// Steps since the world was left, and the most that there were.
+    pub work: Cell<(u64, u64)>,
     /// Asked at every exit first.
     pub hook: RefCell<Option<Hook>>,
     args: RefCell<Vec<u8>>,
@@ -263,6 +265,7 @@ impl FakeMachine {
             log: RefCell::default(),
             texts: RefCell::default(),
             crashed: RefCell::default(),
+            work: Cell::default(),
             hook: RefCell::default(),
             args: RefCell::new(vec![0; ARGS_SIZE as usize]),
             la57: setup.la57,
@@ -445,6 +448,11 @@ impl FakeMachine {
         unsafe { &*words.cast::<[AtomicU8; 4096]>() }
     }
 
+    fn step(&self) {
+        let (now, most) = self.work.get();
+        self.work.set((now + 1, most.max(now + 1)));
+    }
+
     /// Exits of one kind since the log was cleared.
     pub fn exits(&self, reason: u32) -> Vec<Exit> {
         self.log
@@ -480,6 +488,7 @@ impl FakeMachine {
 
 impl Memory for FakeMachine {
     fn frame(&self, gfn: Gfn) -> Option<&Words> {
+        self.step();
         let f = &self.frames[gfn.0 as usize];
         self.present(gfn.0).then_some(&*f.words)
     }
@@ -511,6 +520,7 @@ impl Memory for FakeMachine {
         &self.names[page as usize]
     }
     fn copy_from_guest(&self, va: Va, to: &mut [u8]) -> Result<(), Va> {
+        self.step();
         assert!(
             va.is_guest() && Va(va.0 + to.len() as u64).is_guest(),
             "{va:?} is not the guest's"
@@ -522,6 +532,7 @@ impl Memory for FakeMachine {
         self.copy(va, to.len(), false, |i, b| to[i] = b.load(SeqCst))
     }
     fn copy_to_guest(&self, va: Va, from: &[u8]) -> Result<(), Va> {
+        self.step();
         assert!(
             va.is_guest() && Va(va.0 + from.len() as u64).is_guest(),
             "{va:?} is not the guest's"
@@ -599,10 +610,12 @@ impl Cpu for FakeMachine {
         self.cpu().dr6.replace(0xffff_0ff0)
     }
     fn write_gdt(&self, index: u32, desc: u64) {
+        self.step();
         assert!(index < 14 * 512, "GDT entry {index}");
         self.cpu().gdt.borrow_mut().insert(index, desc);
     }
     fn write_ldt(&self, index: u32, desc: u64) {
+        self.step();
         assert!(index < 8192, "LDT entry {index}");
         self.cpu().ldt.borrow_mut().insert(index, desc);
     }
@@ -639,6 +652,7 @@ impl Host for FakeMachine {
             args,
         };
         self.log.borrow_mut().push(out);
+        self.work.set((0, self.work.get().1));
         assert!(
             self.log.borrow().len() < 200_000,
             "the core leaves for ever: {out:?}"
