@@ -115,9 +115,7 @@ const HEADER_ONLY: &[&str] = &[
     "BLANKET_PORT_VCPUS",
     // The Xen ABI's flag in pvclock.
     "BLANKET_TIME_STABLE",
-    // Sizes of the core's own records: blanket-core asserts them when it is compiled.
-    "BLANKET_GFN_INFO_SIZE",
-    "BLANKET_POOL_INFO_SIZE",
+    // Size of the core's own records: an array whose type says it.
     "BLANKET_POOL_GFNS_SIZE",
 ];
 

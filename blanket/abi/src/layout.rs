@@ -36,6 +36,10 @@ pub const VCPU_STRIDE: u64 = 0x8_0000;
 pub const VM_PAGE: u64 = 0xffff_8080_3000_0000;
 /// Array of per-gfn records, one for each frame of the VM.
 pub const GFN_INFO: u64 = 0xffff_8080_4000_0000;
+/// Bytes of a per-gfn record.
+pub const GFN_INFO_SIZE: u64 = 16;
+/// Bytes of a per-pool-page record.
+pub const POOL_INFO_SIZE: u64 = 24;
 /// Array of per-pool-page records.
 pub const POOL_INFO: u64 = 0xffff_8090_0000_0000;
 /// Per-pool-page arrays of 512 u32: which gfn each shadow leaf maps.

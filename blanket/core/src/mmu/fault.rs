@@ -58,8 +58,7 @@ impl Mmu {
             if table.0 >= self.nr_frames() {
                 return Ok(denied);
             }
-            let entry =
-                m.frame(table).ok_or(Need::Frame(table))?[va.index(level)].load(Relaxed);
+            let entry = m.frame(table).ok_or(Need::Frame(table))?[va.index(level)].load(Relaxed);
             if entry & pte::P == 0 {
                 return Ok(absent);
             }
@@ -77,7 +76,11 @@ impl Mmu {
         }
         if access.write && !rw {
             let table = self.gfns[idx(target.0)].mark != 0;
-            return Ok(if table { Fault::Table { gfn: target } } else { denied });
+            return Ok(if table {
+                Fault::Table { gfn: target }
+            } else {
+                denied
+            });
         }
         if access.fetch && nx {
             return Ok(denied);
@@ -91,7 +94,10 @@ impl Mmu {
         let mut leaf = entries[1];
         if leaf & bits != bits {
             let cell = &m.frame(tables[1]).ok_or(Need::Frame(tables[1]))?[leaf_index];
-            if cell.compare_exchange(leaf, leaf | bits, SeqCst, Relaxed).is_err() {
+            if cell
+                .compare_exchange(leaf, leaf | bits, SeqCst, Relaxed)
+                .is_err()
+            {
                 // The guest changed it meanwhile: let the access fault again.
                 return Ok(Fault::Fixed);
             }
@@ -113,7 +119,14 @@ impl Mmu {
             {
                 Ok(child) => {
                     self.pool[child as usize].refs += 1;
-                    self.link(m, ep, path[held], va.index(level + 1), child, entries[l + 1]);
+                    self.link(
+                        m,
+                        ep,
+                        path[held],
+                        va.index(level + 1),
+                        child,
+                        entries[l + 1],
+                    );
                     held += 1;
                     path[held] = child;
                 }

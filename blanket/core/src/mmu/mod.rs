@@ -29,6 +29,7 @@ pub use audit::{AuditReport, Broken};
 pub use fault::{Access, Fault};
 
 use crate::machine::{Host, Memory};
+use blanket_abi::layout::{GFN_INFO_SIZE, POOL_INFO_SIZE};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// What the core knows of a guest frame. The module allocates 16 bytes for each.
@@ -44,7 +45,7 @@ pub struct GfnInfo {
     pad: [u8; 3],
 }
 
-/// What the core knows of a pool page. The module allocates 16 bytes for each.
+/// What the core knows of a pool page. The module allocates 24 bytes for each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PoolInfo {
@@ -60,9 +61,14 @@ pub struct PoolInfo {
     state: u8,
     /// Entries that are not zero.
     live: u16,
+    /// Bit per group of [`GROUP`] entries: clear if all of them are zero. Set with
+    /// an entry, cleared when the shadow is emptied.
+    groups: u64,
 }
 
-const _: () = assert!(size_of::<GfnInfo>() == 16 && size_of::<PoolInfo>() == 16);
+const _: () = assert!(
+    size_of::<GfnInfo>() as u64 == GFN_INFO_SIZE && size_of::<PoolInfo>() as u64 == POOL_INFO_SIZE
+);
 
 /// Level of a shadow of a user root: an L4 without the M2P slot.
 const USER_ROOT: u8 = 5;
@@ -127,7 +133,9 @@ impl Epochs {
     #[inline]
     #[must_use]
     pub fn inside(&self, id: u32) -> bool {
-        self.seen.get(id as usize).is_some_and(|s| s.load(Ordering::SeqCst) != u64::MAX)
+        self.seen
+            .get(id as usize)
+            .is_some_and(|s| s.load(Ordering::SeqCst) != u64::MAX)
     }
     fn retire(&self) -> u32 {
         low(self.now.fetch_add(1, Ordering::SeqCst) + 1)
@@ -140,12 +148,58 @@ impl Epochs {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the low half is what is meant")]
+/// Entries of a table that are looked at together: most groups are all zero.
+const GROUP: usize = 8;
+
+/// Bit per group of a guest's table that has an entry. Guests leave most of a
+/// table empty, and a look at 512 entries is most of the cost of a new process.
+#[inline]
+fn occupied(words: &crate::machine::Words, groups: core::ops::Range<usize>) -> u64 {
+    let mut bits = 0;
+    let (chunks, _) = words.as_chunks::<GROUP>();
+    for (g, c) in chunks
+        .iter()
+        .enumerate()
+        .take(groups.end)
+        .skip(groups.start)
+    {
+        let any = c[0].load(Ordering::Relaxed)
+            | c[1].load(Ordering::Relaxed)
+            | c[2].load(Ordering::Relaxed)
+            | c[3].load(Ordering::Relaxed)
+            | c[4].load(Ordering::Relaxed)
+            | c[5].load(Ordering::Relaxed)
+            | c[6].load(Ordering::Relaxed)
+            | c[7].load(Ordering::Relaxed);
+        if any != 0 {
+            bits |= 1 << g;
+        }
+    }
+    bits
+}
+
+/// The set bits of a word, lowest first.
+#[inline]
+fn bits(mut word: u64) -> impl Iterator<Item = usize> {
+    core::iter::from_fn(move || {
+        let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
+        word &= word - 1;
+        Some(bit)
+    })
+}
+
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the low half is what is meant"
+)]
 const fn low(v: u64) -> u32 {
     v as u32
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "callers bound the value by the frame count")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "callers bound the value by the frame count"
+)]
 const fn gfn32(gfn: u64) -> u32 {
     gfn as u32
 }
@@ -229,21 +283,31 @@ impl Mmu {
             }
             head
         } else {
-            let have = m.vm_page().pool_pages.load(Ordering::Acquire).min(self.pool.len() as u64);
+            let have = m
+                .vm_page()
+                .pool_pages
+                .load(Ordering::Acquire)
+                .min(self.pool.len() as u64);
             if u64::from(self.fresh) >= have {
                 return Err(Need::Pool);
             }
             self.fresh += 1;
             self.fresh - 1
         };
-        self.pool[page as usize] = PoolInfo { state, ..PoolInfo::default() };
+        self.pool[page as usize] = PoolInfo {
+            state,
+            ..PoolInfo::default()
+        };
         Ok(page)
     }
 
     /// Gives back a page whose words are all zero.
     fn release(&mut self, ep: &Epochs, page: u32) {
-        self.pool[page as usize] =
-            PoolInfo { refs: ep.retire(), state: FREE, ..PoolInfo::default() };
+        self.pool[page as usize] = PoolInfo {
+            refs: ep.retire(),
+            state: FREE,
+            ..PoolInfo::default()
+        };
         if self.free_tail == 0 {
             self.free_head = page;
         } else {

@@ -1,6 +1,9 @@
 //! Making, filling, linking and dropping shadows.
 
-use super::{Epochs, FREE, Mmu, Need, PoolInfo, SHADOW, USER_ROOT, WRAPPER, gfn32, idx};
+use super::{
+    Epochs, FREE, GROUP, Mmu, Need, PoolInfo, SHADOW, USER_ROOT, WRAPPER, bits, gfn32, idx,
+    occupied,
+};
 use crate::machine::{Host, Memory};
 use crate::pte;
 use blanket_abi::Gfn;
@@ -8,9 +11,6 @@ use core::sync::atomic::Ordering::Relaxed;
 
 /// First and last L4 index of the hypervisor's slots.
 const HOLE: core::ops::Range<usize> = 256..272;
-
-/// Entries are looked at in groups; a group of zeros costs one comparison.
-const GROUP: usize = 8;
 
 impl Mmu {
     /// The shadow of (gfn, level), if there is one.
@@ -67,6 +67,7 @@ impl Mmu {
             level,
             state: SHADOW,
             live: 0,
+            groups: 0,
         };
         info.shadow = page;
         if level >= 4 {
@@ -75,36 +76,46 @@ impl Mmu {
                 m.pool(page)[slot].store(if hide { 0 } else { entry }, Relaxed);
             }
         }
-        self.prefill(m, ep, page);
+        // Middle tables are left to faults: in a new process nothing below exists.
+        match level {
+            1 => self.prefill(m, ep, page),
+            4.. => self.link_kernel_half(m, ep, page),
+            _ => {}
+        }
         self.pool[page as usize].refs -= 1;
         Ok(page)
     }
 
-    /// Fills a shadow from its guest table as far as that needs nothing new:
-    /// leaves whose frame is there, links to shadows that exist.
+    /// Fills an L1 shadow from its guest table, as far as the frames are there.
     pub(super) fn prefill<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, page: u32) {
-        let PoolInfo { gfn, level, .. } = self.pool[page as usize];
-        let Some(words) = m.frame(Gfn(u64::from(gfn))) else { return };
-        for base in (0..512).step_by(GROUP) {
-            let group = &words[base..base + GROUP];
-            if group.iter().fold(0, |acc, w| acc | w.load(Relaxed)) == 0 {
-                continue;
-            }
-            for (i, word) in group.iter().enumerate() {
-                let guest = word.load(Relaxed);
-                if guest & pte::P == 0 {
-                    continue;
+        let gfn = self.pool[page as usize].gfn;
+        let Some(words) = m.frame(Gfn(u64::from(gfn))) else {
+            return;
+        };
+        for group in bits(occupied(words, 0..64)) {
+            for i in group * GROUP..(group + 1) * GROUP {
+                let guest = words[i].load(Relaxed);
+                // Short of pool pages for the reverse map: the rest comes by faults.
+                if guest & pte::P != 0 && self.leaf_set(m, ep, page, i, guest).is_err() {
+                    return;
                 }
-                if level == 1 {
-                    // Short of pool pages for the reverse map: the rest comes by faults.
-                    if self.leaf_set(m, ep, page, base + i, guest).is_err() {
-                        return;
-                    }
-                } else if !(level >= 4 && HOLE.contains(&(base + i))) {
-                    let below = if level >= 4 { 3 } else { level - 1 };
-                    if let Some(child) = self.shadow_of(pte::frame(guest), below) {
-                        self.link(m, ep, page, base + i, child, guest);
-                    }
+            }
+        }
+    }
+
+    /// Links a root to the shadows of the kernel's tables, which all processes share.
+    fn link_kernel_half<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, page: u32) {
+        let gfn = self.pool[page as usize].gfn;
+        let Some(words) = m.frame(Gfn(u64::from(gfn))) else {
+            return;
+        };
+        for group in bits(occupied(words, HOLE.end / GROUP..64)) {
+            for i in group * GROUP..(group + 1) * GROUP {
+                let guest = words[i].load(Relaxed);
+                if guest & (pte::P | pte::PS) == pte::P
+                    && let Some(child) = self.shadow_of(pte::frame(guest), 3)
+                {
+                    self.link(m, ep, page, i, child, guest);
                 }
             }
         }
@@ -151,7 +162,7 @@ impl Mmu {
             if !same {
                 self.rmap_add(m, ep, new_gfn, location(page, i))?;
                 names.store(new_gfn, Relaxed);
-                self.pool[page as usize].live += 1;
+                self.note_entry(page, i);
             }
             cell.store(new, Relaxed);
         }
@@ -180,8 +191,7 @@ impl Mmu {
         child: u32,
         guest: u64,
     ) {
-        let new =
-            m.pool_pte(child) | pte::P | pte::U | pte::A | (guest & (pte::RW | pte::NX));
+        let new = m.pool_pte(child) | pte::P | pte::U | pte::A | (guest & (pte::RW | pte::NX));
         let old = m.pool(page)[i].load(Relaxed);
         if old == new {
             return;
@@ -192,7 +202,15 @@ impl Mmu {
         }
         m.gfns(page)[i].store(child, Relaxed);
         m.pool(page)[i].store(new, Relaxed);
-        self.pool[page as usize].live += 1;
+        self.note_entry(page, i);
+    }
+
+    /// Counts a new entry.
+    #[inline]
+    fn note_entry(&mut self, page: u32, i: usize) {
+        let p = &mut self.pool[page as usize];
+        p.live += 1;
+        p.groups |= 1 << (i / GROUP);
     }
 
     /// Clears entry `i` of a non-leaf shadow.
@@ -219,23 +237,13 @@ impl Mmu {
 
     /// Clears every entry of a shadow; it stays bound.
     pub(super) fn empty<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, page: u32) {
-        let level = self.pool[page as usize].level;
-        for base in (0..512).step_by(GROUP) {
-            if self.pool[page as usize].live == 0 {
-                return;
-            }
-            let words = m.pool(page);
-            let group = &words[base..base + GROUP];
-            if group.iter().fold(0, |acc, w| acc | w.load(Relaxed)) == 0 {
-                continue;
-            }
-            for i in base..base + GROUP {
-                if words[i].load(Relaxed) == 0 || (level >= 4 && HOLE.contains(&i)) {
-                    continue;
-                }
+        let PoolInfo { level, groups, .. } = self.pool[page as usize];
+        self.pool[page as usize].groups = 0;
+        for group in bits(groups) {
+            for i in group * GROUP..(group + 1) * GROUP {
                 if level == 1 {
                     self.leaf_clear(m, page, i);
-                } else {
+                } else if !(level >= 4 && HOLE.contains(&i)) {
                     self.unlink(m, ep, page, i);
                 }
             }
@@ -244,7 +252,9 @@ impl Mmu {
 
     fn free<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, page: u32) {
         self.empty(m, ep, page);
-        let PoolInfo { gfn, next, level, .. } = self.pool[page as usize];
+        let PoolInfo {
+            gfn, next, level, ..
+        } = self.pool[page as usize];
         // Take it out of the gfn's chain (at most five long).
         let head = self.gfns[gfn as usize].shadow;
         if head == page {
@@ -310,7 +320,9 @@ impl Mmu {
     /// Takes every leaf of `gfn` away, so that the host may have the frame back
     /// once all vCPUs have flushed. Leaves come back by faults.
     pub fn revoke<M: Memory + Host>(&mut self, m: &M, gfn: Gfn) {
-        let Some(gfn) = (gfn.0 < self.nr_frames()).then(|| gfn32(gfn.0)) else { return };
+        let Some(gfn) = (gfn.0 < self.nr_frames()).then(|| gfn32(gfn.0)) else {
+            return;
+        };
         loop {
             let loc = self.rmap_any(m, gfn);
             if loc == 0 {
@@ -364,7 +376,11 @@ impl Mmu {
     /// The value for CR3 that walks `page`.
     #[must_use]
     pub fn root_cr3<M: Memory>(&self, m: &M, page: u32) -> u64 {
-        if self.la57 { m.pool_pte(self.wrapper(m, page)) } else { m.pool_pte(page) }
+        if self.la57 {
+            m.pool_pte(self.wrapper(m, page))
+        } else {
+            m.pool_pte(page)
+        }
     }
 
     /// The page above root `page` on a host with 5-level paging. Its number is kept

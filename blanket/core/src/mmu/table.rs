@@ -1,23 +1,22 @@
 //! Marks, and writes to guest page tables.
 
 use super::shadow::mark_bit;
-use super::{Epochs, Mmu, Need, gfn32, idx};
+use super::{Epochs, GROUP, Mmu, Need, PoolInfo, bits, gfn32, idx, occupied};
+
 use crate::machine::{Host, Memory};
 use crate::pte;
 use blanket_abi::Gfn;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+/// Groups of the hypervisor's slots in a root.
+const HOLE_GROUPS: u64 = 3 << (256 / GROUP);
 
 impl Mmu {
     /// Marks the tree below `gfn`, a table of `level` (1 to 4).
     ///
     /// # Errors
     /// See [`Need`]; what was marked stays marked.
-    pub fn mark_tree<M: Memory + Host>(
-        &mut self,
-        m: &M,
-        gfn: Gfn,
-        level: u8,
-    ) -> Result<(), Need> {
+    pub fn mark_tree<M: Memory + Host>(&mut self, m: &M, gfn: Gfn, level: u8) -> Result<(), Need> {
         let bit = mark_bit(level);
         match self.gfns.get(idx(gfn.0)) {
             Some(info) if info.mark & bit == 0 => {}
@@ -26,15 +25,12 @@ impl Mmu {
         if level > 1 {
             self.spend()?;
             let words = m.frame(gfn).ok_or(Need::Frame(gfn))?;
-            for base in (0..512).step_by(8) {
-                if level == 4 && (256..272).contains(&base) {
-                    continue;
-                }
-                let group = &words[base..base + 8];
-                if group.iter().fold(0, |acc, w| acc | w.load(Relaxed)) == 0 {
-                    continue;
-                }
-                for word in group {
+            let mut groups = occupied(words, 0..64);
+            if level == 4 {
+                groups &= !HOLE_GROUPS;
+            }
+            for group in bits(groups) {
+                for word in &words[group * GROUP..(group + 1) * GROUP] {
                     let entry = word.load(Relaxed);
                     if entry & (pte::P | pte::PS) == pte::P {
                         self.mark_tree(m, Gfn(pte::frame(entry)), level - 1)?;
@@ -97,6 +93,18 @@ impl Mmu {
         new: u64,
     ) {
         let gfn = gfn32(gfn.0);
+        let first = self.gfns[gfn as usize].shadow;
+        if first == 0 {
+            return;
+        }
+        let PoolInfo { level, next, .. } = self.pool[first as usize];
+        if level == 1 && next == 0 {
+            // Nearly always: one shadow, a leaf table.
+            if self.leaf_set(m, ep, first, i, new).is_err() {
+                self.leaf_clear(m, first, i);
+            }
+            return;
+        }
         for page in self.shadows(gfn) {
             if !self.is_shadow(page, gfn) {
                 continue;
