@@ -199,6 +199,37 @@ ist_entry:
     movabs rax, offset blanket_core_ist
     call rax
     mov rsp, rbp
+    # Above: rbp, 9 registers, vector, error, RIP, CS, RFLAGS, RSP, SS.
+    mov rdx, [rsp + 80]
+    cmp edx, 1
+    je 7f
+    mov rax, [rsp + 120]
+    mov rcx, rax
+    xor rcx, rsp
+    test rcx, -{STRIDE}
+    jnz 7f
+    # An NMI or machine check on a stack of ours: return without IRETQ, which would
+    # unblock NMIs before the host's handler has run.
+    mov rcx, [rsp + 96]
+    mov [rax - 8], rcx
+    mov rcx, [rsp + 112]
+    mov [rax - 16], rcx
+    sub rax, 16
+    mov [rsp + 120], rax
+    pop rbp
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rax
+    pop rcx
+    pop rdx
+    pop rsi
+    pop rdi
+    mov rsp, [rsp + 40]
+    popfq
+    ret
+7:
     pop rbp
     pop r11
     pop r10
