@@ -298,8 +298,14 @@ fn static_binaries(project: &Project, select: &[&str], names: &[&str]) -> Result
     let mut binaries = Vec::new();
     for name in names {
         let to = kept.join(name);
-        copy_if_changed(&built.join(name), &to)?;
+        let (from, fresh) = (built.join(name), kept.join(format!("{name}.new")));
+        // Debug information makes nine tenths of the file and helps nobody there.
+        cmd!(sh, "strip --strip-debug -o {fresh} {from}")
+            .quiet()
+            .run()?;
+        copy_if_changed(&fresh, &to)?;
         cmd!(sh, "chmod 755 {to}").quiet().run()?;
+        fs::remove_file(fresh)?;
         binaries.push(to);
     }
     Ok(binaries)

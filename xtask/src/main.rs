@@ -4,6 +4,7 @@
 //! [`kernels`] (stock Debian kernels), [`initramfs`] and [`qemu`].
 
 mod abi_check;
+mod apt;
 mod bench;
 mod build;
 mod cases;

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use xshell::cmd;
 
+use crate::apt::{Apt, BACKPORTED};
 use crate::initramfs::Initramfs;
 use crate::kernels::{self, Flavour, Kernel};
 use crate::project::{Project, write_if_changed};
@@ -137,7 +138,16 @@ impl Machine {
                 Accelerator::Tcg => "tcg,thread=multi",
                 Accelerator::Kvm => "kvm",
             };
-            add(&["-accel", accel, "-smp", &self.smp.to_string()]);
+            // A machine that can never have a second CPU gets QEMU 7.2's other
+            // cmpxchg16b, which leaves wrong flags: Linux 6.12 dies of it in its
+            // allocator.
+            let most = self.smp.max(2);
+            add(&[
+                "-accel",
+                accel,
+                "-smp",
+                &format!("{},maxcpus={most}", self.smp),
+            ]);
         }
         add(&[
             "-nodefaults",
@@ -151,7 +161,7 @@ impl Machine {
             None => "user,id=net,restrict=on".into(),
         };
         let card = format!(
-            "{},netdev=net,mac=52:54:00:77:00:{:02x}",
+            "{},netdev=net,romfile=,mac=52:54:00:77:00:{:02x}",
             self.hardware.network_card(),
             self.node
         );
@@ -216,6 +226,28 @@ impl Outcome {
     }
 }
 
+/// `/` of the unpacked emulator, which is that of Debian's backports: 7.2, that
+/// of Debian 12, leaves garbage in the flags after `cmpxchg16b`, so that an
+/// interrupt that comes then takes a Linux 6.12 down, as instance and as VM.
+fn emulator(project: &Project) -> Result<PathBuf> {
+    let _lock = project.lock("qemu")?;
+    let dir = project.out_dir("qemu")?;
+    let (root, mark) = (dir.join("root"), dir.join("whole"));
+    if !mark.exists() {
+        eprintln!("lab: fetching QEMU of Debian's backports");
+        let packages = [
+            "qemu-system-x86",
+            "qemu-system-common",
+            "qemu-system-data",
+            "seabios",
+        ];
+        let packages = packages.map(str::to_owned);
+        Apt::new(project)?.unpack(&packages, BACKPORTED, &dir, &root)?;
+        fs::write(&mark, "")?;
+    }
+    Ok(root)
+}
+
 /// A fresh directory `target/lab/N`.
 pub fn run_dir(project: &Project) -> Result<PathBuf> {
     let base = project.out_dir("lab")?;
@@ -260,6 +292,7 @@ enum Line {
 }
 
 fn start(
+    project: &Project,
     machine: &Machine,
     accelerator: Accelerator,
     payload: &Initramfs,
@@ -267,6 +300,7 @@ fn start(
     nonce: &str,
     line: &Line,
 ) -> Result<Running> {
+    let emulator = emulator(project)?;
     payload.write(&dir.join("initramfs"))?;
     let disk = File::create(dir.join("disk.img"))?;
     disk.set_len(256 << 20)?;
@@ -276,7 +310,15 @@ fn start(
     );
     // QEMU must not outlive us, however we end.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--", QEMU]);
+    command.args(["--pdeathsig", "KILL", "--"]);
+    command.arg(emulator.join("usr/bin").join(QEMU));
+    for data in ["usr/share/qemu", "usr/share/seabios"] {
+        command.arg("-L").arg(emulator.join(data));
+    }
+    command.env(
+        "QEMU_MODULE_DIR",
+        emulator.join("usr/lib/x86_64-linux-gnu/qemu"),
+    );
     command.args(machine.options(accelerator));
     command.args([
         "-chardev",
@@ -350,6 +392,7 @@ pub fn run_in(
         let dir = dir.join(format!("node{}", machine.node));
         fs::create_dir(&dir)?;
         companions.push(start(
+            project,
             machine,
             accelerator,
             payload,
@@ -358,7 +401,15 @@ pub fn run_in(
             &Line::Null,
         )?);
     }
-    let mut running = start(first, accelerator, payload, &dir, &nonce, &Line::Piped)?;
+    let mut running = start(
+        project,
+        first,
+        accelerator,
+        payload,
+        &dir,
+        &nonce,
+        &Line::Piped,
+    )?;
     let output = running.child.stdout.take().context("QEMU has no output")?;
     let mut reader = LineReader::new(output, &nonce);
     let end = reader.pump(deadline, sink)?;
@@ -377,7 +428,15 @@ pub fn run_in(
 pub fn interactive(project: &Project, machine: &Machine, payload: &Initramfs) -> Result<()> {
     let dir = run_dir(project)?;
     let accelerator = accelerator(project)?;
-    let mut running = start(machine, accelerator, payload, &dir, "-", &Line::Terminal)?;
+    let mut running = start(
+        project,
+        machine,
+        accelerator,
+        payload,
+        &dir,
+        "-",
+        &Line::Terminal,
+    )?;
     running.child.wait()?;
     drop(running);
     let _ = fs::remove_dir_all(&dir);
@@ -499,7 +558,8 @@ pub fn accelerator(project: &Project) -> Result<Accelerator> {
     }
     let _lock = project.lock("kvm-probe")?;
     let sh = project.shell()?;
-    let version = cmd!(sh, "{QEMU} --version").quiet().read()?;
+    let qemu = emulator(project)?.join("usr/bin").join(QEMU);
+    let version = cmd!(sh, "{qemu} --version").quiet().read()?;
     let release = cmd!(sh, "uname -rv").quiet().read()?;
     let key = format!(
         "{}\n{release}\n",
@@ -550,6 +610,7 @@ fn kvm_boots(project: &Project) -> Result<bool> {
     let dir = run_dir(project)?;
     let nonce = nonce()?;
     let mut running = start(
+        project,
         &machine,
         Accelerator::Kvm,
         &payload,
