@@ -12,9 +12,11 @@ pub const API_VERSION: u32 = 1;
 
 /// `'B' << 8`, the ioctl type.
 const IOC: u32 = 0xb7 << 8;
+#[allow(clippy::cast_possible_truncation, reason = "sizes of small structures")]
 const fn ior(nr: u32, size: usize) -> u32 {
     0x8000_0000 | ((size as u32) << 16) | IOC | nr
 }
+#[allow(clippy::cast_possible_truncation, reason = "sizes of small structures")]
 const fn iow(nr: u32, size: usize) -> u32 {
     0x4000_0000 | ((size as u32) << 16) | IOC | nr
 }

@@ -57,7 +57,10 @@ impl Text {
     /// Formats; what does not fit is cut.
     #[must_use]
     pub fn new(args: core::fmt::Arguments<'_>) -> Self {
-        let mut t = Self { buf: [0; 1024], len: 0 };
+        let mut t = Self {
+            buf: [0; 1024],
+            len: 0,
+        };
         // Writing to a Text cannot fail.
         let _cut = t.write_fmt(args);
         t
@@ -92,14 +95,22 @@ impl<M: Machine> Context<'_, M> {
     #[inline]
     #[must_use]
     pub fn root(&self) -> u32 {
-        if self.kernel_mode() { self.v.kernel_root } else { self.v.user_root }
+        if self.kernel_mode() {
+            self.v.kernel_root
+        } else {
+            self.v.user_root
+        }
     }
 
     /// Loads the root of the present mode: flushes the TLB.
     pub fn load_root(&mut self) {
         self.count(counter::CR3_LOAD);
         self.vm.epochs.enter(self.v.id);
-        let cr3 = if self.kernel_mode() { self.fast.kernel_cr3 } else { self.fast.user_cr3 };
+        let cr3 = if self.kernel_mode() {
+            self.fast.kernel_cr3
+        } else {
+            self.fast.user_cr3
+        };
         if cr3 != 0 {
             self.m.load_root(cr3);
         }
@@ -263,7 +274,10 @@ impl<M: Machine> Context<'_, M> {
             return Err(errno::EFAULT);
         }
         let root = self.root();
-        let access = Access { write, fetch: false };
+        let access = Access {
+            write,
+            fetch: false,
+        };
         match self.mmu(|mmu, m, ep| mmu.fault(m, ep, root, va, access)) {
             Fault::Fixed => Ok(()),
             Fault::Guest { .. } | Fault::Table { .. } => Err(errno::EFAULT),
@@ -272,7 +286,9 @@ impl<M: Machine> Context<'_, M> {
 
     fn guest_range(va: Va, len: usize) -> Result<(), i64> {
         let last = va.0.checked_add(len as u64).ok_or(errno::EFAULT)?;
-        (va.is_guest() && Va(last).is_guest()).then_some(()).ok_or(errno::EFAULT)
+        (va.is_guest() && Va(last).is_guest())
+            .then_some(())
+            .ok_or(errno::EFAULT)
     }
 
     /// Copies from the guest's present address space.
@@ -452,22 +468,23 @@ impl<M: Machine> Context<'_, M> {
 
     /// Sets the fast paths' pointer to the vcpu_info.
     pub fn info_publish(&mut self) {
-        self.fast.vcpu_info =
-            self.v.info.map_or(0, |p| WINDOW + p.gfn.base() + p.offset);
+        self.fast.vcpu_info = self.v.info.map_or(0, |p| WINDOW + p.gfn.base() + p.offset);
         self.publish_entry();
     }
 
     /// Whether an event waits, masked or not.
     #[must_use]
     pub fn event_pending(&self) -> bool {
-        self.info_word(vcpu_info::PENDING).is_some_and(|w| w.load(SeqCst) & 0xff != 0)
+        self.info_word(vcpu_info::PENDING)
+            .is_some_and(|w| w.load(SeqCst) & 0xff != 0)
     }
 
     /// Whether events are masked.
     #[inline]
     #[must_use]
     pub fn events_masked(&self) -> bool {
-        self.info_word(vcpu_info::PENDING).is_none_or(|w| w.load(SeqCst) & 0xff00 != 0)
+        self.info_word(vcpu_info::PENDING)
+            .is_none_or(|w| w.load(SeqCst) & 0xff00 != 0)
     }
 
     /// Masks or unmasks events.
@@ -475,7 +492,7 @@ impl<M: Machine> Context<'_, M> {
     pub fn set_events_masked(&mut self, mask: bool) {
         if let Some(Place { gfn, offset }) = self.v.info
             && let Some(bytes) = self.m.frame_bytes(gfn)
-            && let Some(byte) = bytes.get((offset + vcpu_info::MASK) as usize)
+            && let Some(byte) = bytes.get(crate::idx(offset + vcpu_info::MASK))
         {
             byte.store(u8::from(mask), SeqCst);
         }
@@ -518,8 +535,16 @@ impl<M: Machine> Context<'_, M> {
             self.to_kernel_mode();
         }
         let masked = self.events_masked();
-        let sp = if was_kernel { self.f.rsp } else { self.v.kernel_sp } & !15;
-        let cs = if was_kernel { self.f.cs & 0xfffc } else { self.f.cs & 0xffff };
+        let sp = if was_kernel {
+            self.f.rsp
+        } else {
+            self.v.kernel_sp
+        } & !15;
+        let cs = if was_kernel {
+            self.f.cs & 0xfffc
+        } else {
+            self.f.cs & 0xffff
+        };
         let mut flags = self.f.rflags & !(rflags::IF | rflags::IOPL);
         if !masked {
             flags |= rflags::IF;
@@ -535,19 +560,22 @@ impl<M: Machine> Context<'_, M> {
         let (rcx, r11) = (self.f.rcx, self.f.r11);
         let vector = self.f.vector;
         if handler == 0 || !Va(handler).is_guest() {
-            self.crash(
-                crash::GUEST,
-                format_args!("vector {vector} has no handler"),
-            );
+            self.crash(crash::GUEST, format_args!("vector {vector} has no handler"));
         }
         let (new_sp, pushed) = match shape {
             Shape::Plain => {
                 let at = sp.wrapping_sub(56);
-                (at, self.write_words(at, [rcx, r11, rip, cs, flags, rsp, ss]))
+                (
+                    at,
+                    self.write_words(at, [rcx, r11, rip, cs, flags, rsp, ss]),
+                )
             }
             Shape::Error(code) => {
                 let at = sp.wrapping_sub(64);
-                (at, self.write_words(at, [rcx, r11, code, rip, cs, flags, rsp, ss]))
+                (
+                    at,
+                    self.write_words(at, [rcx, r11, code, rip, cs, flags, rsp, ss]),
+                )
             }
             Shape::Selectors([ds, es, fs, gs]) => {
                 let at = sp.wrapping_sub(88);
@@ -612,7 +640,9 @@ impl<M: Machine> Context<'_, M> {
                 self.fast.slow_iret |= 1;
                 self.inject(2, None);
             }
-            let info = self.info_word(vcpu_info::PENDING).map_or(0, |w| w.load(SeqCst));
+            let info = self
+                .info_word(vcpu_info::PENDING)
+                .map_or(0, |w| w.load(SeqCst));
             if info & 0xffff != 0 && info & 0xff00 == 0 && self.v.event.address != 0 {
                 self.count(counter::UPCALL);
                 let handler = self.v.event.address;
@@ -657,13 +687,13 @@ impl<M: Machine> Context<'_, M> {
     pub fn take_raised(&mut self) {
         let mut kick = 0;
         let page = self.m.vm_page();
-        for (w, word) in page.raised.iter().enumerate() {
+        for (w, word) in (0u32..).zip(&page.raised) {
             if word.load(Relaxed) == 0 {
                 continue;
             }
             let mut bits = word.swap(0, Acquire);
             while bits != 0 {
-                let port = w as u32 * 64 + bits.trailing_zeros();
+                let port = w * 64 + bits.trailing_zeros();
                 bits &= bits - 1;
                 if let Some(vcpu) = self.vm.ports.raise_from_backend(port, &self.bits()) {
                     kick |= 1 << vcpu;

@@ -71,12 +71,14 @@ impl<M: Machine> Context<'_, M> {
         let mut code = [0; insn::MAX_LEN];
         let rip = self.linear_rip();
         // Most instructions end on the page they begin on: do not fault in the next.
-        let rest = (4096 - (rip & 0xfff)).min(insn::MAX_LEN as u64) as usize;
+        let rest = crate::idx((4096 - (rip & 0xfff)).min(insn::MAX_LEN as u64));
         if self.copy_in(Va(rip), &mut code[..rest]).is_err() {
             return (code, 0);
         }
         let all = rest == insn::MAX_LEN
-            || self.copy_in(Va(rip + rest as u64), &mut code[rest..]).is_ok();
+            || self
+                .copy_in(Va(rip + rest as u64), &mut code[rest..])
+                .is_ok();
         (code, if all { insn::MAX_LEN } else { rest })
     }
 
@@ -142,7 +144,11 @@ impl<M: Machine> Context<'_, M> {
             },
             PrivOp::Wrmsr => {
                 let v = self.f.rax & 0xffff_ffff | self.f.rdx << 32;
-                if self.write_msr(low(self.f.rcx), v) { Done::Next } else { Done::Refuse }
+                if self.write_msr(low(self.f.rcx), v) {
+                    Done::Next
+                } else {
+                    Done::Refuse
+                }
             }
             PrivOp::Cpuid => {
                 self.emulate_cpuid();
@@ -190,7 +196,11 @@ impl<M: Machine> Context<'_, M> {
             }
             PrivOp::MovToDr { dr, gpr } => {
                 let val = self.f.gpr(gpr);
-                if self.set_debugreg(u64::from(dr), val).is_ok() { Done::Next } else { Done::Refuse }
+                if self.set_debugreg(u64::from(dr), val).is_ok() {
+                    Done::Next
+                } else {
+                    Done::Refuse
+                }
             }
             PrivOp::Clts | PrivOp::Wbinvd => Done::Next,
             // Honouring CLI would leave events masked for ever: the matching POPF
@@ -208,7 +218,11 @@ impl<M: Machine> Context<'_, M> {
             PrivOp::Out { .. } if self.v.iopl >= 1 => Done::Next,
             PrivOp::Xsetbv => {
                 let val = self.f.rax & 0xffff_ffff | self.f.rdx << 32;
-                if low(self.f.rcx) == 0 && self.set_xcr0(val) { Done::Next } else { Done::Refuse }
+                if low(self.f.rcx) == 0 && self.set_xcr0(val) {
+                    Done::Next
+                } else {
+                    Done::Refuse
+                }
             }
             PrivOp::Rdtsc => {
                 let t = self.m.tsc();
@@ -313,8 +327,8 @@ impl<M: Machine> Context<'_, M> {
                 if !Va(val).is_guest() {
                     return Err(errno::EPERM);
                 }
-                self.v.dr[reg as usize & 3] = val;
-                self.m.set_dr(low(reg) as u8, val);
+                self.v.dr[crate::idx(reg) & 3] = val;
+                self.m.set_dr(reg.to_le_bytes()[0], val);
             }
             4 | 6 => {
                 if val >> 32 != 0 {
@@ -348,20 +362,31 @@ impl<M: Machine> Context<'_, M> {
     /// A write of the guest kernel to a page table that it maps read-only. False
     /// if the instruction is not one that is emulated.
     pub fn emulate_table_write(&mut self, gfn: Gfn, va: Va) -> bool {
-        let Some(write) = self.decode_table_write() else { return false };
+        let Some(write) = self.decode_table_write() else {
+            return false;
+        };
         let shift = u32::from((va.0 & 7) as u8) * 8;
         if shift / 8 + u32::from(write.size) > 8 {
             return false;
         }
         self.count(counter::PT_WRITE);
         let index = ((va.0 & 0xfff) >> 3) as usize;
-        if let PtWrite { size: 8, op: PtOp::Xchg(Reg { num, high: false }), .. } = write {
+        if let PtWrite {
+            size: 8,
+            op: PtOp::Xchg(Reg { num, high: false }),
+            ..
+        } = write
+        {
             // Nearly all of them: clearing an entry and learning what it was.
             let new = self.f.gpr(num);
             let (old, _) = self.mmu(|mmu, m, ep| mmu.write_entry(m, ep, gfn, index, |_| new));
             self.f.set_gpr(num, old);
         } else {
-            let mask = if write.size >= 8 { u64::MAX } else { (1 << (8 * write.size)) - 1 };
+            let mask = if write.size >= 8 {
+                u64::MAX
+            } else {
+                (1 << (8 * write.size)) - 1
+            };
             let before = (self.f.gprs(), self.f.rflags);
             let mut after = before;
             self.mmu(|mmu, m, ep| {
@@ -385,7 +410,11 @@ impl<M: Machine> Context<'_, M> {
     /// code that is patched can never meet an old decoding.
     fn decode_table_write(&mut self) -> Option<PtWrite> {
         let rip = self.f.rip;
-        let code = if rip & 0xfff <= 4096 - 8 { self.read_words::<1>(rip).ok()?[0] } else { 0 };
+        let code = if rip & 0xfff <= 4096 - 8 {
+            self.read_words::<1>(rip).ok()?[0]
+        } else {
+            0
+        };
         // The operand size prefix or LOCK tells the usual two apart.
         let slot = usize::from(code & 0xff == 0xf0);
         if let Some((known, write)) = self.v.decoded[slot]
@@ -411,7 +440,10 @@ impl<M: Machine> Context<'_, M> {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the low half is what the instruction reads")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the low half is what the instruction reads"
+)]
 const fn low(v: u64) -> u32 {
     v as u32
 }

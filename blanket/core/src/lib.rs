@@ -35,3 +35,13 @@ pub mod time;
 pub mod trap;
 pub mod vcpu;
 pub mod vm;
+
+/// A number that indexes something. The core runs on 64-bit CPUs only.
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "usize has 64 bits wherever the core runs"
+)]
+#[inline]
+pub(crate) const fn idx(v: u64) -> usize {
+    v as usize
+}

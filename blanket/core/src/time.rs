@@ -25,7 +25,10 @@ pub struct Clock {
 impl Clock {
     /// System time at `tsc`, ns.
     #[must_use]
-    #[allow(clippy::cast_possible_truncation, reason = "64 bits of ns last 584 years")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "64 bits of ns last 584 years"
+    )]
     pub fn at(&self, tsc: u64) -> u64 {
         let delta = tsc.wrapping_sub(self.tsc_timestamp);
         // A TSC that is slightly behind the timestamp (another CPU's) counts as equal.
@@ -35,7 +38,8 @@ impl Clock {
         } else {
             delta >> (self.shift.unsigned_abs() & 31)
         };
-        self.system_time.wrapping_add((u128::from(delta) * u128::from(self.mul) >> 32) as u64)
+        self.system_time
+            .wrapping_add(((u128::from(delta) * u128::from(self.mul)) >> 32) as u64)
     }
 }
 
@@ -103,7 +107,10 @@ impl<M: Machine> Context<'_, M> {
         tsc.store(c.tsc_timestamp, Release);
         time.store(c.system_time, Release);
         let shift = u64::from(c.shift.cast_unsigned());
-        scale.store(u64::from(c.mul) | shift << 32 | u64::from(c.flags) << 40, Release);
+        scale.store(
+            u64::from(c.mul) | shift << 32 | u64::from(c.flags) << 40,
+            Release,
+        );
         version.store((odd + 1) & 0xffff_ffff, SeqCst);
     }
 
@@ -114,7 +121,10 @@ impl<M: Machine> Context<'_, M> {
             return;
         }
         let p = self.m.vm_page();
-        let (sec, nsec) = (p.wall_sec.load(Acquire), u64::from(p.wall_nsec.load(Acquire)));
+        let (sec, nsec) = (
+            p.wall_sec.load(Acquire),
+            u64::from(p.wall_nsec.load(Acquire)),
+        );
         // Words: {wc_version, wc_sec}, {wc_nsec, wc_sec_hi}.
         let (Some(a), Some(b)) = (
             self.word(shared, shared_info::WC_VERSION),
@@ -130,7 +140,11 @@ impl<M: Machine> Context<'_, M> {
 
     /// Raises the timers that are due and tells the host when to come back.
     pub fn run_timers(&mut self) {
-        let first = self.v.singleshot.min(self.v.periodic).min(self.v.poll_until);
+        let first = self
+            .v
+            .singleshot
+            .min(self.v.periodic)
+            .min(self.v.poll_until);
         if first != NEVER {
             let now = self.now();
             let mut due = false;
@@ -152,7 +166,11 @@ impl<M: Machine> Context<'_, M> {
     /// Gives the host this vCPU's next deadline. The module arms its timer at each
     /// entry, so the world is left only for a deadline earlier than the armed one.
     pub fn arm(&mut self) {
-        let first = self.v.singleshot.min(self.v.periodic).min(self.v.poll_until);
+        let first = self
+            .v
+            .singleshot
+            .min(self.v.periodic)
+            .min(self.v.poll_until);
         let sw = self.m.switch();
         sw.deadline.store(first, Release);
         if first == NEVER {
@@ -179,7 +197,9 @@ impl<M: Machine> Context<'_, M> {
 
     /// Writes the run-state area, marking the update for guests that asked for it.
     pub fn publish_runstate(&mut self) {
-        let Some((Place { gfn, offset }, next)) = self.v.runstate_area else { return };
+        let Some((Place { gfn, offset }, next)) = self.v.runstate_area else {
+            return;
+        };
         let words = self.runstate_words();
         let mark = self.vm.runstate_flag.load(Relaxed);
         let word = |i: u64| {
@@ -190,7 +210,13 @@ impl<M: Machine> Context<'_, M> {
         if mark {
             since.store(words[1] | runstate::UPDATE, SeqCst);
         }
-        for (i, w) in [(0, words[0]), (2, words[2]), (3, words[3]), (4, words[4]), (5, words[5])] {
+        for (i, w) in [
+            (0, words[0]),
+            (2, words[2]),
+            (3, words[3]),
+            (4, words[4]),
+            (5, words[5]),
+        ] {
             if let Some(cell) = word(i) {
                 cell.store(w, Release);
             }
@@ -202,7 +228,14 @@ impl<M: Machine> Context<'_, M> {
     #[must_use]
     pub fn runstate_words(&self) -> [u64; 6] {
         let t = self.v.runstate_time;
-        [u64::from(self.v.runstate), self.v.runstate_since, t[0], t[1], t[2], t[3]]
+        [
+            u64::from(self.v.runstate),
+            self.v.runstate_since,
+            t[0],
+            t[1],
+            t[2],
+            t[3],
+        ]
     }
 
     /// Where a run-state area at `va` is.

@@ -91,7 +91,10 @@ impl<M: Machine> Context<'_, M> {
     fn iret_fault(&mut self) {
         let callback = self.v.failsafe;
         if callback.address == 0 {
-            self.crash(crash::GUEST, format_args!("bad return frame and no failsafe callback"));
+            self.crash(
+                crash::GUEST,
+                format_args!("bad return frame and no failsafe callback"),
+            );
         }
         // The guest sees the selectors that it asked for in the frame.
         let selectors = self.m.data_selectors().map(u64::from);
@@ -129,7 +132,10 @@ impl<M: Machine> Context<'_, M> {
             return;
         }
         if error & pte::PF_RESERVED != 0 {
-            self.crash(crash::CORE, format_args!("reserved bit in a shadow entry for {va:?}"));
+            self.crash(
+                crash::CORE,
+                format_args!("reserved bit in a shadow entry for {va:?}"),
+            );
         }
         let access = Access {
             write: error & pte::PF_WRITE != 0,
@@ -179,11 +185,17 @@ impl<M: Machine> Context<'_, M> {
             // The builder chose the ports; two equal or bad ones leave one unbound,
             // which the guest notices, not the core.
             let _lock = self.vm.ports_lock.lock();
-            let _taken = self.vm.ports.reserve_static(port, blanket_abi::xen::domid::BACKEND);
+            let _taken = self
+                .vm
+                .ports
+                .reserve_static(port, blanket_abi::xen::domid::BACKEND);
         }
         let root = Gfn(boot.cr3);
         if root.0 >= self.vm.nr_frames || !Va(boot.rip).is_guest() {
-            self.crash(crash::GUEST, format_args!("the boot record names {root:?}, rip {:#x}", boot.rip));
+            self.crash(
+                crash::GUEST,
+                format_args!("the boot record names {root:?}, rip {:#x}", boot.rip),
+            );
         }
         let (page, cr3) = self.mmu(|mmu, m, ep| {
             let page = mmu.root_get(m, ep, root, false)?;

@@ -293,10 +293,16 @@ impl Vcpu {
     /// A vCPU that nobody has initialised.
     #[must_use]
     pub const fn new(id: u32) -> Self {
-        const NONE: Callback = Callback { address: 0, mask: false };
+        const NONE: Callback = Callback {
+            address: 0,
+            mask: false,
+        };
         Self {
             id,
-            traps: [Gate { address: 0, flags: 0 }; 256],
+            traps: [Gate {
+                address: 0,
+                flags: 0,
+            }; 256],
             event: NONE,
             failsafe: NONE,
             syscall: NONE,

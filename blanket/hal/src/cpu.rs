@@ -23,7 +23,10 @@ pub fn rdmsr(nr: u32) -> u64 {
 
 /// Writes a base register (a canonical value) or a system call MSR.
 #[inline]
-#[allow(clippy::cast_possible_truncation, reason = "the halves are what the instruction takes")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the halves are what the instruction takes"
+)]
 pub fn wrmsr(nr: u32, val: u64) {
     // SAFETY: CPL 0; the callers pass base MSRs with canonical values, or the
     // system call MSRs, none of which the core itself depends on.
@@ -69,7 +72,9 @@ pub fn swapgs() {
 pub fn rdtsc() -> u64 {
     let (lo, hi): (u32, u32);
     // SAFETY: RDTSC at CPL 0 always works.
-    unsafe { asm!("rdtsc", out("eax") lo, out("edx") hi, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("rdtsc", out("eax") lo, out("edx") hi, options(nomem, nostack, preserves_flags))
+    };
     u64::from(hi) << 32 | u64::from(lo)
 }
 
@@ -122,7 +127,10 @@ pub fn dr6() -> u64 {
 
 /// Sets XCR0.
 #[inline]
-#[allow(clippy::cast_possible_truncation, reason = "the halves are what the instruction takes")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the halves are what the instruction takes"
+)]
 pub fn xsetbv(val: u64) {
     // SAFETY: the logic checked `val` against the mask that the module derived
     // from this CPU's own XCR0; CR4.OSXSAVE is set when that mask is not zero.

@@ -4,6 +4,10 @@
 //! The crate is empty on targets that have an operating system.
 #![no_std]
 #![cfg(target_os = "none")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "only u64 to usize, on a 64-bit target; other casts name their reason"
+)]
 
 mod cpu;
 mod entry;

@@ -47,7 +47,9 @@ impl Hal {
     /// # Safety
     /// `address` lies in the area of the vCPU that runs on this CPU.
     pub unsafe fn containing(address: u64) -> Self {
-        Self { area: address & !(VCPU_STRIDE - 1) }
+        Self {
+            area: address & !(VCPU_STRIDE - 1),
+        }
     }
 
     /// The vCPU's id.
@@ -151,7 +153,11 @@ impl Memory for Hal {
     #[inline]
     fn frame_pte(&self, gfn: Gfn) -> u64 {
         let entry = Self::window_pte(gfn);
-        if entry & pte::P == 0 { 0 } else { entry & pte::FRAME }
+        if entry & pte::P == 0 {
+            0
+        } else {
+            entry & pte::FRAME
+        }
     }
     #[inline]
     fn pool(&self, page: u32) -> &Words {
@@ -226,7 +232,10 @@ impl Cpu for Hal {
         unsafe { entry::blanket_load_selectors(ds, es, fs, u32::from(sel)) };
         cpu::wrmsr(msr::FS_BASE, fs_base);
         let user = cpu::rdmsr(msr::GS_BASE);
-        cpu::wrmsr(msr::KERNEL_GS_BASE, if sel & 0xfffc == 0 { 0 } else { user });
+        cpu::wrmsr(
+            msr::KERNEL_GS_BASE,
+            if sel & 0xfffc == 0 { 0 } else { user },
+        );
         cpu::wrmsr(msr::GS_BASE, kernel);
     }
     fn data_selectors(&self) -> [u16; 4] {
@@ -286,7 +295,10 @@ impl Cpu for Hal {
     fn descriptor(&self, selector: u16) -> u64 {
         let index = u64::from(selector >> 3);
         let (table, entries) = if selector & 4 != 0 {
-            (area::LDT, u64::from(self.local().ldt.load(Ordering::Relaxed)))
+            (
+                area::LDT,
+                u64::from(self.local().ldt.load(Ordering::Relaxed)),
+            )
         } else {
             (area::GDT, 15 * 512)
         };

@@ -31,12 +31,20 @@ static VCPUS: [Mutex<Vcpu>; MAX_VCPUS as usize] = {
 /// # Safety
 /// `hal` is the vCPU that runs on this CPU, and no other `Context` of it exists.
 unsafe fn with_context(hal: &Hal, vm: &'static Vm, work: impl FnOnce(&mut Context<'_, Hal>)) {
-    let Some(cell) = VCPUS.get(hal.id() as usize) else { return };
+    let Some(cell) = VCPUS.get(hal.id() as usize) else {
+        return;
+    };
     let mut v = cell.lock();
     // SAFETY: frame and fast fields belong to this vCPU, are mapped for the VM's
     // life, and only its entry code touches them while no context exists.
     let (fast, f) = unsafe { (&mut *hal.fast(), &mut *hal.frame()) };
-    let mut c = Context { m: hal, vm, v: &mut v, fast, f };
+    let mut c = Context {
+        m: hal,
+        vm,
+        v: &mut v,
+        fast,
+        f,
+    };
     work(&mut c);
 }
 
@@ -109,7 +117,8 @@ fn set_syscall_msrs(hal: &Hal) {
     // STAR: ring-0 code and data for the entry, ring-3 selectors for the return
     // (AMD APM vol. 2, 6.1.1).
     let star = u64::from(sel::CORE_CS) << 32 | u64::from(sel::GUEST_CS32) << 48;
-    let mask = rflags::TF | rflags::IF | rflags::DF | rflags::NT | rflags::AC | rflags::IOPL | rflags::RF;
+    let mask =
+        rflags::TF | rflags::IF | rflags::DF | rflags::NT | rflags::AC | rflags::IOPL | rflags::RF;
     let msrs = [
         star,
         hal.entry_alias(&raw const entry::blanket_syscall64),
@@ -118,7 +127,10 @@ fn set_syscall_msrs(hal: &Hal) {
     ];
     hal.set_syscall_msrs(msrs);
     // The module loads them at each entry from now on; this first time we do.
-    for (nr, val) in [0xc000_0081u32, 0xc000_0082, 0xc000_0083, 0xc000_0084].into_iter().zip(msrs) {
+    for (nr, val) in [0xc000_0081u32, 0xc000_0082, 0xc000_0083, 0xc000_0084]
+        .into_iter()
+        .zip(msrs)
+    {
         cpu::wrmsr(nr, val);
     }
 }
@@ -126,8 +138,10 @@ fn set_syscall_msrs(hal: &Hal) {
 /// An address of the entry section as it is in the image, whichever of its
 /// mappings `rip` is in, and what to add to come back.
 fn canonical_rip(rip: u64) -> (u64, u64) {
-    let (start, end) =
-        (&raw const entry::blanket_entry_start as u64, &raw const entry::blanket_entry_end as u64);
+    let (start, end) = (
+        &raw const entry::blanket_entry_start as u64,
+        &raw const entry::blanket_entry_end as u64,
+    );
     if rip < VCPU || rip >= VCPU + u64::from(MAX_VCPUS) * VCPU_STRIDE {
         return (rip, 0);
     }
@@ -146,7 +160,10 @@ extern "C" fn blanket_core_fault(f: *mut TrapFrame) -> u64 {
     // SAFETY: the entry code passes the frame that it has just built.
     let frame = unsafe { &mut *f };
     let (rip, back) = canonical_rip(frame.rip);
-    let irets = [&raw const entry::blanket_iret_fast as u64, &raw const entry::blanket_iret_slow as u64];
+    let irets = [
+        &raw const entry::blanket_iret_fast as u64,
+        &raw const entry::blanket_iret_slow as u64,
+    ];
     if irets.contains(&rip) {
         // The guest's general registers are those of this frame; RIP to SS of its
         // return frame are already where a trap frame from the guest has them.
@@ -179,8 +196,16 @@ extern "C" fn blanket_core_fault(f: *mut TrapFrame) -> u64 {
         &hal,
         format_args!(
             "fault {} (error {:#x}, cr2 {:#x}) in the core at {:#x}, rsp {:#x}, rax {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x}\n",
-            frame.vector, frame.error, hal.cr2(), frame.rip, frame.rsp, frame.rax, frame.rcx,
-            frame.rdx, frame.rsi, frame.rdi
+            frame.vector,
+            frame.error,
+            hal.cr2(),
+            frame.rip,
+            frame.rsp,
+            frame.rax,
+            frame.rcx,
+            frame.rdx,
+            frame.rsi,
+            frame.rdi
         ),
     )
 }
@@ -205,10 +230,14 @@ extern "C" fn blanket_core_ist(vector: u64, at: *const u64) {
         // The module gives them to the host at the next exit, which is before the
         // guest runs on (`prepare_return`).
         2 => {
-            hal.switch().pending.fetch_or(pending::NMI, Ordering::SeqCst);
+            hal.switch()
+                .pending
+                .fetch_or(pending::NMI, Ordering::SeqCst);
         }
         18 => {
-            hal.switch().pending.fetch_or(pending::MCE, Ordering::SeqCst);
+            hal.switch()
+                .pending
+                .fetch_or(pending::MCE, Ordering::SeqCst);
         }
         // A debug exception in ring 0 comes from a MOV SS of the guest right
         // before its entry (CVE-2018-8897): the guest loses it.
@@ -216,7 +245,10 @@ extern "C" fn blanket_core_ist(vector: u64, at: *const u64) {
         _ => {
             // SAFETY: the CPU pushed RIP, CS, RFLAGS, RSP there.
             let (rip, rsp) = unsafe { (*at, *at.add(3)) };
-            die(&hal, format_args!("vector {vector} in the core at {rip:#x}, rsp {rsp:#x}\n"))
+            die(
+                &hal,
+                format_args!("vector {vector} in the core at {rip:#x}, rsp {rsp:#x}\n"),
+            )
         }
     }
 }

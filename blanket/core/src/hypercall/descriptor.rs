@@ -29,7 +29,7 @@ impl<M: Machine> Context<'_, M> {
         if entries > GDT_ENTRIES_MAX {
             return Err(errno::EINVAL);
         }
-        let frames = entries.div_ceil(512) as usize;
+        let frames = crate::idx(entries.div_ceil(512));
         let mut gdt = [Gfn(0); 14];
         for (i, slot) in gdt.iter_mut().enumerate().take(frames) {
             let [mfn] = self.read_words::<1>(list.wrapping_add(8 * i as u64))?;
@@ -44,14 +44,18 @@ impl<M: Machine> Context<'_, M> {
     pub(super) fn load_gdt(&mut self, gdt: [Gfn; 14], entries: u64) {
         let before = self.v.gdt_entries;
         self.v.gdt = gdt;
-        #[allow(clippy::cast_possible_truncation, reason = "checked against the maximum")]
+        #[allow(
+            clippy::cast_possible_truncation,
+            reason = "checked against the maximum"
+        )]
         let entries = entries as u32;
         self.v.gdt_entries = entries;
         for i in 0..entries.max(before) {
             self.breathe(1);
             let gfn = gdt[(i / 512) as usize % 14];
             let raw = if i < entries {
-                self.word(gfn, u64::from(i % 512) * 8).map_or(0, |w| w.load(Relaxed))
+                self.word(gfn, u64::from(i % 512) * 8)
+                    .map_or(0, |w| w.load(Relaxed))
             } else {
                 0
             };
@@ -96,7 +100,10 @@ impl<M: Machine> Context<'_, M> {
         if entries > LDT_ENTRIES_MAX || (entries != 0 && va & 0xfff != 0) {
             return Err(errno::EINVAL);
         }
-        #[allow(clippy::cast_possible_truncation, reason = "checked against the maximum")]
+        #[allow(
+            clippy::cast_possible_truncation,
+            reason = "checked against the maximum"
+        )]
         let n = entries as u32;
         for i in 0..n {
             self.breathe(1);
@@ -178,9 +185,18 @@ impl<M: Machine> Context<'_, M> {
         if ![event, failsafe, syscall].iter().all(|&a| Va(a).is_guest()) {
             return Err(errno::EINVAL);
         }
-        self.v.event = Callback { address: event, mask: true };
-        self.v.failsafe = Callback { address: failsafe, mask: false };
-        self.v.syscall = Callback { address: syscall, mask: false };
+        self.v.event = Callback {
+            address: event,
+            mask: true,
+        };
+        self.v.failsafe = Callback {
+            address: failsafe,
+            mask: false,
+        };
+        self.v.syscall = Callback {
+            address: syscall,
+            mask: false,
+        };
         self.publish_entry();
         Ok(0)
     }
@@ -211,13 +227,21 @@ impl<M: Machine> Context<'_, M> {
         let entry = Callback { address, mask };
         match kind {
             // Events always mask.
-            callback::EVENT => self.v.event = Callback { address, mask: true },
+            callback::EVENT => {
+                self.v.event = Callback {
+                    address,
+                    mask: true,
+                }
+            }
             callback::FAILSAFE => self.v.failsafe = entry,
             callback::SYSCALL => self.v.syscall = entry,
             callback::SYSCALL32 => self.v.syscall32 = entry,
             callback::SYSENTER => self.v.sysenter = entry,
             callback::NMI => {
-                self.v.traps[2] = crate::vcpu::Gate { address, flags: u8::from(mask) << 2 };
+                self.v.traps[2] = crate::vcpu::Gate {
+                    address,
+                    flags: u8::from(mask) << 2,
+                };
             }
             _ => return Err(errno::ENOSYS),
         }
@@ -227,7 +251,7 @@ impl<M: Machine> Context<'_, M> {
 
     pub(super) fn get_debugreg(&self, reg: u64) -> i64 {
         match reg {
-            0..=3 => self.v.dr[reg as usize & 3].cast_signed(),
+            0..=3 => self.v.dr[crate::idx(reg) & 3].cast_signed(),
             4 | 6 => self.v.dr6.cast_signed(),
             5 | 7 => self.v.dr7.cast_signed(),
             _ => errno::EINVAL,
@@ -246,7 +270,10 @@ impl<M: Machine> Context<'_, M> {
         };
         let to_user = cs & 3 == 3;
         if to_user && self.fast.user_cr3 == 0 {
-            self.crash(crash::GUEST, format_args!("iret to user mode without a user root"));
+            self.crash(
+                crash::GUEST,
+                format_args!("iret to user mode without a user root"),
+            );
         }
         self.f.rax = rax;
         if flags & vgcf::IN_SYSCALL == 0 {

@@ -6,12 +6,12 @@ use crate::evtchn::{Outcome, SharedBits};
 use crate::grant::{GrantTable, Refusal};
 use crate::machine::Machine;
 use crate::vm::Vm;
-use blanket_abi::{Gfn, Va};
 use blanket_abi::device::exit;
-use blanket_abi::xen::event::op;
-use blanket_abi::xen::shared::{shared_info, vcpu_info};
 use blanket_abi::xen::errno;
+use blanket_abi::xen::event::op;
 use blanket_abi::xen::grant::op as grant;
+use blanket_abi::xen::shared::{shared_info, vcpu_info};
+use blanket_abi::{Gfn, Va};
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 
@@ -27,7 +27,7 @@ pub struct Bits<'a, M> {
 impl<M: Machine> Bits<'_, M> {
     fn shared(&self, array: u64, port: u32) -> Option<(&AtomicU64, u64)> {
         let words = self.m.frame(Gfn(self.vm.boot.shared_info))?;
-        let word = words.get(array as usize / 8 + port as usize / 64)?;
+        let word = words.get(crate::idx(array) / 8 + port as usize / 64)?;
         Some((word, 1 << (port % 64)))
     }
 }
@@ -71,7 +71,7 @@ impl<M: Machine> SharedBits for Bits<'_, M> {
         else {
             return true;
         };
-        let at = |field: u64| words.get((offset + field) as usize / 8);
+        let at = |field: u64| words.get(crate::idx(offset + field) / 8);
         let (Some(sel), Some(pending)) = (at(vcpu_info::PENDING_SEL), at(vcpu_info::PENDING))
         else {
             return true;
@@ -87,7 +87,10 @@ impl<M: Machine> Context<'_, M> {
     /// The event bits.
     #[must_use]
     pub fn bits(&self) -> Bits<'_, M> {
-        Bits { m: self.m, vm: self.vm }
+        Bits {
+            m: self.m,
+            vm: self.vm,
+        }
     }
 
     /// Word `w` of the pending array.
@@ -95,7 +98,7 @@ impl<M: Machine> Context<'_, M> {
     pub fn pending_ports(&self, w: usize) -> u64 {
         self.m
             .frame(Gfn(self.vm.boot.shared_info))
-            .and_then(|words| words.get(shared_info::EVTCHN_PENDING as usize / 8 + w))
+            .and_then(|words| words.get(crate::idx(shared_info::EVTCHN_PENDING) / 8 + w))
             .map_or(0, |w| w.load(SeqCst))
     }
 
@@ -120,7 +123,10 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// `event_channel_op(cmd, ptr)`.
-    #[allow(clippy::cast_possible_truncation, reason = "fields are cut to their width")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "fields are cut to their width"
+    )]
     pub(super) fn event_channel_op(&mut self, cmd: u64, ptr: u64) -> Hyper {
         let vm = self.vm;
         let word = |c: &mut Self, i: u64| c.read_u32(ptr.wrapping_add(4 * i));
@@ -173,7 +179,8 @@ impl<M: Machine> Context<'_, M> {
                 let doms = word(self, 0)?;
                 let port = {
                     let _lock = vm.ports_lock.lock();
-                    vm.ports.alloc_unbound(doms as u16, (doms >> 16) as u16, &self.bits())?
+                    vm.ports
+                        .alloc_unbound(doms as u16, (doms >> 16) as u16, &self.bits())?
                 };
                 self.publish_port(port);
                 self.write_u32(ptr.wrapping_add(4), port).map(|()| 0)
@@ -182,7 +189,8 @@ impl<M: Machine> Context<'_, M> {
                 let (dom, remote) = (word(self, 0)?, word(self, 1)?);
                 let (port, kick) = {
                     let _lock = vm.ports_lock.lock();
-                    vm.ports.bind_interdomain(dom as u16, remote, &self.bits())?
+                    vm.ports
+                        .bind_interdomain(dom as u16, remote, &self.bits())?
                 };
                 self.publish_port(port);
                 self.notify(kick);
@@ -213,7 +221,10 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// `grant_table_op(cmd, operands, count)`.
-    #[allow(clippy::cast_possible_truncation, reason = "fields are cut to their width")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "fields are cut to their width"
+    )]
     pub(super) fn grant_table_op(&mut self, cmd: u64, list: u64, count: u64) -> Hyper {
         let vm = self.vm;
         // Linux passes one operand at a time; the bound is Xen's batch of maps.
@@ -260,7 +271,11 @@ impl<M: Machine> Context<'_, M> {
                 }
                 _ => match GrantTable::refuse(cmd) {
                     Refusal::Call(error) => return Err(error),
-                    Refusal::Each { size, status_at, status } => {
+                    Refusal::Each {
+                        size,
+                        status_at,
+                        status,
+                    } => {
                         let at = list.wrapping_add(i * size).wrapping_add(status_at);
                         self.put_status(at, Some(status))?;
                     }

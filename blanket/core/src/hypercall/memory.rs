@@ -2,10 +2,10 @@
 
 use super::super::context::{Context, Hyper};
 use crate::machine::Machine;
+use blanket_abi::Va;
 use blanket_abi::layout::M2P;
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall::memory;
-use blanket_abi::Va;
 
 /// E820 type of RAM.
 const E820_RAM: u32 = 1;
@@ -33,9 +33,7 @@ impl<M: Machine> Context<'_, M> {
                 self.write_u32(ptr, 1)?;
                 Ok(0)
             }
-            memory::CURRENT_RESERVATION | memory::MAXIMUM_RESERVATION => {
-                Ok(ram.cast_signed())
-            }
+            memory::CURRENT_RESERVATION | memory::MAXIMUM_RESERVATION => Ok(ram.cast_signed()),
             memory::MAXIMUM_RAM_PAGE => Ok(self.vm.nr_frames.cast_signed() - 1),
             // Frames that the guest balloons out stay its own: taking them back
             // from the host is for the balloon to come, and the guest sees no

@@ -101,7 +101,10 @@ impl<M: Machine> Context<'_, M> {
                     list => self.vcpu_mask(list)?,
                 }
             };
-            self.flush(mask, (flags & uvmf::FLUSHTYPE_MASK == uvmf::INVLPG).then_some(va));
+            self.flush(
+                mask,
+                (flags & uvmf::FLUSHTYPE_MASK == uvmf::INVLPG).then_some(va),
+            );
         }
         Ok(0)
     }
@@ -152,10 +155,15 @@ impl<M: Machine> Context<'_, M> {
     }
 
     fn check_gfn(&self, mfn: u64) -> Result<Gfn, i64> {
-        (mfn < self.vm.nr_frames).then_some(Gfn(mfn)).ok_or(errno::EINVAL)
+        (mfn < self.vm.nr_frames)
+            .then_some(Gfn(mfn))
+            .ok_or(errno::EINVAL)
     }
 
-    #[allow(clippy::cast_possible_truncation, reason = "masked to 32 bits by the caller")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "masked to 32 bits by the caller"
+    )]
     fn mmuext_one(&mut self, cmd: u64, arg1: u64, arg2: u64) -> Result<(), i64> {
         let me = 1u64 << self.v.id;
         match cmd as u32 {

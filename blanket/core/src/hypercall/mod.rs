@@ -27,13 +27,15 @@ impl<M: Machine> Context<'_, M> {
         let call = self.f.rax;
         self.v.work = 0;
         if call == nr::IRET {
-            self.count(nr::IRET as usize);
+            self.count(crate::idx(nr::IRET));
             self.iret();
             return;
         }
-        let args = [self.f.rdi, self.f.rsi, self.f.rdx, self.f.r10, self.f.r8, self.f.r9];
+        let args = [
+            self.f.rdi, self.f.rsi, self.f.rdx, self.f.r10, self.f.r8, self.f.r9,
+        ];
         let result = if call == nr::MULTICALL {
-            self.count(nr::MULTICALL as usize);
+            self.count(crate::idx(nr::MULTICALL));
             self.multicall(args[0], args[1])
         } else {
             self.dispatch(call, args)
@@ -73,7 +75,7 @@ impl<M: Machine> Context<'_, M> {
 
     fn run_call(&mut self, call: u64, a: Args) -> Hyper {
         if call < nr::COUNT {
-            self.count(call as usize);
+            self.count(crate::idx(call));
         }
         match call {
             nr::MMU_UPDATE => self.mmu_update(a[0], a[1], a[2], a[3]),

@@ -60,8 +60,7 @@ impl<M: Machine> Context<'_, M> {
             }
             self.take_pending();
             let nmi = self.vm.nmi.load(SeqCst) & 1 << self.v.id != 0;
-            let down =
-                self.vm.states[self.v.id as usize].get() != crate::vcpu::State::UP;
+            let down = self.vm.states[self.v.id as usize].get() != crate::vcpu::State::UP;
             if awake(self) || nmi || down {
                 break;
             }
@@ -98,9 +97,10 @@ impl<M: Machine> Context<'_, M> {
         self.idle(|c| {
             c.v.poll_until <= c.now()
                 || (c.event_pending() && !c.events_masked())
-                || words.iter().enumerate().any(|(w, &mask)| {
-                    mask != 0 && c.pending_ports(w) & mask != 0
-                })
+                || words
+                    .iter()
+                    .enumerate()
+                    .any(|(w, &mask)| mask != 0 && c.pending_ports(w) & mask != 0)
         });
         self.vm.polling.fetch_and(!me, SeqCst);
         self.v.poll_until = NEVER;

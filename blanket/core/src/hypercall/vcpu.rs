@@ -113,7 +113,10 @@ impl<M: Machine> Context<'_, M> {
     /// Another vCPU's private state, while it does not need it.
     fn other(&self, id: u32) -> Result<spin::MutexGuard<'static, crate::vcpu::Vcpu>, i64> {
         let vcpus: &'static [_] = self.vm.vcpus;
-        vcpus.get(id as usize).and_then(|v| v.try_lock()).ok_or(errno::EBUSY)
+        vcpus
+            .get(id as usize)
+            .and_then(|v| v.try_lock())
+            .ok_or(errno::EBUSY)
     }
 
     /// Arms the one-shot timer; a time that has passed fires at once.
@@ -184,7 +187,10 @@ impl<M: Machine> Context<'_, M> {
     fn adopt_info(&mut self) {
         let place = self.vm.infos[self.v.id as usize].load(SeqCst);
         if place != 0 {
-            self.v.info = Some(Place { gfn: Gfn::containing(place), offset: place & 0xfff });
+            self.v.info = Some(Place {
+                gfn: Gfn::containing(place),
+                offset: place & 0xfff,
+            });
             self.info_publish();
         } else {
             self.default_info();
@@ -213,7 +219,10 @@ impl<M: Machine> Context<'_, M> {
                 return Err(errno::EINVAL);
             }
             let [_, gate_flags, ..] = head.to_le_bytes();
-            target.traps[v as usize] = Gate { address, flags: gate_flags };
+            target.traps[crate::idx(v)] = Gate {
+                address,
+                flags: gate_flags,
+            };
         }
         let entries = word(self, gc::GDT_ENTS)?;
         if entries > 14 * 512 || word(self, gc::LDT_ENTS)? != 0 {
@@ -222,7 +231,7 @@ impl<M: Machine> Context<'_, M> {
         for i in 0..entries.div_ceil(512) {
             let gfn = Gfn(word(self, gc::GDT_FRAMES + 8 * i)?);
             self.need_frame(gfn)?;
-            target.gdt[i as usize % 14] = gfn;
+            target.gdt[crate::idx(i) % 14] = gfn;
         }
         let regs: [u64; 25] = self.read_words(ptr.wrapping_add(gc::USER_REGS))?;
         let bases = [
@@ -239,15 +248,21 @@ impl<M: Machine> Context<'_, M> {
         let kernel_ss = word(self, gc::KERNEL_SS)?;
         let cr3 = Gfn::containing(word(self, gc::CTRLREG + 3 * 8)?);
         let cr1 = word(self, gc::CTRLREG + 8)?;
-        if !bases.iter().chain(&callbacks).all(|&a| Va(a).is_canonical())
+        if !bases
+            .iter()
+            .chain(&callbacks)
+            .all(|&a| Va(a).is_canonical())
             || cr3.0 >= vm.nr_frames
             || Gfn::containing(cr1).0 >= vm.nr_frames
             || flags & vgcf::IN_KERNEL == 0
         {
             return Err(errno::EINVAL);
         }
-        target.gdt_entries = entries as u32;
-        target.event = Callback { address: callbacks[0], mask: true };
+        target.gdt_entries = u32::try_from(entries).map_err(|_| errno::EINVAL)?;
+        target.event = Callback {
+            address: callbacks[0],
+            mask: true,
+        };
         target.failsafe = Callback {
             address: callbacks[1],
             mask: flags & vgcf::FAILSAFE_DISABLES_EVENTS != 0,
@@ -288,14 +303,20 @@ impl<M: Machine> Context<'_, M> {
         // The virtual IOPL comes with the flags (`xen/arch/x86/domain.c`).
         self.v.iopl = (r[18] >> 12 & 3) as u8;
         self.f.rsp = r[19];
-        self.f.ss = if r[20] & 0xfffc == 0 { u64::from(sel::GUEST_SS) } else { r[20] & 0xffff | 3 };
+        self.f.ss = if r[20] & 0xfffc == 0 {
+            u64::from(sel::GUEST_SS)
+        } else {
+            r[20] & 0xffff | 3
+        };
         let select = |i: usize| (r[i] & 0xffff) as u16;
         self.set_kernel_root(start.kernel_root);
         self.set_user_root(start.user_root);
         let (gdt, entries) = (self.v.gdt, u64::from(self.v.gdt_entries));
         self.load_gdt(gdt, entries);
         // ds, es, fs, gs; a bad one becomes null.
-        let _all_loaded = self.m.load_data_selectors([select(22), select(21), select(23), select(24)]);
+        let _all_loaded =
+            self.m
+                .load_data_selectors([select(22), select(21), select(23), select(24)]);
         self.m.set_fs_base(start.bases[0]);
         self.m.set_gs_base(start.bases[1]);
         self.m.set_inactive_gs_base(start.bases[2]);
@@ -312,8 +333,8 @@ impl<M: Machine> Context<'_, M> {
         if self.vm.states[id as usize].get() == State::RAW {
             return Err(errno::EINVAL);
         }
-        let last = (0..self.vm.nr_vcpus)
-            .all(|i| i == id || self.vm.states[i as usize].get() != State::UP);
+        let last =
+            (0..self.vm.nr_vcpus).all(|i| i == id || self.vm.states[i as usize].get() != State::UP);
         if last {
             loop {
                 self.exit(exit::SHUTDOWN, [sched::SHUTDOWN_POWEROFF, 0, 0, 0]);

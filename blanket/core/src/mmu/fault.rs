@@ -164,9 +164,9 @@ impl Mmu {
     ) {
         let Some(words) = m.frame(table) else { return };
         let first = index & !15;
-        for i in first..first + 16 {
+        for (i, word) in words.iter().enumerate().skip(first).take(16) {
             if m.pool(page)[i].load(Relaxed) == 0 {
-                let guest = words[i].load(Relaxed);
+                let guest = word.load(Relaxed);
                 if guest & (pte::P | pte::A) == (pte::P | pte::A)
                     && self.leaf_set(m, ep, page, i, guest).is_err()
                 {

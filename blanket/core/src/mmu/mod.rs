@@ -28,6 +28,7 @@ mod table;
 pub use audit::{AuditReport, Broken};
 pub use fault::{Access, Fault};
 
+use crate::idx;
 use crate::machine::{Host, Memory};
 use blanket_abi::layout::{GFN_INFO_SIZE, POOL_INFO_SIZE};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -328,9 +329,4 @@ impl Mmu {
     pub fn is_table(&self, gfn: blanket_abi::Gfn) -> bool {
         self.gfns.get(idx(gfn.0)).is_some_and(|g| g.mark != 0)
     }
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "64-bit targets only")]
-const fn idx(v: u64) -> usize {
-    v as usize
 }

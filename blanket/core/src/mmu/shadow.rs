@@ -93,8 +93,9 @@ impl Mmu {
             return;
         };
         for group in bits(occupied(words, 0..64)) {
-            for i in group * GROUP..(group + 1) * GROUP {
-                let guest = words[i].load(Relaxed);
+            let first = group * GROUP;
+            for (i, word) in (first..).zip(&words[first..first + GROUP]) {
+                let guest = word.load(Relaxed);
                 // Short of pool pages for the reverse map: the rest comes by faults.
                 if guest & pte::P != 0 && self.leaf_set(m, ep, page, i, guest).is_err() {
                     return;
@@ -110,8 +111,9 @@ impl Mmu {
             return;
         };
         for group in bits(occupied(words, HOLE.end / GROUP..64)) {
-            for i in group * GROUP..(group + 1) * GROUP {
-                let guest = words[i].load(Relaxed);
+            let first = group * GROUP;
+            for (i, word) in (first..).zip(&words[first..first + GROUP]) {
+                let guest = word.load(Relaxed);
                 if guest & (pte::P | pte::PS) == pte::P
                     && let Some(child) = self.shadow_of(pte::frame(guest), 3)
                 {
