@@ -597,3 +597,21 @@ fn pages_of_the_reverse_map_are_given_back() {
     }
     w.audit();
 }
+
+#[test]
+fn a_leaf_that_unmakes_its_own_table_is_not_written_into_a_free_page() {
+    let (mut w, mut g) = world(false);
+    let va = 0xffff_c900_0000_0000;
+    let l1 = g.leaf_table(&w.m, g.root, va);
+    w.m.words(l1)[1].store(100 << 12 | KERNEL_RW, SeqCst);
+    w.mmuext(0, mmuext::PIN_L4, g.root, 0);
+    assert_eq!(w.access(0, va + 0x1000, true, false), Some(100));
+    // Nobody refers to the shadow of the leaf table any more; the mark keeps it.
+    let l3 = pte::frame(w.m.words(g.root)[Va(va).index(4)].load(SeqCst));
+    let l2 = pte::frame(w.m.words(l3)[Va(va).index(3)].load(SeqCst));
+    assert_eq!(w.update(0, l2, Va(va).index(2) as u64, 0), 0);
+    // The table maps itself writable: it is no table any more, its shadow goes.
+    assert_eq!(w.update(0, l1, 0, l1 << 12 | KERNEL_RW), 0);
+    let report = w.audit();
+    assert_eq!((mark(&w, l1), mapped(&w, l1)), (0, 0), "{report:?}");
+}

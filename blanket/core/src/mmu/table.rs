@@ -100,9 +100,7 @@ impl Mmu {
         let PoolInfo { level, next, .. } = self.pool[first as usize];
         if level == 1 && next == 0 {
             // Nearly always: one shadow, a leaf table.
-            if self.leaf_set(m, ep, first, i, new).is_err() {
-                self.leaf_clear(m, first, i);
-            }
+            self.leaf_follow(m, ep, first, i, new);
             return;
         }
         for page in self.shadows(gfn) {
@@ -111,10 +109,7 @@ impl Mmu {
             }
             let level = self.pool[page as usize].level;
             if level == 1 {
-                // No room for the reverse map: the leaf is left to a fault.
-                if self.leaf_set(m, ep, page, i, new).is_err() {
-                    self.leaf_clear(m, page, i);
-                }
+                self.leaf_follow(m, ep, page, i, new);
             } else if !(level >= 4 && (256..272).contains(&i)) {
                 let below = if level >= 4 { 3 } else { level - 1 };
                 let child = (new & (pte::P | pte::PS) == pte::P)
@@ -126,6 +121,25 @@ impl Mmu {
                 }
             }
         }
+    }
+
+    /// Makes leaf `i` of an L1 shadow follow its table. The shadow is held: a leaf
+    /// that makes a table writable frees shadows, this one perhaps.
+    #[inline]
+    fn leaf_follow<M: Memory + Host>(
+        &mut self,
+        m: &M,
+        ep: &Epochs,
+        page: u32,
+        i: usize,
+        new: u64,
+    ) {
+        self.pool[page as usize].refs += 1;
+        if self.leaf_set(m, ep, page, i, new).is_err() {
+            // No room for the reverse map: the leaf is left to a fault.
+            self.leaf_clear(m, page, i);
+        }
+        self.put(m, ep, page);
     }
 
     /// Walks the guest tables from root `gfn` to the leaf table that maps `va`
