@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::build;
+use crate::guestware;
 use crate::initramfs;
 use crate::kernels::{self, Flavour};
 use crate::lab::Payload;
@@ -86,7 +87,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
 
 fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
     let kernel = kernels::fetch(project, args.kernel)?;
-    let programs = build::guest_programs(project)?;
+    let programs = guestware::programs(project)?;
     let mut micro = format!(
         "micro --hello /bin/hello --scale {} --reps {}",
         args.scale, args.reps
@@ -104,9 +105,7 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
     let mut payload = Payload::new(project, &kernel, Hardware::Virtio)?;
     payload.module(&build::module_for(project, &kernel)?);
     payload.program(&build::command(project)?)?;
-    for program in &programs {
-        payload.program(program)?;
-    }
+    payload.archive.add(&programs);
     payload.guest_kernel(&kernel);
     payload.guest_initrd(&initramfs::guest(project, Some(&measure), &programs)?)?;
     payload.command(&format!(

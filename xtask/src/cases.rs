@@ -27,6 +27,8 @@ pub struct Case {
     pub icount: bool,
     /// Whether the module is loaded before the work begins.
     pub module: bool,
+    /// Whether instance and VM have stress-ng.
+    pub stress_ng: bool,
     /// Seconds until the case is a failure.
     pub timeout: u64,
     /// What runs in it.
@@ -90,6 +92,7 @@ impl Default for Case {
             memory: "2G",
             icount: false,
             module: true,
+            stress_ng: false,
             timeout: 180,
             work: Work::Guest(Guest::default()),
             expect: Vec::new(),
@@ -148,7 +151,7 @@ fn single() -> Vec<Case> {
         },
         Case {
             name: "abi-same-as-instance".into(),
-            timeout: 300,
+            timeout: 900,
             work: Work::Instance {
                 script: include_str!("../../tests/lab-scripts/compare-abi.sh"),
                 guests: vec![Flavour::Cloud],
@@ -164,6 +167,21 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
+        guest("stress", 600, 2, "N=20 sh /tests/stress.sh"),
+        Case {
+            stress_ng: true,
+            ..guest("stress-ng", 900, 2, "N=20 sh /tests/stress-ng.sh")
+        },
+        Case {
+            long: true,
+            ..guest("stress-long", 3600, 4, "sh /tests/stress.sh")
+        },
+        Case {
+            long: true,
+            stress_ng: true,
+            ..guest("stress-ng-long", 7200, 4, "sh /tests/stress-ng.sh all")
+        },
+        guest("hotplug", 300, 4, "abi-test hotplug"),
         memory("memory-128M", "128M"),
         memory("memory-1G", "1G"),
         Case {
@@ -185,6 +203,19 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
     ]
+}
+
+fn guest(name: &str, timeout: u64, vcpus: u32, script: &'static str) -> Case {
+    Case {
+        name: name.into(),
+        timeout,
+        work: Work::Guest(Guest {
+            vcpus,
+            script,
+            ..Guest::default()
+        }),
+        ..Case::default()
+    }
 }
 
 fn memory(name: &str, memory: &'static str) -> Case {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::build;
-use crate::initramfs;
+use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour, Kernel};
 use crate::lab::Payload;
 use crate::project::Project;
@@ -67,7 +67,7 @@ fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     for guest in guests {
         payload.guest_kernel(guest);
     }
-    payload.guest_initrd(&initramfs::guest(project, None, &[])?)?;
+    payload.guest_initrd(&initramfs::guest(project, None, &Files::new())?)?;
     let kernels = pairs(guests, |guest| {
         format!("/guest/vmlinuz-{}", guest.name).into()
     });
@@ -135,7 +135,7 @@ fn here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     let dir = project.out_dir("demo")?;
     fs::write(dir.join("demo.sh"), SCRIPT)?;
     let initrd = dir.join("initrd.img");
-    initramfs::guest(project, None, &[])?.write(&initrd)?;
+    initramfs::guest(project, None, &Files::new())?.write(&initrd)?;
     let mkinitrd = dir.join("mkinitrd");
     fs::write(&mkinitrd, HERE_INITRD)?;
     let loaded = Path::new("/dev/blanket").exists();

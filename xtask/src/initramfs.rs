@@ -11,6 +11,9 @@ use xshell::cmd;
 
 use crate::project::Project;
 
+/// Files of the host by their paths in an archive.
+pub type Files = BTreeMap<String, PathBuf>;
+
 /// The files of an archive by their path without a leading slash. A parent
 /// sorts before its children, as the kernel's unpacker needs it.
 #[derive(Clone, Default)]
@@ -65,6 +68,13 @@ impl Initramfs {
         );
         this.text("etc/group", 0o644, "root:x:0:\nnogroup:x:65534:\n");
         Ok(this)
+    }
+
+    /// Adds executable files.
+    pub fn add(&mut self, files: &Files) {
+        for (path, from) in files {
+            self.copy(path, 0o755, from);
+        }
     }
 
     /// Adds a directory and its parents.
@@ -219,19 +229,13 @@ poweroff -f
 "#;
 
 /// The archive that VMs boot from. With a `script` the VM runs it, says
-/// `GUEST-EXIT n` and powers off. `programs` are copied to `/bin`.
-pub fn guest(project: &Project, script: Option<&str>, programs: &[PathBuf]) -> Result<Initramfs> {
+/// `GUEST-EXIT n` and powers off. `files` are copied to their paths.
+pub fn guest(project: &Project, script: Option<&str>, files: &Files) -> Result<Initramfs> {
     let mut archive = Initramfs::with_busybox(project)?;
     archive.text("init", 0o755, GUEST_INIT);
     if let Some(script) = script {
         archive.text("cmd", 0o644, script);
     }
-    for program in programs {
-        let name = program
-            .file_name()
-            .context("a program without a name")?
-            .to_string_lossy();
-        archive.copy(&format!("bin/{name}"), 0o755, program);
-    }
+    archive.add(files);
     Ok(archive)
 }

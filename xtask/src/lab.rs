@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use xshell::cmd;
 
 use crate::build;
-use crate::initramfs::{self, Initramfs};
+use crate::initramfs::{self, Files, Initramfs};
 use crate::kernels::{self, Flavour, Kernel};
 use crate::project::Project;
 use crate::qemu::{self, End, Hardware, Machine};
@@ -90,7 +90,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     for flavour in &args.guest {
         payload.guest_kernel(&kernels::fetch(project, *flavour)?);
     }
-    payload.guest_initrd(&initramfs::guest(project, None, &[])?)?;
+    payload.guest_initrd(&initramfs::guest(project, None, &Files::new())?)?;
     if let Some(share) = &args.share {
         payload.archive.copy_tree("share", share)?;
     }
@@ -234,8 +234,12 @@ elif [ -e /lab/command ]; then
     stty -F $line raw -echo clocal
     sh /lab/command </dev/null >&3 2>&1
     code=$?
-    complaints=$(dmesg | grep -cE 'WARNING: CPU|BUG: |Oops: |INFO: task|rcu.*(stall|detected)|Call Trace:')
-    if [ $code != 0 ] || [ $complaints != 0 ]; then dmesg | tail -n 120 >/dev/ttyS0; fi
+    bad='WARNING: CPU|BUG: |Oops: |INFO: task|rcu.*(stall|detected)|Call Trace:'
+    complaints=$(dmesg | grep -cE "$bad")
+    if [ $code != 0 ] || [ $complaints != 0 ]; then
+        dmesg | tail -n 80 >/dev/ttyS0
+        if [ $complaints != 0 ]; then dmesg | grep -E -A 8 "$bad" | head -n 60 >/dev/ttyS0; fi
+    fi
     printf '\036LAB-EXIT %s %s %s\n' $LAB_NONCE $code $complaints >&3
 else
     stty -F $line sane

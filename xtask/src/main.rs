@@ -9,6 +9,7 @@ mod bench;
 mod build;
 mod cases;
 mod demo;
+mod guestware;
 mod initramfs;
 mod kernels;
 mod lab;

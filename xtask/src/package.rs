@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::build;
-use crate::initramfs;
+use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour};
 use crate::lab::Payload;
 use crate::project::Project;
@@ -250,7 +250,7 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
     }
     payload.guest_kernel(&kernel);
     let script = "echo VM-WORKS\n";
-    payload.guest_initrd(&initramfs::guest(project, Some(script), &[])?)?;
+    payload.guest_initrd(&initramfs::guest(project, Some(script), &Files::new())?)?;
     payload.command(TRY_OUT);
     let machine = Machine {
         cpu: "EPYC,-svm".into(),

@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::abi_check;
-use crate::build;
 use crate::cases::{self, Case, Expect, Guest, Work};
-use crate::initramfs;
+use crate::guestware;
+use crate::initramfs::{self, Files};
 use crate::kernels;
 use crate::lab::{Payload, find_command, find_module};
 use crate::project::Project;
@@ -243,14 +243,22 @@ rm -r $dir
 struct Bench<'a> {
     project: &'a Project,
     command: PathBuf,
-    programs: Vec<PathBuf>,
+    /// What tests run, in instances and VMs.
+    files: Files,
+    /// The same with stress-ng, if a case wants it.
+    stressed: Files,
 }
 
 impl<'a> Bench<'a> {
     /// Builds and fetches all that `cases` need, so that their times are theirs.
     fn prepare(project: &'a Project, cases: &[Case]) -> Result<Self> {
         let command = find_command(project, false)?.context("the checkout has no command")?;
-        let programs = build::guest_programs(project)?;
+        let mut files = guestware::programs(project)?;
+        files.extend(guestware::scripts(project)?);
+        let mut stressed = files.clone();
+        if cases.iter().any(|case| case.stress_ng) {
+            stressed.extend(guestware::stress_ng(project)?);
+        }
         for case in cases {
             let host = kernels::fetch(project, case.host)?;
             find_module(project, &host, false)?.context("the checkout has no module")?;
@@ -262,7 +270,8 @@ impl<'a> Bench<'a> {
         Ok(Self {
             project,
             command,
-            programs,
+            files,
+            stressed,
         })
     }
 
@@ -339,11 +348,14 @@ impl<'a> Bench<'a> {
             payload.archive.copy("root/blanket.ko", 0o644, &built);
         }
         payload.program(&self.command)?;
-        for program in &self.programs {
-            payload.program(program)?;
-        }
+        let files = if case.stress_ng {
+            &self.stressed
+        } else {
+            &self.files
+        };
+        payload.archive.add(files);
         payload.archive.text("bin/guest", 0o755, GUEST);
-        payload.guest_initrd(&initramfs::guest(project, None, &self.programs)?)?;
+        payload.guest_initrd(&initramfs::guest(project, None, files)?)?;
         for flavour in guests(case) {
             payload.guest_kernel(&kernels::fetch(project, flavour)?);
         }
