@@ -680,6 +680,7 @@ impl<M: Machine> Context<'_, M> {
             }
             self.exit(exit::IDLE, [0; 4]);
         }
+        self.adopt_runstate();
         self.set_runstate(shared::runstate::RUNNING);
     }
 

@@ -39,6 +39,10 @@ pub struct Vm {
     pub nmi: AtomicU64,
     /// Where each vCPU's vcpu_info is: `gfn << 12 | offset`, 0 = nowhere.
     pub infos: [AtomicU64; MAX_VCPUS as usize],
+    /// Run-state areas that a vCPU registered for another one, which takes them
+    /// when it comes up: where the area begins, and the frame of its last word plus
+    /// one (0 = nothing there).
+    pub runstates: [[AtomicU64; 2]; MAX_VCPUS as usize],
     /// Bit per vCPU whose vcpu_info the guest has moved.
     pub infos_moved: AtomicU64,
     /// Shutdown reason given in advance (SCHEDOP_shutdown_code), plus one.
@@ -73,6 +77,7 @@ impl Vm {
             polling: AtomicU64::new(0),
             nmi: AtomicU64::new(0),
             infos: [const { AtomicU64::new(0) }; MAX_VCPUS as usize],
+            runstates: [const { [AtomicU64::new(0), AtomicU64::new(0)] }; MAX_VCPUS as usize],
             infos_moved: AtomicU64::new(0),
             shutdown_code: AtomicU64::new(0),
             runstate_flag: AtomicBool::new(false),

@@ -53,7 +53,10 @@ impl<M: Machine> Context<'_, M> {
                     self.publish_runstate();
                 } else {
                     // Linux does it for a vCPU before that is up.
-                    self.other(id)?.runstate_area = Some(area);
+                    let (first, last) = area;
+                    let slot = &self.vm.runstates[id as usize];
+                    slot[0].store(first.gfn.base() | first.offset, SeqCst);
+                    slot[1].store(last.0 + 1, SeqCst);
                 }
                 Ok(0)
             }
@@ -197,6 +200,20 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
+    /// Takes the run-state area that another vCPU registered for this one.
+    pub(crate) fn adopt_runstate(&mut self) {
+        let [place, last] = &self.vm.runstates[self.v.id as usize];
+        let last = last.swap(0, SeqCst);
+        if last != 0 {
+            let place = place.load(SeqCst);
+            let first = Place {
+                gfn: Gfn::containing(place),
+                offset: place & 0xfff,
+            };
+            self.v.runstate_area = Some((first, Gfn(last - 1)));
+        }
+    }
+
     /// `VCPUOP_initialise`: the context is kept with the target until it is up.
     fn initialise(&mut self, id: u32, ptr: u64) -> Hyper {
         if id == self.v.id || self.vm.states[id as usize].get() != State::RAW {
@@ -290,6 +307,7 @@ impl<M: Machine> Context<'_, M> {
         };
         self.fast.kernel_mode = 1;
         self.adopt_info();
+        self.adopt_runstate();
         let r = start.regs;
         [
             self.f.r15, self.f.r14, self.f.r13, self.f.r12, self.f.rbp, self.f.rbx, self.f.r11,

@@ -126,14 +126,7 @@ impl Mmu {
     /// Makes leaf `i` of an L1 shadow follow its table. The shadow is held: a leaf
     /// that makes a table writable frees shadows, this one perhaps.
     #[inline]
-    fn leaf_follow<M: Memory + Host>(
-        &mut self,
-        m: &M,
-        ep: &Epochs,
-        page: u32,
-        i: usize,
-        new: u64,
-    ) {
+    fn leaf_follow<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, page: u32, i: usize, new: u64) {
         self.pool[page as usize].refs += 1;
         if self.leaf_set(m, ep, page, i, new).is_err() {
             // No room for the reverse map: the leaf is left to a fault.
