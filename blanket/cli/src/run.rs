@@ -270,11 +270,7 @@ fn become_background(registry: &Registry, entry: &Entry, console: &str) -> Resul
 fn with_hint(error: DeviceError) -> anyhow::Error {
     let next = match &error {
         DeviceError::NoDevice(_) => doctor::module_hint(),
-        DeviceError::Permission(_) => Some(
-            "run blanket as root, or give your user the device: \
-             sudo chgrp kvm /dev/blanket && sudo chmod 660 /dev/blanket"
-                .into(),
-        ),
+        DeviceError::Permission(_) => Some(doctor::PERMISSION.into()),
         DeviceError::Version { .. } => Some(
             "install the blanket and blanket-dkms packages of one release, then: \
              sudo rmmod blanket && sudo modprobe blanket"

@@ -125,6 +125,8 @@ struct Now {
     running: Option<Running>,
     boots: u32,
     killed: bool,
+    /// Somebody waits for the guest to end: a reboot ends it too.
+    stopping: u32,
     last_stats: Option<VmStats>,
 }
 
@@ -226,7 +228,7 @@ impl Instance {
         loop {
             let end = vm.wait();
             self.console.disconnect();
-            {
+            let (killed, stopping) = {
                 let mut now = lock(&self.now);
                 if let Some(running) = now.running.take() {
                     match running.machine.stats() {
@@ -234,9 +236,11 @@ impl Instance {
                         Err(error) => tracing::warn!(%error, "the last counters are lost"),
                     }
                 }
-            }
+                (now.killed, now.stopping > 0)
+            };
             match (&end, self.spec.on_reboot) {
-                (End::Reboot, OnReboot::Restart) => {
+                (End::Reboot, OnReboot::Restart) if killed => return Ok(End::Killed),
+                (End::Reboot, OnReboot::Restart) if !stopping => {
                     tracing::info!("the guest reboots");
                     vm = self.boot()?;
                 }
@@ -259,14 +263,14 @@ impl Instance {
             };
             now.running.clone().ok_or(none)?
         };
-
-        running
-            .xenstore
-            .request_shutdown("poweroff")
-            .map_err(StopError::Xenstore)?;
-        if running.handle.wait_ended(timeout) {
+        lock(&self.now).stopping += 1;
+        let result = running.xenstore.request_shutdown("poweroff");
+        if result.is_ok() && running.handle.wait_ended(timeout) {
             return Ok(());
         }
+        // From here on a reboot is a reboot again.
+        lock(&self.now).stopping -= 1;
+        result.map_err(StopError::Xenstore)?;
         let listening = running
             .xenstore
             .read("control/feature-poweroff")

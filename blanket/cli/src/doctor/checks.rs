@@ -311,7 +311,7 @@ fn device(facts: &Facts) -> Check {
         }
         DeviceFact::NoPermission => {
             check(NAME, State::Fail, "no permission to open /dev/blanket")
-                .mend("run blanket as root (sudo blanket ...)")
+                .mend(super::PERMISSION)
         }
         DeviceFact::OtherVersion { module, ours } => check(
             NAME,

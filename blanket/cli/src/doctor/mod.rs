@@ -50,6 +50,11 @@ pub fn command(json: bool, force: bool, kernel: Option<&Path>) -> Result<ExitCod
     })
 }
 
+/// What to do without permission for the device; the package's udev rule gives it
+/// to this group.
+pub const PERMISSION: &str =
+    "sudo usermod -aG blanket $USER, then log in again; or run blanket as root";
+
 /// What to do when there is no device: the mending command of the first failed
 /// check, in the order in which they must be mended.
 pub fn module_hint() -> Option<String> {

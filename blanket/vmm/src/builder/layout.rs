@@ -95,8 +95,6 @@ impl Cursor {
 impl Layout {
     /// Plans a domain with this much RAM.
     pub(super) fn plan(kernel: &Kernel, initrd: u64, ram_frames: u64) -> Result<Self, Error> {
-        let notes = kernel.notes();
-        let virt_base = Va(notes.virt_base);
         check_addresses(kernel)?;
         if ram_frames > MAX_FRAMES - 1 - GRANT_FRAMES {
             return Err(Error::TooLarge(format!(
@@ -106,6 +104,28 @@ impl Layout {
             )));
         }
 
+        let (layout, mut needed) = Self::place(kernel, initrd, ram_frames)?;
+        if needed <= ram_frames {
+            return Ok(layout);
+        }
+        // More RAM has a longer p2m list: find the size that is enough for itself.
+        loop {
+            let (_, then) = Self::place(kernel, initrd, needed)?;
+            if then <= needed {
+                return Err(Error::TooLittleMemory {
+                    given: ram_frames * PAGE_SIZE,
+                    needed: needed * PAGE_SIZE,
+                    initrd,
+                });
+            }
+            needed = then;
+        }
+    }
+
+    /// Places everything in a domain of this much RAM, and says how much it needs.
+    fn place(kernel: &Kernel, initrd: u64, ram_frames: u64) -> Result<(Self, u64), Error> {
+        let notes = kernel.notes();
+        let virt_base = Va(notes.virt_base);
         let kernel_end = kernel.end() / PAGE_SIZE;
         let initrd_frames = initrd.div_ceil(PAGE_SIZE);
         let p2m_frames = ram_frames.div_ceil(ENTRIES);
@@ -169,14 +189,7 @@ impl Layout {
 
         // The guest unpacks the initrd beside itself before it frees it.
         let needed = next.0 + initrd_frames + BOOT_HEADROOM;
-        if needed > ram_frames {
-            return Err(Error::TooLittleMemory {
-                given: ram_frames * PAGE_SIZE,
-                needed: needed * PAGE_SIZE,
-                initrd,
-            });
-        }
-        Ok(Self {
+        let layout = Self {
             virt_base,
             ram_frames,
             kernel_end,
@@ -199,7 +212,8 @@ impl Layout {
                 first: Gfn(ram_frames + 1),
                 count: GRANT_FRAMES,
             },
-        })
+        };
+        Ok((layout, needed))
     }
 
     /// Virtual address of a frame of the first mapping.

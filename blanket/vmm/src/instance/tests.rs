@@ -2,6 +2,7 @@ use std::io::Read as _;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
+use blanket_abi::xen::hypercall::sched;
 use blanket_abi::xen::io::{console as console_page, xenstore as store_page};
 use blanket_xenstore::wire::{HEADER, Header, Kind};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -275,8 +276,8 @@ fn a_restart_is_not_made_when_the_user_wants_none() {
     assert_eq!(instance.boots(), 1);
 }
 
-/// A guest that watches `control/shutdown` as Linux does and powers off when told.
-fn obedient() -> Program {
+/// A guest that watches `control/shutdown` as Linux does and ends itself when told.
+fn obedient(reason: u64) -> Program {
     let mut rings = None;
     let mut started = false;
     let mut stream = Vec::new();
@@ -339,7 +340,7 @@ fn obedient() -> Program {
                 return Ok(Exit::Send(STORE_PORT));
             }
             if header.kind == Kind::Read as u32 && payload == b"poweroff" {
-                return Ok(Exit::Shutdown(0));
+                return Ok(Exit::Shutdown(reason));
             }
         }
     })
@@ -349,8 +350,12 @@ fn obedient() -> Program {
 fn a_guest_is_stopped_through_its_xenstore() {
     let kernel = kernel_file();
     let console = Console::new().expect("a console");
-    let instance =
-        Instance::new(spec(kernel.path()), Fake::new(|_, _| obedient()), console).expect("new");
+    let instance = Instance::new(
+        spec(kernel.path()),
+        Fake::new(|_, _| obedient(sched::SHUTDOWN_POWEROFF)),
+        console,
+    )
+    .expect("new");
     let vm = instance.boot().expect("boots");
     let stopper = {
         let instance = Arc::clone(&instance);
@@ -358,6 +363,22 @@ fn a_guest_is_stopped_through_its_xenstore() {
     };
     assert!(matches!(instance.run(vm), Ok(End::Poweroff)));
     stopper.join().expect("no panic").expect("stopped");
+}
+
+#[test]
+fn a_guest_that_reboots_when_it_is_to_stop_has_stopped() {
+    let kernel = kernel_file();
+    let fake = Fake::new(|_, _| obedient(sched::SHUTDOWN_REBOOT));
+    let instance =
+        Instance::new(spec(kernel.path()), fake, Console::new().expect("console")).expect("new");
+    let vm = instance.boot().expect("boots");
+    let stopper = {
+        let instance = Arc::clone(&instance);
+        std::thread::spawn(move || instance.stop(Duration::from_secs(20)))
+    };
+    assert!(matches!(instance.run(vm), Ok(End::Reboot)));
+    stopper.join().expect("no panic").expect("stopped");
+    assert_eq!(instance.boots(), 1);
 }
 
 #[test]
@@ -463,7 +484,7 @@ fn typing_reaches_the_guest_and_a_client_sees_the_answer() {
 #[test]
 fn errors_name_the_file() {
     let kernel = kernel_file();
-    let fake = || Fake::new(|_, _| obedient());
+    let fake = || Fake::new(|_, _| obedient(sched::SHUTDOWN_POWEROFF));
     let fails = |spec: Spec| {
         let instance = Instance::new(spec, fake(), Console::new().expect("console")).expect("new");
         instance.boot().err().expect("refused").to_string()
