@@ -4,7 +4,7 @@
 //! The audit visits every pool page and follows every reverse-map chain: its cost
 //! is that of the whole shadow pool, so it is no part of any path of a guest.
 
-use super::{FREE, GfnInfo, Mmu, NODES, SHADOW, USER_ROOT, WRAPPER, shadow::mark_bit};
+use super::{FREE, GROUP, GfnInfo, Mmu, NODES, SHADOW, USER_ROOT, WRAPPER, shadow::mark_bit};
 use crate::machine::{Host, Memory};
 use crate::pte;
 use blanket_abi::Gfn;
@@ -50,6 +50,8 @@ pub enum Broken {
     FreeList { listed: u32, free: u32 },
     /// The count of live entries is wrong.
     Live { page: u32, counted: u32 },
+    /// An entry's group is taken for empty.
+    Group { page: u32, i: usize },
     /// The reference count is not what parents and roots make it.
     Refs { page: u32, surplus: u32 },
     /// Nobody refers to the shadow and its frame is not marked: a leak.
@@ -172,6 +174,7 @@ impl Mmu {
                 continue;
             }
             live += 1;
+            self.audit_group(page, i)?;
             let gfn = m.gfns(page)[i].load(Relaxed);
             let info: &GfnInfo = self
                 .gfns
@@ -203,6 +206,13 @@ impl Mmu {
         self.audit_live(page, live)
     }
 
+    fn audit_group(&self, page: u32, i: usize) -> Result<(), Broken> {
+        if self.pool[page as usize].groups >> (i / GROUP) & 1 == 0 {
+            return Err(Broken::Group { page, i });
+        }
+        Ok(())
+    }
+
     fn audit_live(&self, page: u32, counted: u32) -> Result<(), Broken> {
         if u32::from(self.pool[page as usize].live) == counted {
             Ok(())
@@ -229,6 +239,7 @@ impl Mmu {
                 continue;
             }
             live += 1;
+            self.audit_group(page, i)?;
             let child = m.gfns(page)[i].load(Relaxed);
             let known = child != 0 && child < self.fresh;
             let fits = known && {
