@@ -44,3 +44,33 @@ fn rows_name_each_command_once_and_give_reasons() {
         );
     }
 }
+
+/// Relative links of a Markdown text, without their anchors.
+fn links(text: &str) -> impl Iterator<Item = &str> {
+    text.split("](").skip(1).filter_map(|rest| {
+        let (link, _) = rest.split_once(')')?;
+        let (path, _) = link.split_once('#').unwrap_or((link, ""));
+        let relative = !path.is_empty() && !path.contains(':') && !path.contains(' ');
+        relative.then_some(path)
+    })
+}
+
+#[test]
+fn links_of_the_book_lead_somewhere() {
+    let docs = coverage::file().with_file_name("");
+    let mut files = vec![docs.join("../README.md"), docs.join("../CONTRIBUTING.md")];
+    for dir in [docs.clone(), docs.join("decisions")] {
+        for entry in std::fs::read_dir(dir).expect("the book is there") {
+            files.push(entry.expect("readable").path());
+        }
+    }
+    files.retain(|file| file.extension().is_some_and(|ext| ext == "md"));
+    assert!(files.len() > 10, "the book has more pages: {files:?}");
+    for file in files {
+        let text = std::fs::read_to_string(&file).expect("a page is text");
+        let dir = file.parent().expect("a page is in a directory");
+        for link in links(&text) {
+            assert!(dir.join(link).exists(), "{}: {link}", file.display());
+        }
+    }
+}
