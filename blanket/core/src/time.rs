@@ -140,11 +140,7 @@ impl<M: Machine> Context<'_, M> {
 
     /// Raises the timers that are due and tells the host when to come back.
     pub fn run_timers(&mut self) {
-        let first = self
-            .v
-            .singleshot
-            .min(self.v.periodic)
-            .min(self.v.poll_until);
+        let first = self.next_deadline();
         if first != NEVER {
             let now = self.now();
             let mut due = false;
@@ -159,18 +155,24 @@ impl<M: Machine> Context<'_, M> {
             if due {
                 self.raise_own_virq(virq::TIMER);
             }
+            self.release_self_ipi(now);
         }
         self.arm();
+    }
+
+    /// The next time at which this vCPU has something to do; [`NEVER`] if none.
+    fn next_deadline(&self) -> u64 {
+        self.v
+            .singleshot
+            .min(self.v.periodic)
+            .min(self.v.poll_until)
+            .min(self.v.held_ipi.map_or(NEVER, |(_, at)| at))
     }
 
     /// Gives the host this vCPU's next deadline. The module arms its timer at each
     /// entry, so the world is left only for a deadline earlier than the armed one.
     pub fn arm(&mut self) {
-        let first = self
-            .v
-            .singleshot
-            .min(self.v.periodic)
-            .min(self.v.poll_until);
+        let first = self.next_deadline();
         let sw = self.m.switch();
         sw.deadline.store(first, Release);
         if first == NEVER {

@@ -277,6 +277,10 @@ pub struct Vcpu {
     pub periodic: u64,
     /// Time limit of a poll.
     pub poll_until: u64,
+    /// When this vCPU last sent an IPI to itself, and how many it sent in a row.
+    pub self_ipi: (u64, u32),
+    /// An IPI to itself that is held back, and until when.
+    pub held_ipi: Option<(u32, u64)>,
     /// An NMI was delivered and not returned from.
     pub nmi_blocked: bool,
     /// Version of the time parameters that were last published.
@@ -334,6 +338,8 @@ impl Vcpu {
             period: 0,
             periodic: NEVER,
             poll_until: NEVER,
+            self_ipi: (0, 0),
+            held_ipi: None,
             nmi_blocked: false,
             // Odd: no version is.
             time_seen: 1,

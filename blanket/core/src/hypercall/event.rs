@@ -2,7 +2,7 @@
 //! `public/grant_table.h`).
 
 use super::super::context::{Context, Hyper};
-use crate::evtchn::{Outcome, SharedBits};
+use crate::evtchn::{Binding, Outcome, SharedBits};
 use crate::grant::{GrantTable, Refusal};
 use crate::machine::Machine;
 use crate::vm::Vm;
@@ -14,6 +14,12 @@ use blanket_abi::xen::shared::{shared_info, vcpu_info};
 use blanket_abi::{Gfn, Va};
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
+
+/// IPIs of a vCPU to itself that count as one row, and how long the next one is
+/// held back, ns.
+const SELF_IPI_NS: u64 = 100_000;
+/// Length of a row after which they are held back.
+const SELF_IPI_ROW: u32 = 16;
 
 /// Operands that one grant_table_op may have.
 const OPERANDS_MAX: u64 = 512;
@@ -107,6 +113,50 @@ impl<M: Machine> Context<'_, M> {
         let _kick = self.vm.ports.raise_virq(virq, self.v.id, &self.bits());
     }
 
+    /// Whether an IPI of this vCPU to itself is held back for a moment.
+    ///
+    /// An IPI through a real APIC arrives some instructions later; an event is
+    /// there at once. Linux with PREEMPT_RT depends on the difference: its RCU
+    /// sends itself an irq_work from the very upcall that handles the last one, and
+    /// would never come to run anything else (mended in Linux 6.16, "rcu: Fix
+    /// rcu_read_unlock() deadloop due to IRQ work"). After a row of such sends the
+    /// next one is late.
+    fn hold_self_ipi(&mut self, port: u32) -> bool {
+        let bound = self.vm.ports.port(port);
+        if bound.binding != Binding::Ipi || bound.vcpu != self.v.id {
+            return false;
+        }
+        let now = self.now();
+        let (last, row) = self.v.self_ipi;
+        let row = if now.saturating_sub(last) < SELF_IPI_NS {
+            row + 1
+        } else {
+            0
+        };
+        self.v.self_ipi = (now, row);
+        match self.v.held_ipi {
+            Some((held, _)) => held == port,
+            None if row >= SELF_IPI_ROW => {
+                self.v.held_ipi = Some((port, now + SELF_IPI_NS));
+                self.arm();
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Sends the IPI that was held back, if its time has come.
+    pub(crate) fn release_self_ipi(&mut self, now: u64) {
+        if let Some((port, at)) = self.v.held_ipi
+            && at <= now
+        {
+            self.v.held_ipi = None;
+            // It was an IPI of our own when it was held; if it is closed now, the
+            // guest does not want it any more.
+            let _outcome = self.vm.ports.send(port, &self.bits());
+        }
+    }
+
     /// Tells the module which vCPU a port's notifications go to.
     fn publish_port(&self, port: u32) {
         if let Some(slot) = self.m.vm_page().port_vcpu.get(port as usize) {
@@ -133,6 +183,9 @@ impl<M: Machine> Context<'_, M> {
         match cmd {
             op::SEND => {
                 let port = word(self, 0)?;
+                if self.hold_self_ipi(port) {
+                    return Ok(0);
+                }
                 match vm.ports.send(port, &self.bits())? {
                     Outcome::Done => self.notify(None),
                     Outcome::Kick(vcpu) => self.notify(Some(vcpu)),
