@@ -172,6 +172,23 @@ impl<M: Machine> Context<'_, M> {
     pub fn boot(&mut self) {
         let boot = self.vm.boot;
         self.fast.kernel_mode = 1;
+        // The record comes from the VMM. Before anything looks at a frame by it: one
+        // outside the VM would reach the core's own memory.
+        let (root, shared) = (Gfn(boot.cr3), Gfn(boot.shared_info));
+        if root.0 >= self.vm.nr_frames
+            || shared.0 >= self.vm.nr_frames
+            || boot.ram_frames > self.vm.nr_frames
+            || !Va(boot.rip).is_guest()
+        {
+            self.crash(
+                crash::GUEST,
+                format_args!(
+                    "the boot record names root {root:?}, shared info {shared:?}, {:#x} frames of \
+                     RAM and rip {:#x}",
+                    boot.ram_frames, boot.rip
+                ),
+            );
+        }
         self.default_info();
         self.f.rip = boot.rip;
         self.f.rsp = boot.rsp;
@@ -189,13 +206,6 @@ impl<M: Machine> Context<'_, M> {
                 .vm
                 .ports
                 .reserve_static(port, blanket_abi::xen::domid::BACKEND);
-        }
-        let root = Gfn(boot.cr3);
-        if root.0 >= self.vm.nr_frames || !Va(boot.rip).is_guest() {
-            self.crash(
-                crash::GUEST,
-                format_args!("the boot record names {root:?}, rip {:#x}", boot.rip),
-            );
         }
         let (page, cr3) = self.mmu(|mmu, m, ep| {
             let page = mmu.root_get(m, ep, root, false)?;

@@ -7,7 +7,7 @@
 
 mod common;
 
-use blanket_abi::device::{exit, pending};
+use blanket_abi::device::{Boot, crash, exit, pending};
 use blanket_abi::xen::event::op;
 use blanket_abi::xen::hypercall::{self as nr, mmuext, vcpu, vgcf};
 use blanket_abi::xen::shared::{guest_context as gc, runstate, shared_info, vcpu_info};
@@ -354,5 +354,45 @@ fn no_call_keeps_the_cpu_for_long() {
             "call {call}: {}",
             w.m.work.get().1
         );
+    }
+}
+
+#[test]
+fn a_boot_record_that_points_outside_the_vm_is_refused() {
+    let setup = Setup::default();
+    let good = Guest::boot(1, setup);
+    let out = setup.frames();
+    let bad = [
+        Boot { cr3: out, ..good },
+        Boot {
+            shared_info: out,
+            ..good
+        },
+        Boot {
+            shared_info: u64::MAX,
+            ..good
+        },
+        Boot {
+            shared_info: 1 << 52 | 1,
+            ..good
+        },
+        Boot {
+            ram_frames: out + 1,
+            ..good
+        },
+        Boot {
+            rip: 0xffff_8080_0000_0000,
+            ..good
+        },
+        Boot {
+            rip: 0x8000_0000_0000,
+            ..good
+        },
+    ];
+    for boot in bad {
+        let mut w = World::new(setup, boot);
+        let end = w.crashes(|c| c.boot());
+        assert_eq!(end.why, crash::GUEST, "{boot:?}");
+        assert!(end.text.contains("boot record"), "{}", end.text);
     }
 }
