@@ -261,6 +261,8 @@ fn parse(line: &str) -> Option<Row> {
 struct Monitor {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
+    /// MMU modes that this QEMU keeps a TLB for.
+    modes: f64,
 }
 
 impl Monitor {
@@ -269,8 +271,17 @@ impl Monitor {
             .with_context(|| format!("cannot connect to {}", socket.display()))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         let reader = BufReader::new(stream.try_clone()?);
-        let mut this = Self { stream, reader };
+        let mut this = Self {
+            stream,
+            reader,
+            modes: 16.0,
+        };
         this.ask(r#"{"execute":"qmp_capabilities"}"#)?;
+        let version = this.ask(r#"{"execute":"query-version"}"#)?;
+        // `NB_MMU_MODES`: 8 for x86 up to QEMU 7, 16 for all targets since.
+        if version.contains(r#""major": 7"#) || version.contains(r#""major":7"#) {
+            this.modes = 8.0;
+        }
         Ok(this)
     }
 
@@ -289,7 +300,7 @@ impl Monitor {
     }
 
     /// Times that the whole TLB was flushed. On a CPU without PCIDs that is what
-    /// a load of CR3 does; QEMU counts it once for each of its 8 MMU modes.
+    /// a load of CR3 does; QEMU counts it once for each of its MMU modes.
     fn flushes(&mut self) -> Result<f64> {
         let answer = self.ask(
             r#"{"execute":"human-monitor-command","arguments":{"command-line":"info jit"}}"#,
@@ -306,7 +317,7 @@ impl Monitor {
             Ok(digits.parse()?)
         };
         let partial = number("TLB partial flushes")? + number("TLB elided flushes")?;
-        Ok(number("TLB full flushes")? + partial / 8.0)
+        Ok(number("TLB full flushes")? + partial / self.modes)
     }
 }
 
