@@ -453,8 +453,7 @@ fn page(args: &Args, release: &str, table: &str) -> String {
          one instruction of the whole machine, the core and the module included. The CR3 loads are \
          changes of address space for one operation, as QEMU counts them in the second boot, and \
          the last columns are that boot by the clock. An emulator's clock says little about \
-         hardware: there, a CR3 load costs microseconds, \
-         and so does all that runs beside it on the machine.\n\n\
+         hardware: in it a CR3 load costs microseconds, and what else runs on the machine shows.\n\n\
          The Xen PV columns are Xen 4.17 with the same kernel as a PV guest, measured once with the \
          same rows and the same settings (`tests/lab-scripts/xen-reference.tsv`). Bandwidth rows \
          (MiB/s) show the cost as native divided by VM. The mean leaves out `cpu_`, `bw_` and \
