@@ -21,7 +21,7 @@ pub struct Args {
     /// Then install them on a bare Debian 12 instance with one CPU and 1 GiB in
     /// QEMU, and run a VM there (as root; takes some minutes).
     #[arg(long)]
-    test: bool,
+    pub test: bool,
 }
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -289,9 +289,9 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
 }
 
 /// Runs in the instance, from its initramfs.
-const TRY_OUT: &str = r"set -e
+const TRY_OUT: &str = r#"set -e
 for disk in /sys/block/vd*; do
-    [ $(cat $disk/serial) = root ] && mount -t ext4 /dev/${disk##*/} /mnt
+    [ "$(cat $disk/serial)" = root ] && mount -t ext4 /dev/${disk##*/} /mnt
 done
 [ -e /mnt/usr/bin/apt-get ]
 for dir in proc sys dev dev/pts; do mount -o bind /$dir /mnt/$dir; done
@@ -300,7 +300,8 @@ mkdir /mnt/run/it
 cp -r /packages /guest /mnt/run/it/
 rm -r /packages /guest
 ! [ -e /mnt/usr/bin/cargo ]
-chroot /mnt apt-get -q install -y /run/it/packages/blanket_*.deb /run/it/packages/blanket-dkms_*.deb
+export DEBIAN_FRONTEND=noninteractive
+chroot /mnt sh -c 'apt-get -q install -y /run/it/packages/*.deb'
 chroot /mnt blanket doctor
 chroot /mnt blanket run --kernel /run/it/guest/vmlinuz --initrd /run/it/guest/initrd.img \
     --memory 128M --cmdline 'console=hvc0 quiet' </dev/null >/tmp/out 2>&1 || { cat /tmp/out; exit 1; }
@@ -310,7 +311,7 @@ grep -q VM-WORKS /tmp/out
 chroot /mnt apt-get -q remove -y blanket blanket-dkms
 ! grep -q '^blanket ' /proc/modules
 umount /mnt/run /mnt/dev/pts /mnt/dev /mnt/sys /mnt/proc /mnt
-";
+"#;
 
 /// A disk image of a minimal Debian 12 that has what the packages depend on, so
 /// that the instance needs no network.

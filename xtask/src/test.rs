@@ -14,6 +14,7 @@ use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels;
 use crate::lab::{Payload, find_command, find_module};
+use crate::package;
 use crate::project::Project;
 use crate::qemu::{self, End, Machine, Outcome};
 use crate::setup::{self, Need, on_path};
@@ -48,25 +49,36 @@ struct Tally {
 /// A check that is no whole-system case.
 struct Step {
     name: &'static str,
+    /// Only with `--long`, or when asked for by its full name.
+    long: bool,
     run: fn(&Project) -> Result<Tally>,
 }
 
 const STEPS: &[Step] = &[
     Step {
         name: "format",
+        long: false,
         run: format,
     },
     Step {
         name: "clippy",
+        long: false,
         run: clippy,
     },
     Step {
         name: "unit",
+        long: false,
         run: unit,
     },
     Step {
         name: "module-abi",
+        long: false,
         run: module_abi,
+    },
+    Step {
+        name: "package",
+        long: true,
+        run: packages,
     },
 ];
 
@@ -77,7 +89,11 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             .as_ref()
             .is_none_or(|only| name.contains(only.as_str()))
     };
-    let steps: Vec<&Step> = STEPS.iter().filter(|step| wanted(step.name)).collect();
+    let steps: Vec<&Step> = STEPS
+        .iter()
+        .filter(|step| args.long || !step.long || args.only.as_deref() == Some(step.name))
+        .filter(|step| wanted(step.name))
+        .collect();
     let cases: Vec<Case> = cases::cases()
         .into_iter()
         // A case that is asked for by its full name runs, long or not.
@@ -205,6 +221,14 @@ fn unit(project: &Project) -> Result<Tally> {
     }
     ensure!(tally.passed + tally.failed > 0, "cargo test ran no test");
     Ok(tally)
+}
+
+fn packages(project: &Project) -> Result<Tally> {
+    package::run(project, &package::Args { test: true })?;
+    Ok(Tally {
+        passed: 1,
+        failed: 0,
+    })
 }
 
 fn module_abi(project: &Project) -> Result<Tally> {
