@@ -17,8 +17,10 @@ n=0
 while [ $n -lt 100 ]; do /bin/true || fail "exec $n"; n=$((n + 1)); done
 [ "$(seq 1 500 | sort -n | tail -n 1)" = 500 ] || fail "pipes"
 
-# Memory keeps what is written to it, on all CPUs at once.
-dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null
+# Memory keeps what is written to it, on all CPUs at once. Five files that take a
+# third of what is free.
+mib=$(awk '/^MemAvailable/ { m = int($2 / 1024 / 15); print m < 1 ? 1 : m > 16 ? 16 : m }' /proc/meminfo)
+dd if=/dev/urandom of=/tmp/data bs=1M count=$mib 2>/dev/null
 sum=$(md5sum </tmp/data)
 for copy in 1 2 3 4; do cp /tmp/data /tmp/data$copy & done
 wait
