@@ -159,6 +159,26 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
         Case {
+            name: "idle-clock".into(),
+            // By instructions: an emulator's own clock would count its host's load.
+            icount: true,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/idle-clock.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        },
+        Case {
+            name: "lifecycle".into(),
+            long: true,
+            timeout: 1200,
+            work: Work::Instance {
+                script: include_str!("../../blanket/cli/tests/lifecycle.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        },
+        Case {
             name: "two-guests".into(),
             timeout: 240,
             work: Work::Instance {
