@@ -13,8 +13,6 @@ use crate::project::{Project, write_if_changed};
 
 const SUITE: &str = "bookworm";
 const BACKPORTS: &str = "bookworm-backports";
-const MIRROR: &str = "http://mirror.invalid/debian";
-const SECURITY_MIRROR: &str = "http://security.mirror.invalid/debian-security";
 
 /// Selects what a Debian 12 machine would install.
 pub const NEWEST: &[&str] = &[];
@@ -35,7 +33,7 @@ impl<'a> Apt<'a> {
         for sub in ["etc", "lists/partial", "cache/archives/partial", "log"] {
             project.out_dir(&format!("apt/{sub}"))?;
         }
-        let (mirror, security) = host_mirrors();
+        let (mirror, security) = host_mirrors()?;
         let keys = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
         let sources = format!(
             "deb {keys} {mirror} {SUITE} main\n\
@@ -157,7 +155,7 @@ impl<'a> Apt<'a> {
 
 /// The mirrors that this machine uses for Debian 12 and its security updates,
 /// from its own apt sources in either format.
-fn host_mirrors() -> (String, String) {
+fn host_mirrors() -> Result<(String, String)> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.flatten().map(|entry| entry.path()));
@@ -166,16 +164,18 @@ fn host_mirrors() -> (String, String) {
         .iter()
         .filter_map(|file| fs::read_to_string(file).ok())
         .collect();
-    let find = |suite: &str, fallback: &str| {
+    let find = |suite: &str| {
         texts
             .iter()
             .find_map(|text| mirror_in(text, suite))
-            .unwrap_or_else(|| fallback.to_owned())
+            .with_context(|| {
+                format!(
+                    "no apt source of this machine has {suite}; add Debian 12's sources to \
+                     /etc/apt/sources.list, as a new Debian 12 has them"
+                )
+            })
     };
-    (
-        find(SUITE, MIRROR),
-        find(&format!("{SUITE}-security"), SECURITY_MIRROR),
-    )
+    Ok((find(SUITE)?, find(&format!("{SUITE}-security"))?))
 }
 
 /// The URI that one sources file names for `suite`, if any.
