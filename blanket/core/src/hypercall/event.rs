@@ -164,6 +164,18 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
+    /// Gives a new port to the guest at `to`. A port that the guest could not be
+    /// told of is closed again: nothing else would ever close it.
+    fn hand_out(&mut self, port: u32, to: u64) -> Hyper {
+        self.publish_port(port);
+        if let Err(error) = self.write_u32(to, port) {
+            let _lock = self.vm.ports_lock.lock();
+            self.vm.ports.close(port, &self.bits())?;
+            return Err(error);
+        }
+        Ok(0)
+    }
+
     fn notify(&mut self, vcpu: Option<u32>) {
         let polling = self.vm.polling.load(SeqCst);
         let mask = vcpu.map_or(0, |v| 1 << v) | polling;
@@ -207,8 +219,7 @@ impl<M: Machine> Context<'_, M> {
                     let _lock = vm.ports_lock.lock();
                     vm.ports.bind_virq(virq, vcpu, &self.bits())?
                 };
-                self.publish_port(port);
-                self.write_u32(ptr.wrapping_add(8), port).map(|()| 0)
+                self.hand_out(port, ptr.wrapping_add(8))
             }
             op::BIND_IPI => {
                 let vcpu = word(self, 0)?;
@@ -216,8 +227,7 @@ impl<M: Machine> Context<'_, M> {
                     let _lock = vm.ports_lock.lock();
                     vm.ports.bind_ipi(vcpu, &self.bits())?
                 };
-                self.publish_port(port);
-                self.write_u32(ptr.wrapping_add(4), port).map(|()| 0)
+                self.hand_out(port, ptr.wrapping_add(4))
             }
             op::BIND_VCPU => {
                 let (port, vcpu) = (word(self, 0)?, word(self, 1)?);
@@ -235,8 +245,7 @@ impl<M: Machine> Context<'_, M> {
                     vm.ports
                         .alloc_unbound(doms as u16, (doms >> 16) as u16, &self.bits())?
                 };
-                self.publish_port(port);
-                self.write_u32(ptr.wrapping_add(4), port).map(|()| 0)
+                self.hand_out(port, ptr.wrapping_add(4))
             }
             op::BIND_INTERDOMAIN => {
                 let (dom, remote) = (word(self, 0)?, word(self, 1)?);
@@ -245,9 +254,8 @@ impl<M: Machine> Context<'_, M> {
                     vm.ports
                         .bind_interdomain(dom as u16, remote, &self.bits())?
                 };
-                self.publish_port(port);
                 self.notify(kick);
-                self.write_u32(ptr.wrapping_add(8), port).map(|()| 0)
+                self.hand_out(port, ptr.wrapping_add(8))
             }
             op::CLOSE => {
                 let port = word(self, 0)?;
