@@ -63,12 +63,8 @@ global_asm!(
     .section .entry, "ax"
     .set hw, blanket_entry_start + {HW}
 
-    # An exception or interrupt. On the stack: vector, error, RIP, CS, RFLAGS, RSP, SS.
-    .balign 16
-trap_entry:
-    test byte ptr [rsp + 24], 3
-    jz core_fault
-save_and_call:
+    # General registers in the order of `TrapFrame`, from its top.
+    .macro push_all
     push rdi
     push rsi
     push rdx
@@ -84,12 +80,8 @@ save_and_call:
     push r13
     push r14
     push r15
-    cld
-    mov rdi, rsp
-    movabs rax, offset blanket_trap
-    call rax
-    .global blanket_return
-blanket_return:
+    .endm
+    .macro pop_all
     pop r15
     pop r14
     pop r13
@@ -105,6 +97,45 @@ blanket_return:
     pop rdx
     pop rsi
     pop rdi
+    .endm
+    # Those that a call may change.
+    .macro push_clobbered
+    push rdi
+    push rsi
+    push rdx
+    push rcx
+    push rax
+    push r8
+    push r9
+    push r10
+    push r11
+    .endm
+    .macro pop_clobbered
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rax
+    pop rcx
+    pop rdx
+    pop rsi
+    pop rdi
+    .endm
+
+    # An exception or interrupt. On the stack: vector, error, RIP, CS, RFLAGS, RSP, SS.
+    .balign 16
+trap_entry:
+    test byte ptr [rsp + 24], 3
+    jz core_fault
+save_and_call:
+    push_all
+    cld
+    mov rdi, rsp
+    movabs rax, offset blanket_trap
+    call rax
+    .global blanket_return
+blanket_return:
+    pop_all
     add rsp, 16
     .global blanket_iret_slow
 blanket_iret_slow:
@@ -112,21 +143,7 @@ blanket_iret_slow:
 
     # A fault in ring 0: in the exception table, in an iretq to the guest, or a bug.
 core_fault:
-    push rdi
-    push rsi
-    push rdx
-    push rcx
-    push rax
-    push r8
-    push r9
-    push r10
-    push r11
-    push rbx
-    push rbp
-    push r12
-    push r13
-    push r14
-    push r15
+    push_all
     cld
     mov rdi, rsp
     movabs rax, offset blanket_core_fault
@@ -134,21 +151,7 @@ core_fault:
     # 0: go on at the changed RIP. Otherwise: a trap frame to handle as an entry.
     test rax, rax
     jnz 3f
-    pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop rbp
-    pop rbx
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rax
-    pop rcx
-    pop rdx
-    pop rsi
-    pop rdi
+    pop_all
     add rsp, 16
     iretq
 3:
@@ -180,15 +183,7 @@ ist_entry:
     pop rax
     jmp save_and_call
 4:
-    push rdi
-    push rsi
-    push rdx
-    push rcx
-    push rax
-    push r8
-    push r9
-    push r10
-    push r11
+    push_clobbered
     cld
     mov rdi, [rsp + 72]
     lea rsi, [rsp + 88]
@@ -217,29 +212,13 @@ ist_entry:
     sub rax, 16
     mov [rsp + 120], rax
     pop rbp
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rax
-    pop rcx
-    pop rdx
-    pop rsi
-    pop rdi
+    pop_clobbered
     mov rsp, [rsp + 40]
     popfq
     ret
 7:
     pop rbp
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rax
-    pop rcx
-    pop rdx
-    pop rsi
-    pop rdi
+    pop_clobbered
     add rsp, 16
     iretq
 
