@@ -10,7 +10,7 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	1
+#define BLANKET_API_VERSION	2
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
@@ -31,6 +31,8 @@
 #define BLANKET_EXIT_DEADLINE		8
 #define BLANKET_EXIT_POOL		9
 #define BLANKET_EXIT_YIELD		10
+#define BLANKET_EXIT_BREATH		11
+#define BLANKET_EXIT_XCR0		12
 #define BLANKET_EXIT_USER		16
 #define BLANKET_EXIT_SEND		16
 #define BLANKET_EXIT_CONSOLE		17
@@ -47,6 +49,7 @@
 #define BLANKET_PENDING_RAISED	2
 #define BLANKET_PENDING_NMI		4
 #define BLANKET_PENDING_MCE		8
+#define BLANKET_PENDING_FLUSH		16
 
 /* Selectors of the core world (Xen's reserved GDT page). */
 #define BLANKET_RESERVED_PAGE	0xe000
@@ -90,6 +93,7 @@
 #define BLANKET_VCPU		0xffff808010000000ULL
 #define BLANKET_VCPU_STRIDE	0x80000ULL
 #define BLANKET_VM_PAGE		0xffff808030000000ULL
+#define BLANKET_CPUID_TABLE	(BLANKET_VM_PAGE + 0x1000)
 #define BLANKET_GFN_INFO	0xffff808040000000ULL
 #define BLANKET_POOL_INFO	0xffff809000000000ULL
 #define BLANKET_POOL_GFNS	0xffff80a000000000ULL
@@ -108,6 +112,7 @@
 #define BLANKET_VCPU_STACK_SIZE	0x10000
 #define BLANKET_VCPU_HW		0x20000
 #define BLANKET_VCPU_HW_SIZE	0x2000
+#define BLANKET_VCPU_PV		0x22000
 #define BLANKET_VCPU_IST	0x24000
 #define BLANKET_VCPU_GDT	0x30000
 #define BLANKET_VCPU_LDT	0x40000
@@ -215,7 +220,24 @@ struct blanket_vm_page {
 	__u8 port_vcpu[BLANKET_PORT_VCPUS];
 	__u64 pool_limit;
 	__u64 hole[16];
+	__u32 host;
+	__u32 kvm_features;
+	__u32 cpuid_entries;
+	__u32 pad3;
 };
+
+#define BLANKET_HOST_MODULE	0
+#define BLANKET_HOST_KVM	1
+
+/* Only inside KVM. */
+struct blanket_cpuid_entry {
+	__u32 leaf;
+	__u32 subleaf;
+	__u32 regs[4];
+};
+
+#define BLANKET_CPUID_ANY	0xffffffffU
+#define BLANKET_CPUID_MAX	(4096 / sizeof(struct blanket_cpuid_entry))
 
 struct blanket_dtr {
 	__u16 pad[3];
@@ -260,6 +282,8 @@ struct blanket_switch {
 	__u32 pad;
 	__u64 exit_entry;
 	__u64 host_self;
+	__u64 pv_address;
+	__u64 in_place[BLANKET_EXIT_REASONS];
 	__u64 counters[BLANKET_COUNTERS];
 	__u8 data[BLANKET_RUN_DATA];
 } __attribute__((aligned(64)));

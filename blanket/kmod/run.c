@@ -484,6 +484,7 @@ static bool handle(struct blanket_vcpu *vcpu, u32 reason)
 	case BLANKET_EXIT_NMI:
 	case BLANKET_EXIT_MCE:
 	case BLANKET_EXIT_DEADLINE:
+	case BLANKET_EXIT_BREATH:
 		return false;
 	case BLANKET_EXIT_IDLE:
 		idle(vcpu);

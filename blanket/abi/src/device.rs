@@ -1,4 +1,6 @@
 //! The module's ABI: `/dev/blanket` for the VMM, the switch block for the core.
+//! Inside KVM the VMM itself builds and serves what the module would
+//! ([`VmPage::host`] says which); fields that one of the two does not need stay 0.
 //!
 //! `blanket/kmod/blanket.h` is the same contract in C; `cargo xtask test`
 //! compiles a program that compares every size, offset and number of the two.
@@ -8,7 +10,7 @@ use core::sync::atomic::{AtomicI8, AtomicU8, AtomicU32, AtomicU64};
 
 /// Version of everything in this module. The VMM, the core and the module must
 /// agree on it exactly.
-pub const API_VERSION: u32 = 1;
+pub const API_VERSION: u32 = 2;
 
 /// `'B' << 8`, the ioctl type.
 const IOC: u32 = 0xb7 << 8;
@@ -169,6 +171,10 @@ pub mod exit {
     pub const POOL: u32 = 9;
     /// Let others run: the vCPU spins for something that another holds.
     pub const YIELD: u32 = 10;
+    /// A long operation lets the host's interrupts in.
+    pub const BREATH: u32 = 11;
+    /// Set XCR0 to arg 0. Only inside KVM: under the module the core does it itself.
+    pub const XCR0: u32 = 12;
 
     /// First reason that the VMM sees.
     pub const USER: u32 = 16;
@@ -297,7 +303,41 @@ pub struct VmPage {
     /// Level-4 entries 256 to 271 that every root of this VM needs: the tables
     /// of [`crate::layout`], built by the module.
     pub hole: [u64; 16],
+    /// What the core runs on, one of [`host`].
+    pub host: u32,
+    /// KVM's paravirtual features that the core may use: CPUID leaf 0x40000001,
+    /// eax (`Documentation/virt/kvm/x86/cpuid.rst`). 0 under the module.
+    pub kvm_features: u32,
+    /// Entries of the table at [`crate::layout::CPUID_TABLE`]. 0 under the module.
+    pub cpuid_entries: u32,
+    /// Padding.
+    pub pad3: u32,
 }
+
+/// Values of [`VmPage::host`].
+pub mod host {
+    /// `blanket.ko`: the core is one of two worlds of a physical CPU.
+    pub const MODULE: u32 = 0;
+    /// A KVM VM, in which the core is alone at CPL 0.
+    pub const KVM: u32 = 1;
+}
+
+/// An answer of CPUID, in the table that the core uses inside KVM.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuidEntry {
+    /// Leaf.
+    pub leaf: u32,
+    /// Subleaf; [`CPUID_ANY`] where the leaf has none.
+    pub subleaf: u32,
+    /// eax, ebx, ecx, edx.
+    pub regs: [u32; 4],
+}
+
+/// [`CpuidEntry::subleaf`] of a leaf without subleaves.
+pub const CPUID_ANY: u32 = u32::MAX;
+/// Entries that the table at [`crate::layout::CPUID_TABLE`] has room for.
+pub const CPUID_MAX: usize = 4096 / size_of::<CpuidEntry>();
 
 /// Flags of [`Switch::pending`].
 pub mod pending {
@@ -311,6 +351,9 @@ pub mod pending {
     pub const NMI: u32 = 1 << 2;
     /// As [`NMI`], for a machine check.
     pub const MCE: u32 = 1 << 3;
+    /// Another vCPU waits until this one has flushed its TLB. Only inside KVM: the
+    /// module answers [`super::exit::FLUSH`] itself.
+    pub const FLUSH: u32 = 1 << 4;
 }
 
 /// Descriptor-table register image, padded to 16 bytes. The CPU reads ten bytes
@@ -407,6 +450,11 @@ pub struct Switch {
     pub exit_entry: u64,
     /// Address of this block in the host's address space, valid on `trans_cr3`.
     pub host_self: u64,
+    /// Guest-physical address of the page at [`crate::layout::vcpu::PV`]. 0 under
+    /// the module.
+    pub pv_address: u64,
+    /// Exits that the core answered itself, by reason. Only inside KVM.
+    pub in_place: [AtomicU64; EXIT_REASONS],
     /// Counters, see [`counter`].
     pub counters: [AtomicU64; COUNTERS],
     /// Text for CONSOLE and CRASH exits; its length is argument 3 of the exit.

@@ -34,6 +34,8 @@ pub const VCPU: u64 = 0xffff_8080_1000_0000;
 pub const VCPU_STRIDE: u64 = 0x8_0000;
 /// Page shared between the module and the core of one VM ([`crate::device::VmPage`]).
 pub const VM_PAGE: u64 = 0xffff_8080_3000_0000;
+/// CPUID as the host gives it ([`crate::device::CpuidEntry`]); only inside KVM.
+pub const CPUID_TABLE: u64 = VM_PAGE + 0x1000;
 /// Array of per-gfn records, one for each frame of the VM.
 pub const GFN_INFO: u64 = 0xffff_8080_4000_0000;
 /// Bytes of a per-gfn record.
@@ -75,6 +77,8 @@ pub mod vcpu {
     pub const HW: u64 = 0x2_0000;
     /// Bytes at [`HW`].
     pub const HW_SIZE: u64 = 0x2000;
+    /// A page that the vCPU shares with KVM ([`crate::kvm`]); absent under the module.
+    pub const PV: u64 = 0x2_2000;
     /// Interrupt stacks for #DF, NMI, #DB, #MC in this order, each one page with
     /// an unmapped page below: stack *i* ends at `IST + (2 * i + 2) * 4096`.
     pub const IST: u64 = 0x2_4000;

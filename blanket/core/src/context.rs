@@ -20,6 +20,9 @@ pub type Hyper = Result<i64, i64>;
 /// or the change of a table's entry, far below a microsecond.
 const BREATH: u32 = 2048;
 
+/// Looks at a lock, or at another vCPU, before the host is asked to run others.
+const SPINS: u32 = 4096;
+
 /// Times that one operation may find the shadow pool empty at its limit.
 const POOL_TRIES: u32 = 1000;
 
@@ -83,6 +86,23 @@ pub enum Shape {
     Selectors([u64; 4]),
 }
 
+impl<'a, M: Machine> Context<'a, M> {
+    /// Takes the MMU lock. Its holder may be off its CPU (inside KVM, where the host
+    /// schedules CPL 0 as it likes), so a long spin asks the host to run others.
+    fn lock_mmu(&mut self) -> spin::MutexGuard<'a, Mmu> {
+        let vm = self.vm;
+        loop {
+            for _ in 0..SPINS {
+                if let Some(mmu) = vm.mmu.try_lock() {
+                    return mmu;
+                }
+                core::hint::spin_loop();
+            }
+            self.exit(exit::YIELD, [0; 4]);
+        }
+    }
+}
+
 impl<M: Machine> Context<'_, M> {
     /// Whether the guest is in kernel mode.
     #[inline]
@@ -116,12 +136,16 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
-    /// Leaves for the host and comes back, with all translations fresh.
+    /// Asks the host; unless it answers in place, all translations are fresh then.
     pub fn exit(&mut self, reason: u32, args: [u64; 4]) -> i64 {
+        if self.m.in_place(reason) {
+            self.v.check_timers |= reason == exit::INTR;
+            return self.m.exit(reason, args);
+        }
+        self.v.check_timers = true;
         self.publish_fast_counters();
         self.vm.epochs.leave(self.v.id);
         let ret = self.m.exit(reason, args);
-        self.v.check_timers = true;
         self.load_root();
         ret
     }
@@ -168,7 +192,7 @@ impl<M: Machine> Context<'_, M> {
         let mut pool_tries = 0;
         loop {
             let need = {
-                let mut mmu = self.vm.mmu.lock();
+                let mut mmu = self.lock_mmu();
                 mmu.begin();
                 match op(&mut mmu, self.m, &self.vm.epochs) {
                     Ok(done) => return done,
@@ -187,7 +211,7 @@ impl<M: Machine> Context<'_, M> {
         self.v.work += steps;
         if self.v.work >= BREATH {
             self.v.work = 0;
-            self.exit(exit::YIELD, [0; 4]);
+            self.exit(exit::BREATH, [0; 4]);
         }
     }
 
@@ -204,7 +228,7 @@ impl<M: Machine> Context<'_, M> {
                 }
             }
             Need::Breath => {
-                self.exit(exit::YIELD, [0; 4]);
+                self.exit(exit::BREATH, [0; 4]);
             }
             Need::Pool => {
                 if self.exit(exit::POOL, [128, 0, 0, 0]) > 0 {
@@ -215,10 +239,10 @@ impl<M: Machine> Context<'_, M> {
                 if pool_tries > POOL_TRIES {
                     self.crash(crash::MEMORY, format_args!("the shadow pool is too small"));
                 }
-                let retired = pool_tries == 1 && self.vm.mmu.lock().has_retired();
+                let retired = pool_tries == 1 && self.lock_mmu().has_retired();
                 if !retired {
                     self.count(counter::SHADOW_DROP_ALL);
-                    let mut mmu = self.vm.mmu.lock();
+                    let mut mmu = self.lock_mmu();
                     mmu.drop_all(self.m, &self.vm.epochs);
                     let freed = mmu.has_retired();
                     drop(mmu);
@@ -242,9 +266,43 @@ impl<M: Machine> Context<'_, M> {
             }
         }
         if others != 0 {
-            // Every entry to the core world reloads CR3, this one as well.
-            self.exit(exit::FLUSH, [others, 0, 0, 0]);
+            let since = self.vm.epochs.begin();
+            let left = |c: &Self| {
+                (0..c.vm.nr_vcpus)
+                    .filter(|&id| others & 1 << id != 0 && !c.vm.epochs.reached(id, since))
+                    .fold(0u64, |left, id| left | 1 << id)
+            };
+            // Our own translations are fresh when the exit returns. The module has
+            // waited for the others then; inside KVM it is we who wait.
+            let mut stale = others;
+            loop {
+                let flushed = self.exit(exit::FLUSH, [stale, 0, 0, 0]).cast_unsigned();
+                for id in 0..self.vm.nr_vcpus {
+                    if stale & flushed & 1 << id != 0 {
+                        self.vm.epochs.reach(id, since);
+                    }
+                }
+                for _ in 0..SPINS {
+                    stale = left(self);
+                    if stale == 0 {
+                        return;
+                    }
+                    // Two that wait for each other must both go on.
+                    self.answer_flush();
+                    core::hint::spin_loop();
+                }
+                self.exit(exit::YIELD, [0; 4]);
+            }
         } else if mask & me != 0 {
+            self.load_root();
+        }
+    }
+
+    /// Flushes this vCPU's TLB if another one waits for it.
+    fn answer_flush(&mut self) {
+        let pending = &self.m.switch().pending;
+        if pending.load(Relaxed) & pending::FLUSH != 0 {
+            pending.fetch_and(!pending::FLUSH, SeqCst);
             self.load_root();
         }
     }
@@ -428,16 +486,17 @@ impl<M: Machine> Context<'_, M> {
     pub fn cpuid_policy(&self) -> crate::cpuid::Policy {
         let page = self.m.vm_page();
         let xcr0_mask = u64::from(page.xcr0_mask);
+        let clock = self.m.clock();
         crate::cpuid::Policy {
             vcpu_id: self.v.id,
             xcr0_mask,
             xcr0: self.v.xcr0,
             osxsave: xcr0_mask != 0,
             tsc_aux: false,
-            stable_tsc: page.time_flags.load(Relaxed) & 1 != 0,
+            stable_tsc: clock.flags & 1 != 0,
             tsc_khz: u32::try_from(page.tsc_khz).unwrap_or(u32::MAX),
-            tsc_mul: page.tsc_mul.load(Relaxed),
-            tsc_shift: page.tsc_shift.load(Relaxed),
+            tsc_mul: clock.mul,
+            tsc_shift: clock.shift,
         }
     }
 
@@ -657,6 +716,9 @@ impl<M: Machine> Context<'_, M> {
     /// Answers what others and the NMI stub asked of this vCPU.
     pub fn take_pending(&mut self) {
         let bits = self.m.switch().pending.swap(0, SeqCst);
+        if bits & pending::FLUSH != 0 {
+            self.load_root();
+        }
         if bits & pending::RAISED != 0 {
             self.take_raised();
         }

@@ -158,7 +158,10 @@ impl<M: Machine> Context<'_, M> {
                 let val = match cr {
                     0 => CR0,
                     2 => self.guest_cr2(),
-                    3 => self.vm.mmu.lock().root_gfn(self.v.kernel_root).base(),
+                    3 => {
+                        let root = self.v.kernel_root;
+                        self.mmu(|mmu, _, _| Ok(mmu.root_gfn(root))).base()
+                    }
                     4 => {
                         // Linux drops XSAVE unless OSXSAVE is set already.
                         let osxsave = u64::from(self.m.vm_page().xcr0_mask != 0) << 18;

@@ -21,8 +21,9 @@
 #[cfg(test)]
 extern crate std;
 
+pub use blanket_abi::cpuid;
+
 pub mod context;
-pub mod cpuid;
 pub mod emulate;
 pub mod evtchn;
 pub mod grant;

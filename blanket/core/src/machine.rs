@@ -4,6 +4,7 @@
 //! host tests. [`Host`] is the small one that differs between the module and a
 //! KVM VM; [`Memory`] and [`Cpu`] are the same on both.
 
+use crate::time::Clock;
 use blanket_abi::device::{Switch, VmPage};
 use blanket_abi::{Gfn, Va};
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
@@ -70,8 +71,6 @@ pub trait Cpu {
     fn load_data_selectors(&self, sel: [u16; 4]) -> bool;
     /// Time-stamp counter.
     fn tsc(&self) -> u64;
-    /// CPUID as eax, ebx, ecx, edx.
-    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
     /// Sets a debug register (checked by the caller).
     fn set_dr(&self, nr: u8, val: u64);
     /// Address of the last page fault.
@@ -87,18 +86,43 @@ pub trait Cpu {
     fn descriptor(&self, selector: u16) -> u64;
     /// Activates the first `entries` of the LDT copy (0 = no LDT).
     fn load_ldt(&self, entries: u32);
-    /// Sets XCR0 (checked by the caller).
-    fn set_xcr0(&self, val: u64);
     /// Sets TSC_AUX.
     fn set_tsc_aux(&self, val: u64);
 }
 
 /// What a host gives the core: the whole difference between the module below a
 /// stock kernel and a VM inside KVM.
+///
+/// | need | under the module | inside KVM |
+/// |---|---|---|
+/// | leave for the VMM | world switch | one `out`, arguments in shared memory |
+/// | a frame (`FRAME`) | found through the host's page tables | always there |
+/// | deadline, idle | exits to an hrtimer and a wait queue | TSC-deadline MSR, `sti; hlt` |
+/// | kick | exit, the module sends an IPI | x2APIC interrupt command |
+/// | flush of others | exit, the module waits | a bit in the pending word and an IPI |
+/// | interrupt | exit, the host's handler runs | end of interrupt |
+/// | XCR0, CPUID | the instructions | the VMM's |
+/// | clock | the module's parameters | kvmclock |
+///
+/// Whatever a world switch implies (segments, MSRs, debug registers) is put right
+/// below this trait.
 pub trait Host {
-    /// Leaves to the host for `reason` (`blanket_abi::device::exit`) and returns
-    /// its answer. All guest state is as before, except that a root must be loaded.
+    /// Asks the host for `reason` (`blanket_abi::device::exit`) and returns its
+    /// answer. All guest state is as before. Unless [`Self::in_place`], other vCPUs
+    /// must be able to count on this one's translations being gone: the caller has
+    /// left its epoch, and loads a root afterwards.
     fn exit(&self, reason: u32, args: [u64; 4]) -> i64;
+    /// Whether `reason` is answered without the vCPU going anywhere, so that its
+    /// translations stay.
+    fn in_place(&self, reason: u32) -> bool;
+    /// The time parameters.
+    fn clock(&self) -> Clock;
+    /// Wall clock at system time 0: seconds, nanoseconds.
+    fn wall_clock(&self) -> (u64, u32);
+    /// CPUID as eax, ebx, ecx, edx.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
+    /// Sets XCR0 (checked by the caller).
+    fn set_xcr0(&self, val: u64);
     /// This vCPU's switch block: deadline, pending flags, counters.
     fn switch(&self) -> &Switch;
     /// Another vCPU's pending flags.

@@ -4,25 +4,87 @@
 use crate::context::Context;
 use crate::machine::Machine;
 use crate::vcpu::{NEVER, Place};
-use blanket_abi::device::exit;
+use blanket_abi::device::{VmPage, exit};
 use blanket_abi::xen::event::virq;
 use blanket_abi::xen::shared::{runstate, shared_info, vcpu_info};
 use blanket_abi::{Gfn, Va};
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 
-/// One consistent reading of the module's time parameters.
+/// One consistent reading of the host's time parameters (`public/xen.h`
+/// vcpu_time_info; KVM's `pvclock_vcpu_time_info` is the same).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Clock {
     /// Version, even.
     pub version: u32,
-    tsc_timestamp: u64,
-    system_time: u64,
-    mul: u32,
-    shift: i8,
-    flags: u8,
+    /// TSC at `system_time`.
+    pub tsc_timestamp: u64,
+    /// Guest system time, ns.
+    pub system_time: u64,
+    /// Multiplier.
+    pub mul: u32,
+    /// Shift.
+    pub shift: i8,
+    /// Bit 0: stable.
+    pub flags: u8,
 }
 
 impl Clock {
+    /// Reads `from` until it was not changed meanwhile: `version` gives the version,
+    /// which is odd during a change, `fields` all other fields.
+    pub fn consistent(version: impl Fn() -> u32, fields: impl Fn() -> Self) -> Self {
+        let mut c = Self::default();
+        // The writer is the host, between two entries: it is never long away.
+        for _ in 0..1000 {
+            let before = version();
+            core::sync::atomic::fence(Acquire);
+            c = Self {
+                version: before,
+                ..fields()
+            };
+            core::sync::atomic::fence(Acquire);
+            if before & 1 == 0 && version() == before {
+                break;
+            }
+            core::hint::spin_loop();
+        }
+        c
+    }
+
+    /// The parameters that the module keeps in the page that it shares.
+    #[must_use]
+    pub fn of_page(p: &VmPage) -> Self {
+        Self::consistent(
+            || p.time_version.load(Relaxed),
+            || Self {
+                version: 0,
+                tsc_timestamp: p.tsc_timestamp.load(Relaxed),
+                system_time: p.system_time.load(Relaxed),
+                mul: p.tsc_mul.load(Relaxed),
+                shift: p.tsc_shift.load(Relaxed),
+                flags: p.time_flags.load(Relaxed),
+            },
+        )
+    }
+
+    /// The TSC value at which system time is `ns`, at least `now`.
+    #[must_use]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "saturated before it is cut"
+    )]
+    pub fn tsc_at(&self, ns: u64, now: u64) -> u64 {
+        let delta = u128::from(ns.saturating_sub(self.system_time)) << 32;
+        let ticks = delta.div_ceil(u128::from(self.mul.max(1)));
+        let ticks = if self.shift >= 0 {
+            ticks >> (self.shift.unsigned_abs() & 31)
+        } else {
+            ticks << (self.shift.unsigned_abs() & 31)
+        };
+        // One more: rounding must not make the time come early.
+        let ticks = ticks.min(u128::from(u64::MAX >> 1)) as u64 + 1;
+        self.tsc_timestamp.saturating_add(ticks).max(now)
+    }
+
     /// System time at `tsc`, ns.
     #[must_use]
     #[allow(
@@ -44,37 +106,15 @@ impl Clock {
 }
 
 impl<M: Machine> Context<'_, M> {
-    /// The present time parameters.
-    #[must_use]
-    pub fn clock(&self) -> Clock {
-        let p = self.m.vm_page();
-        let mut c = Clock::default();
-        // The writer is the module, between two entries: it is never long away.
-        for _ in 0..1000 {
-            c.version = p.time_version.load(Acquire);
-            c.tsc_timestamp = p.tsc_timestamp.load(Relaxed);
-            c.system_time = p.system_time.load(Relaxed);
-            c.mul = p.tsc_mul.load(Relaxed);
-            c.shift = p.tsc_shift.load(Relaxed);
-            c.flags = p.time_flags.load(Relaxed);
-            core::sync::atomic::fence(Acquire);
-            if c.version & 1 == 0 && p.time_version.load(Relaxed) == c.version {
-                break;
-            }
-            core::hint::spin_loop();
-        }
-        c
-    }
-
     /// System time now, ns.
     #[must_use]
     pub fn now(&self) -> u64 {
-        self.clock().at(self.m.tsc())
+        self.m.clock().at(self.m.tsc())
     }
 
     /// Writes the time parameters to the guest if they changed.
     pub fn publish_time(&mut self) {
-        if self.m.vm_page().time_version.load(Relaxed) != self.v.time_seen {
+        if self.m.clock().version != self.v.time_seen {
             self.publish_time_now();
             if self.v.id == 0 {
                 self.publish_wall_clock();
@@ -84,7 +124,7 @@ impl<M: Machine> Context<'_, M> {
 
     /// Writes the time parameters to the guest.
     pub fn publish_time_now(&mut self) {
-        let clock = self.clock();
+        let clock = self.m.clock();
         self.v.time_seen = clock.version;
         if let Some(Place { gfn, offset }) = self.v.info {
             self.write_time(gfn, offset + vcpu_info::TIME, &clock);
@@ -120,11 +160,8 @@ impl<M: Machine> Context<'_, M> {
         if self.need_frame(shared).is_err() {
             return;
         }
-        let p = self.m.vm_page();
-        let (sec, nsec) = (
-            p.wall_sec.load(Acquire),
-            u64::from(p.wall_nsec.load(Acquire)),
-        );
+        let (sec, nsec) = self.m.wall_clock();
+        let nsec = u64::from(nsec);
         // Words: {wc_version, wc_sec}, {wc_nsec, wc_sec_hi}.
         let (Some(a), Some(b)) = (
             self.word(shared, shared_info::WC_VERSION),

@@ -515,7 +515,7 @@ fn endless_trees_are_marked_with_breaths_between() {
     (0..w.setup.frames()).for_each(|gfn| w.m.give(gfn));
     w.m.log.borrow_mut().clear();
     assert_eq!(w.mmuext(0, mmuext::PIN_L3, l3, 0), 0);
-    assert!(!w.m.exits(exit::YIELD).is_empty(), "interrupts get in");
+    assert!(!w.m.exits(exit::BREATH).is_empty(), "interrupts get in");
     assert_eq!(mark(&w, l3), 4);
     w.audit();
 }

@@ -84,7 +84,7 @@ proptest! {
         p.tsc_mul.store(mul, SeqCst);
         p.tsc_shift.store(shift, SeqCst);
         let mut w = w;
-        let clock = w.cpu0(|c| c.clock());
+        let clock = w.cpu0(|c| c.m.clock());
         let wide = u128::from(ticks);
         let wide = if shift >= 0 { wide << shift } else { wide >> -shift };
         let want = u128::from(time) + ((wide * u128::from(mul)) >> 32);
@@ -100,7 +100,7 @@ proptest! {
 fn a_clock_that_is_being_written_does_not_hold_the_core_up() {
     let (mut w, _) = world();
     w.m.page.time_version.store(3, SeqCst);
-    w.cpu0(|c| assert_eq!(c.clock().version, 3));
+    w.cpu0(|c| assert_eq!(c.m.clock().version, 3));
 }
 
 #[test]

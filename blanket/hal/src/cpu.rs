@@ -125,6 +125,24 @@ pub fn dr6() -> u64 {
     v
 }
 
+/// Writes a byte to a port.
+#[inline]
+pub fn out8(port: u16, val: u8) {
+    // SAFETY: CPL 0. Used inside KVM only, where the port is the VMM's, which may
+    // change shared memory meanwhile: hence no `nomem`.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") val, options(nostack, preserves_flags)) };
+}
+
+/// Waits for an interrupt, which is served on the way, with interrupts off before
+/// and after. STI delays interrupts by one instruction (Intel SDM vol. 2, STI), so
+/// none comes between a look at memory and HLT.
+#[inline]
+pub fn halt() {
+    // SAFETY: CPL 0. Used inside KVM only, where an interrupt at CPL 0 is served by
+    // `blanket_core_fault` on this stack; no red zone is in use.
+    unsafe { asm!("sti", "hlt", "cli", options()) };
+}
+
 /// Sets XCR0.
 #[inline]
 #[allow(

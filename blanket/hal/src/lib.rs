@@ -11,7 +11,10 @@
 
 mod cpu;
 mod entry;
+mod host;
+mod kvm;
 mod machine;
+mod module;
 mod start;
 
 pub use machine::Hal;

@@ -1,14 +1,15 @@
-//! The hal as the logic sees it: windows, CPU, host.
+//! The hal as the logic sees it: windows and CPU. The host is in [`crate::host`].
 
 use crate::cpu::{self, msr};
 use crate::entry::{self, FAST};
-use blanket_abi::device::{RUN_DATA, Switch, VmPage};
+use blanket_abi::device::Switch;
 use blanket_abi::layout::{
-    GFN_INFO, POOL, POOL_GFNS, POOL_INFO, POOL_PTES, VCPU, VCPU_STRIDE, VM_PAGE, WINDOW,
-    WINDOW_PTES, sel, vcpu as area,
+    GFN_INFO, POOL, POOL_GFNS, POOL_INFO, POOL_PTES, VCPU, VCPU_STRIDE, WINDOW, WINDOW_PTES, sel,
+    vcpu as area,
 };
+use blanket_abi::kvm::Pv;
 use blanket_abi::{Gfn, PAGE_SIZE, Va};
-use blanket_core::machine::{Cpu, Host, Memory, Words};
+use blanket_core::machine::{Cpu, Host as _, Memory, Words};
 use blanket_core::mmu::{GfnInfo, PoolInfo};
 use blanket_core::pte;
 use blanket_core::vcpu::{Fast, TrapFrame};
@@ -18,7 +19,7 @@ use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 #[repr(C)]
 pub struct Local {
     /// Debug registers 0 to 3 of the guest.
-    dr: [AtomicU64; 4],
+    pub(crate) dr: [AtomicU64; 4],
     /// LDT entries of the guest.
     ldt: AtomicU32,
 }
@@ -36,7 +37,7 @@ pub struct Hal {
 /// # Safety
 /// The module has mapped a valid `T` there, for as long as the VM lives, and all
 /// of its fields that change are atomics.
-unsafe fn at<T>(va: u64) -> &'static T {
+pub(crate) unsafe fn at<T>(va: u64) -> &'static T {
     // SAFETY: the caller's promise.
     unsafe { &*(va as *const T) }
 }
@@ -57,8 +58,21 @@ impl Hal {
         self.switch().vcpu_id
     }
 
-    fn hw(&self) -> u64 {
+    pub(crate) fn hw(&self) -> u64 {
         self.area + area::HW
+    }
+
+    /// The page that the vCPU shares with KVM. Only inside KVM.
+    pub(crate) fn pv(&self) -> &'static Pv {
+        // SAFETY: inside KVM the VMM maps a zeroed page there, for which zero is a
+        // valid `Pv`; what KVM changes is atomic.
+        unsafe { at(self.area + area::PV) }
+    }
+
+    /// As [`Self::pv`], another vCPU's; `vcpu` is one of this VM's.
+    pub(crate) fn pv_of(&self, vcpu: u32) -> &'static Pv {
+        // SAFETY: as for `pv`; the pages of all vCPUs are mapped from the start.
+        unsafe { at(VCPU + u64::from(vcpu) * VCPU_STRIDE + area::PV) }
     }
 
     /// The trap frame on top of the main stack.
@@ -78,7 +92,7 @@ impl Hal {
         unsafe { at(self.hw() + LOCAL as u64) }
     }
 
-    fn raw_switch(&self) -> *mut Switch {
+    pub(crate) fn raw_switch(&self) -> *mut Switch {
         self.hw() as *mut Switch
     }
 
@@ -116,7 +130,7 @@ impl Hal {
     }
 
     /// Restores the guest's segment registers after the host had the CPU.
-    fn restore_segments(&self, selectors: [u16; 4], bases: [u64; 3]) -> bool {
+    pub(crate) fn restore_segments(&self, selectors: [u16; 4], bases: [u64; 3]) -> bool {
         let ldt = self.local().ldt.load(Ordering::Relaxed);
         if ldt != 0 {
             self.load_ldt(ldt);
@@ -253,10 +267,6 @@ impl Cpu for Hal {
     fn tsc(&self) -> u64 {
         cpu::rdtsc()
     }
-    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-        [r.eax, r.ebx, r.ecx, r.edx]
-    }
     fn set_dr(&self, nr: u8, val: u64) {
         if let Some(dr) = self.local().dr.get(usize::from(nr)) {
             dr.store(val, Ordering::Relaxed);
@@ -330,72 +340,10 @@ impl Cpu for Hal {
         }
         cpu::lldt(sel::CORE_LDT);
     }
-    fn set_xcr0(&self, val: u64) {
-        cpu::xsetbv(val);
-        // SAFETY: only this vCPU and the module while it is in the host world
-        // touch the field.
-        unsafe { (&raw mut (*self.raw_switch()).guest_xcr0).write_volatile(val) };
-    }
     fn set_tsc_aux(&self, val: u64) {
-        // SAFETY: as above. The module loads it at each entry where the CPU has it.
+        // SAFETY: only this vCPU and the module while it is in the host world touch
+        // the field. The module loads it at each entry where the CPU has it; inside
+        // KVM guests are not shown it.
         unsafe { (&raw mut (*self.raw_switch()).guest_tsc_aux).write_volatile(val) };
-    }
-}
-
-impl Host for Hal {
-    fn exit(&self, reason: u32, args: [u64; 4]) -> i64 {
-        let selectors = cpu::selectors();
-        let bases = [
-            cpu::rdmsr(msr::FS_BASE),
-            cpu::rdmsr(msr::GS_BASE),
-            cpu::rdmsr(msr::KERNEL_GS_BASE),
-        ];
-        let sw = self.raw_switch();
-        // SAFETY: the switch block of this vCPU; the module reads these fields
-        // only while it is in the host world, that is during `blanket_leave`.
-        let (ret, dr7) = unsafe {
-            let dr7 = (&raw const (*sw).guest_dr7).read_volatile();
-            if dr7 & 0xff != 0 {
-                cpu::set_dr(7, 0x400);
-            }
-            (&raw mut (*sw).exit).write_volatile(reason);
-            (&raw mut (*sw).args).write_volatile(args);
-            entry::blanket_leave(sw);
-            ((&raw const (*sw).ret).read_volatile(), dr7)
-        };
-        if dr7 & 0xff != 0 {
-            for (nr, dr) in (0u8..).zip(&self.local().dr) {
-                cpu::set_dr(nr, dr.load(Ordering::Relaxed));
-            }
-            cpu::set_dr(7, dr7);
-        }
-        self.restore_segments(selectors, bases);
-        ret
-    }
-    #[inline]
-    fn switch(&self) -> &Switch {
-        // SAFETY: the module maps it for the VM's life. The plain fields that the
-        // logic reads through this are constant; those that change are atomics or
-        // written through raw pointers above.
-        unsafe { at(self.hw()) }
-    }
-    fn pending_of(&self, vcpu: u32) -> &AtomicU32 {
-        let hw = VCPU + u64::from(vcpu) * VCPU_STRIDE + area::HW;
-        // SAFETY: the logic asks only for vCPUs of this VM, whose areas the module
-        // maps before any vCPU runs.
-        unsafe { &at::<Switch>(hw).pending }
-    }
-    fn vm_page(&self) -> &VmPage {
-        // SAFETY: the module maps it for the VM's life; what changes is atomic.
-        unsafe { at(VM_PAGE) }
-    }
-    fn set_data(&self, text: &[u8]) -> usize {
-        let n = text.len().min(RUN_DATA);
-        // SAFETY: `data` has RUN_DATA bytes; the module reads it only in the host world.
-        unsafe {
-            let to = (&raw mut (*self.raw_switch()).data).cast::<u8>();
-            core::ptr::copy_nonoverlapping(text.as_ptr(), to, n);
-        }
-        n
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::cpu;
 use crate::entry;
+use crate::kvm;
 use crate::machine::Hal;
 use blanket_abi::device::{crash, exit, pending};
 use blanket_abi::layout::{IMAGE, MAX_VCPUS, VCPU, VCPU_STRIDE, vcpu as area};
@@ -12,6 +13,9 @@ use blanket_core::vcpu::{NEVER, State, TrapFrame, Vcpu, entry as reason};
 use blanket_core::vm::Vm;
 use core::sync::atomic::{AtomicBool, Ordering};
 use spin::{Mutex, Once};
+
+/// First vector that is no exception.
+const FIRST_INTERRUPT: u64 = 32;
 
 static VM: Once<Vm> = Once::new();
 static CLAIMED: AtomicBool = AtomicBool::new(false);
@@ -80,6 +84,9 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
         });
     }
     set_syscall_msrs(&hal);
+    if hal.inside_kvm() {
+        kvm::start(&hal);
+    }
     hal.switch().deadline.store(NEVER, Ordering::SeqCst);
     let vm = loop {
         if let Some(vm) = VM.get()
@@ -159,6 +166,13 @@ fn canonical_rip(rip: u64) -> (u64, u64) {
 extern "C" fn blanket_core_fault(f: *mut TrapFrame) -> u64 {
     // SAFETY: the entry code passes the frame that it has just built.
     let frame = unsafe { &mut *f };
+    if frame.vector >= FIRST_INTERRUPT {
+        // Only inside KVM and while idle: under the module interrupts are off.
+        // SAFETY: `f` lies in the area of the vCPU that runs on this CPU.
+        let hal = unsafe { Hal::containing(f as u64) };
+        kvm::interrupt(&hal, (frame.vector & 0xff) as u8);
+        return 0;
+    }
     let (rip, back) = canonical_rip(frame.rip);
     let irets = [
         &raw const entry::blanket_iret_fast as u64,

@@ -8,7 +8,6 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{
     API_VERSION, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO, GET_STATS,
     Info, RAISE, RUN, RUN_DATA, Run, VmStats, exit,
@@ -17,7 +16,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use crate::builder::{Domain, GuestMemory};
-use crate::hypervisor::{Crash, Exit, Hypervisor, Kick, Machine, Vcpu};
+use crate::hypervisor::{Crash, Exit, Hypervisor, Kick, Machine, Vcpu, within_limits};
+use crate::kvm;
 
 /// Where the module's device is.
 pub const PATH: &str = "/dev/blanket";
@@ -85,6 +85,9 @@ pub enum Error {
         /// Its answer.
         source: io::Error,
     },
+    /// KVM, instead of the module.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
     /// The module returned something that this program does not know.
     #[error("vCPU {vcpu} returned with the unknown exit reason {reason}")]
     UnknownExit {
@@ -160,6 +163,10 @@ impl Device {
 }
 
 impl Hypervisor for Device {
+    fn name(&self) -> &'static str {
+        "module"
+    }
+
     fn info(&self) -> Info {
         self.info
     }
@@ -170,19 +177,7 @@ impl Hypervisor for Device {
         vcpus: u32,
         pool_limit: u64,
     ) -> Result<Arc<dyn Machine>, Error> {
-        if vcpus == 0 || vcpus > self.info.max_vcpus {
-            return Err(Error::Vcpus {
-                wanted: vcpus,
-                max: self.info.max_vcpus,
-            });
-        }
-        if domain.frames > self.info.max_frames {
-            let mib = |frames: u64| (frames * PAGE_SIZE) >> 20;
-            return Err(Error::Memory {
-                wanted_mib: mib(domain.boot.ram_frames),
-                max_mib: mib(self.info.max_frames),
-            });
-        }
+        within_limits(&self.info, domain, vcpus)?;
         let address = domain
             .memory
             .get_host_address(GuestAddress(0))

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Info, VmStats, crash};
 
 use crate::builder::Domain;
@@ -10,6 +11,9 @@ use crate::device::Error;
 
 /// Makes VMs.
 pub trait Hypervisor: Send + Sync {
+    /// Which it is, in a word: `module` or `kvm`.
+    fn name(&self) -> &'static str;
+
     /// What it can do.
     fn info(&self) -> Info;
 
@@ -45,6 +49,41 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// What the host refused.
     fn stats(&self) -> Result<VmStats, Error>;
+
+    /// What the hypervisor below counts besides; empty where it counts nothing.
+    fn host_exits(&self) -> Vec<HostExits> {
+        Vec::new()
+    }
+}
+
+/// A counter of the hypervisor below.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostExits {
+    /// Its own name for it.
+    pub name: String,
+    /// Sum over the VM's vCPUs.
+    pub count: u64,
+}
+
+/// Whether a hypervisor can run so large a VM.
+///
+/// # Errors
+/// Which limit it is over.
+pub fn within_limits(info: &Info, domain: &Domain, vcpus: u32) -> Result<(), Error> {
+    if vcpus == 0 || vcpus > info.max_vcpus {
+        return Err(Error::Vcpus {
+            wanted: vcpus,
+            max: info.max_vcpus,
+        });
+    }
+    if domain.frames > info.max_frames {
+        let mib = |frames: u64| (frames * PAGE_SIZE) >> 20;
+        return Err(Error::Memory {
+            wanted_mib: mib(domain.boot.ram_frames),
+            max_mib: mib(info.max_frames),
+        });
+    }
+    Ok(())
 }
 
 /// A virtual CPU, used by one thread.

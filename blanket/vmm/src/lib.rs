@@ -1,7 +1,7 @@
 //! Blanket's user-space side: from a kernel file to a running VM.
 //!
 //! [`kernel`] reads the kernel, [`builder`] makes a domain of it, [`device`] gives
-//! the domain to the module, [`vm`] runs its vCPUs, [`console`] and [`xenstore`]
+//! the domain to the module or [`kvm`] to a KVM VM, [`vm`] runs its vCPUs, [`console`] and [`xenstore`]
 //! serve it, and [`instance`] ties them together over reboots. Guest memory is
 //! shared with a hostile writer: it is read once, checked, and never trusted.
 
@@ -11,6 +11,7 @@ pub mod device;
 pub mod hypervisor;
 pub mod instance;
 pub mod kernel;
+pub mod kvm;
 pub mod ring;
 mod sync;
 pub mod vm;

@@ -138,8 +138,26 @@ impl Epochs {
             .get(id as usize)
             .is_some_and(|s| s.load(Ordering::SeqCst) != u64::MAX)
     }
+    /// Begins an epoch; its number.
+    pub fn begin(&self) -> u64 {
+        self.now.fetch_add(1, Ordering::SeqCst) + 1
+    }
+    /// Whether vCPU `id` has loaded CR3 in epoch `since` or later, or is away.
+    #[must_use]
+    pub fn reached(&self, id: u32, since: u64) -> bool {
+        self.seen
+            .get(id as usize)
+            .is_none_or(|s| s.load(Ordering::SeqCst) >= since)
+    }
+    /// Notes that the host will flush the TLB of vCPU `id`, which began before epoch
+    /// `since` and does not run, before it runs again.
+    pub fn reach(&self, id: u32, since: u64) {
+        if let Some(s) = self.seen.get(id as usize) {
+            s.fetch_max(since, Ordering::SeqCst);
+        }
+    }
     fn retire(&self) -> u32 {
-        low(self.now.fetch_add(1, Ordering::SeqCst) + 1)
+        low(self.begin())
     }
     fn all_past(&self, tag: u32, nr_vcpus: u32) -> bool {
         self.seen.iter().take(nr_vcpus as usize).all(|s| {

@@ -18,11 +18,12 @@ mod world;
 #[allow(unused_imports, reason = "not every test program looks")]
 pub use world::{Reached, World};
 
-use blanket_abi::device::{Boot, COUNTERS, Dtr, RUN_DATA, Switch, VmPage, crash, exit};
+use blanket_abi::device::{Boot, COUNTERS, Dtr, EXIT_REASONS, RUN_DATA, Switch, VmPage, crash, exit, host};
 use blanket_abi::{Gfn, Va};
 use blanket_core::machine::{Cpu, Host, Memory, Words};
 use blanket_core::mmu::Mmu;
 use blanket_core::pte;
+use blanket_core::time::Clock;
 use blanket_core::vcpu::NEVER;
 use blanket_core::vm::Vm;
 use std::cell::{Cell, OnceCell, RefCell};
@@ -212,6 +213,8 @@ fn switch(id: u32) -> Switch {
         pad: 0,
         exit_entry: 0,
         host_self: 0,
+        pv_address: 0,
+        in_place: [const { AtomicU64::new(0) }; EXIT_REASONS],
         counters: [const { AtomicU64::new(0) }; COUNTERS],
         data: [0; RUN_DATA],
     }
@@ -249,6 +252,10 @@ impl FakeMachine {
             port_vcpu: [const { AtomicU8::new(0) }; 2048],
             pool_limit: u64::from(setup.pool),
             hole: hole(),
+            host: host::MODULE,
+            kvm_features: 0,
+            cpuid_entries: 0,
+            pad3: 0,
         });
         Self {
             frames,
@@ -591,14 +598,6 @@ impl Cpu for FakeMachine {
     fn tsc(&self) -> u64 {
         self.tsc.get()
     }
-    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        [
-            leaf ^ 0x1111_1111,
-            subleaf ^ 0x2222_2222,
-            0xffff_ffff,
-            0xffff_ffff,
-        ]
-    }
     fn set_dr(&self, nr: u8, val: u64) {
         assert!(nr < 4 && Va(val).is_guest() || nr == 7, "DR{nr} = {val:#x}");
         self.cpu().dr.borrow_mut()[usize::from(nr)] = val;
@@ -634,9 +633,6 @@ impl Cpu for FakeMachine {
     fn load_ldt(&self, entries: u32) {
         assert!(entries <= 8192);
         self.cpu().ldt_entries.set(entries);
-    }
-    fn set_xcr0(&self, val: u64) {
-        self.cpu().xcr0.set(val);
     }
     fn set_tsc_aux(&self, val: u64) {
         self.cpu().tsc_aux.set(val);
@@ -688,6 +684,29 @@ impl Host for FakeMachine {
         let sw = self.switch();
         sw.armed.store(sw.deadline.load(Acquire), Release);
         answer
+    }
+    fn in_place(&self, _: u32) -> bool {
+        false
+    }
+    fn clock(&self) -> Clock {
+        Clock::of_page(&self.page)
+    }
+    fn wall_clock(&self) -> (u64, u32) {
+        (
+            self.page.wall_sec.load(Acquire),
+            self.page.wall_nsec.load(Acquire),
+        )
+    }
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        [
+            leaf ^ 0x1111_1111,
+            subleaf ^ 0x2222_2222,
+            0xffff_ffff,
+            0xffff_ffff,
+        ]
+    }
+    fn set_xcr0(&self, val: u64) {
+        self.cpu().xcr0.set(val);
     }
     fn switch(&self) -> &Switch {
         &self.switches[self.current.get()]

@@ -29,6 +29,9 @@ const MAX_PADDR: u64 = 1 << 30;
 /// Loadable segments that are accepted; Linux has four or five.
 const MAX_SEGMENTS: usize = 64;
 
+/// Where [`Kernel::bare`] puts its code.
+const BARE_PADDR: u64 = 1 << 20;
+
 /// A part of the image that belongs at one place in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
@@ -99,6 +102,21 @@ impl Kernel {
             notes,
             compression,
         })
+    }
+
+    /// A kernel of nothing but `code`, which begins with its entry point.
+    pub(crate) fn bare(code: Vec<u8>) -> Self {
+        let segment = Segment {
+            paddr: BARE_PADDR,
+            mem_size: code.len() as u64,
+            file: 0..code.len(),
+        };
+        Self {
+            elf: code,
+            segments: vec![segment],
+            notes: XenNotes::bare(BARE_PADDR),
+            compression: None,
+        }
     }
 
     /// The segments in file order.

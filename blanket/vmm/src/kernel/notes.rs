@@ -44,6 +44,20 @@ pub struct XenNotes {
 }
 
 impl XenNotes {
+    /// Of a kernel without notes, entered at frame 0's mapping plus `paddr`.
+    pub fn bare(paddr: u64) -> Self {
+        let virt_base = 0xffff_ffff_8000_0000;
+        Self {
+            entry: virt_base + paddr,
+            hypercall_page: None,
+            virt_base,
+            paddr_offset: 0,
+            init_p2m: None,
+            mod_start_pfn: false,
+            guest_os: "probe".to_owned(),
+        }
+    }
+
     /// Reads the notes of an ELF file.
     pub fn read(file: &ElfBytes<'_, LittleEndian>) -> Result<Self, ErrorKind> {
         let mut raw = Raw::default();

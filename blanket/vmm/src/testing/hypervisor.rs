@@ -77,6 +77,10 @@ struct FakeVcpu {
 struct FakeKick(Arc<Guest>);
 
 impl<F: Fn(u32, u32) -> Program + Send + Sync> Hypervisor for Fake<F> {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
     fn info(&self) -> Info {
         Info {
             max_vcpus: 64,

@@ -12,7 +12,7 @@
 //! control, breakpoint masks. Leaf layouts: Intel SDM volume 2A (CPUID), AMD APM
 //! volume 3 appendix E.
 
-use blanket_abi::xen::cpuid::{BASE, SIGNATURE, VERSION};
+use crate::xen::cpuid::{BASE, SIGNATURE, VERSION};
 
 /// Last basic leaf that is answered.
 pub const MAX_BASIC: u32 = 0xd;

@@ -1,0 +1,173 @@
+//! CPUID of a KVM VM: one profile for the guest's kernel and its programs.
+//!
+//! KVM answers the programs' CPUID with the table that it was given. That table is
+//! made by the same policy that answers the kernel (`blanket_abi::cpuid`), from what
+//! this KVM supports, plus the few bits that KVM must see for the core's own sake.
+
+use blanket_abi::cpuid::{MAX_BASIC, MAX_EXTENDED, MAX_XEN, Policy, Regs, needs_hardware};
+use blanket_abi::device::{CPUID_ANY, CPUID_MAX, CpuidEntry};
+use blanket_abi::kvm::feature;
+use blanket_abi::xen::cpuid::BASE;
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+
+use super::{Error, refused};
+
+/// KVM's feature leaf.
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// Leaf 1 ecx: x2APIC and TSC deadline, without which KVM would not let the core
+/// use them.
+const L1_ECX_CORE: u32 = 1 << 21 | 1 << 24;
+/// Leaf 7 ebx: SMEP.
+const L7_EBX_SMEP: u32 = 1 << 7;
+/// Features that the core has a use for.
+const FEATURES: u32 = feature::CLOCK | feature::STEAL_TIME | feature::PV_EOI | feature::TLB_FLUSH;
+
+/// What KVM supports on this machine.
+#[derive(Clone, Debug)]
+pub struct Cpuid {
+    supported: Vec<kvm_cpuid_entry2>,
+    policy: Policy,
+    /// XCR0 components that a VM may use.
+    pub xcr0_mask: u32,
+    /// KVM's features that the core may use.
+    pub features: u32,
+    /// Bits of a physical address.
+    pub physical_bits: u32,
+    /// SMEP protects the core.
+    pub smep: bool,
+}
+
+impl Cpuid {
+    /// Asks KVM.
+    pub fn of_host(kvm: &kvm_ioctls::Kvm, tsc_khz: u64) -> Result<Self, Error> {
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("tell its CPUID"))?;
+        Self::new(supported.as_slice().to_vec(), tsc_khz)
+    }
+
+    fn new(supported: Vec<kvm_cpuid_entry2>, tsc_khz: u64) -> Result<Self, Error> {
+        let mut this = Self {
+            supported,
+            policy: Policy::default(),
+            xcr0_mask: 0,
+            features: 0,
+            physical_bits: 0,
+            smep: false,
+        };
+        let [_, _, c, d] = this.host(1, 0);
+        let [.., long_mode] = this.host(0x8000_0001, 0);
+        if d & 1 << 24 == 0 || long_mode & 1 << 29 == 0 {
+            return Err(Error::Cpuid("no 64-bit CPU"));
+        }
+        this.features = this.host(KVM_FEATURES, 0)[0] & FEATURES;
+        if this.features & feature::CLOCK == 0 {
+            return Err(Error::Lacks("kvmclock"));
+        }
+        this.smep = this.host(7, 0)[1] & L7_EBX_SMEP != 0;
+        this.physical_bits = match this.host(0x8000_0008, 0)[0] & 0xff {
+            0 => 36,
+            bits => bits,
+        };
+        let (tsc_mul, tsc_shift) = scale(tsc_khz);
+        let xsave = c & 1 << 26 != 0;
+        this.policy = Policy {
+            xcr0_mask: if xsave { this.host(0xd, 0)[0].into() } else { 0 },
+            osxsave: xsave,
+            tsc_khz: u32::try_from(tsc_khz).unwrap_or(u32::MAX),
+            tsc_mul,
+            tsc_shift,
+            ..Policy::default()
+        };
+        this.policy.xcr0 = this.policy.xstates();
+        // All allowed components are in the low half.
+        this.xcr0_mask = u32::try_from(this.policy.xstates()).unwrap_or(0);
+        Ok(this)
+    }
+
+    fn host(&self, leaf: u32, subleaf: u32) -> Regs {
+        self.supported
+            .iter()
+            .find(|e| e.function == leaf && (!indexed(e) || e.index == subleaf))
+            .map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
+    }
+
+    /// What the core answers the guest's kernel from.
+    pub fn for_core(&self) -> Vec<CpuidEntry> {
+        self.supported
+            .iter()
+            .filter(|e| needs_hardware(e.function))
+            .map(|e| CpuidEntry {
+                leaf: e.function,
+                subleaf: if indexed(e) { e.index } else { CPUID_ANY },
+                regs: [e.eax, e.ebx, e.ecx, e.edx],
+            })
+            .take(CPUID_MAX)
+            .collect()
+    }
+
+    /// What KVM answers the programs of vCPU `id` from.
+    pub fn for_vcpu(&self, id: u32) -> Result<CpuId, Error> {
+        let policy = Policy {
+            vcpu_id: id,
+            ..self.policy
+        };
+        let mut entries = Vec::new();
+        let leaves = (0..=MAX_BASIC)
+            .chain(BASE..=MAX_XEN)
+            .chain(0x8000_0000..=MAX_EXTENDED);
+        for leaf in leaves {
+            let subleaves = match leaf {
+                4 | 0x8000_001d => 8,
+                7 => 3,
+                0xd => 32,
+                _ if leaf == BASE + 3 => 3,
+                _ => 1,
+            };
+            for subleaf in 0..subleaves {
+                let [eax, ebx, mut ecx, edx] =
+                    policy.leaf(leaf, subleaf, self.host(leaf, subleaf));
+                let mut ebx = ebx;
+                match (leaf, subleaf) {
+                    (1, _) => ecx |= L1_ECX_CORE,
+                    (7, 0) if self.smep => ebx |= L7_EBX_SMEP,
+                    _ if subleaf > 0 && [eax, ebx, ecx, edx] == [0; 4] => continue,
+                    _ => {}
+                }
+                entries.push(kvm_cpuid_entry2 {
+                    function: leaf,
+                    index: subleaf,
+                    flags: if subleaves > 1 {
+                        KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+                    } else {
+                        0
+                    },
+                    eax,
+                    ebx,
+                    ecx,
+                    edx,
+                    ..Default::default()
+                });
+            }
+        }
+        CpuId::from_entries(&entries).map_err(|_| Error::Cpuid("it has too many leaves"))
+    }
+
+    /// Whether a VM has XSAVE.
+    pub fn xsave(&self) -> bool {
+        self.xcr0_mask != 0
+    }
+}
+
+fn indexed(entry: &kvm_cpuid_entry2) -> bool {
+    entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0
+}
+
+/// pvclock's multiplier and shift: ns = (ticks << shift) * mul >> 32, with the
+/// multiplier in the upper half of its range.
+fn scale(khz: u64) -> (u32, i8) {
+    let scaled = |shift: i8| (1_000_000u128 << (32 - i32::from(shift))) / u128::from(khz.max(1));
+    let shift = (-31..=31).find(|&shift| scaled(shift) <= u128::from(u32::MAX));
+    let shift = shift.unwrap_or(0);
+    (u32::try_from(scaled(shift)).unwrap_or(u32::MAX), shift)
+}

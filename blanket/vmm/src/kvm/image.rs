@@ -1,0 +1,90 @@
+//! The core image: the same bytes that `blanket.ko` carries.
+
+use blanket_abi::PAGE_SIZE;
+use blanket_abi::device::{API_VERSION, IMAGE_MAGIC, ImageHeader, Switch};
+use blanket_abi::layout::{IMAGE_MAX, vcpu};
+
+use super::Error;
+
+/// The image that this program was built with; empty if it was built without one.
+static BYTES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blanket-core.bin"));
+
+/// A core image whose header was checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Image {
+    /// The file.
+    pub bytes: &'static [u8],
+    /// Its header.
+    pub header: ImageHeader,
+}
+
+impl Image {
+    /// The image inside of this program.
+    ///
+    /// # Errors
+    /// The program was built without one, or with another version's.
+    pub fn built_in() -> Result<Self, Error> {
+        if BYTES.is_empty() {
+            return Err(Error::NoImage);
+        }
+        Self::parse(BYTES)
+    }
+
+    /// Checks an image as the module checks its own.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn parse(bytes: &'static [u8]) -> Result<Self, Error> {
+        let header = header(bytes).ok_or(Error::BadImage("it is shorter than its header"))?;
+        let ordered = [
+            header.entry_start,
+            header.entry_end,
+            header.text_end,
+            header.rodata_end,
+            header.data_end,
+        ];
+        if header.magic != IMAGE_MAGIC {
+            return Err(Error::BadImage("it does not begin with the magic number"));
+        }
+        if header.api != API_VERSION || header.switch_size as usize != size_of::<Switch>() {
+            return Err(Error::BadImage("it is of another version"));
+        }
+        if !ordered.is_sorted()
+            || ordered.iter().any(|at| !at.is_multiple_of(PAGE_SIZE))
+            || header.data_end > IMAGE_MAX
+            || header.entry_end - header.entry_start > vcpu::ENTRY_MAX
+            || header.file_end > bytes.len() as u64
+            || header.file_end > header.data_end
+            || !(header.rodata_end..header.data_end).contains(&header.idt)
+        {
+            return Err(Error::BadImage("its sections are out of order"));
+        }
+        Ok(Self { bytes, header })
+    }
+}
+
+fn header(bytes: &[u8]) -> Option<ImageHeader> {
+    let word = |at: usize| {
+        let bytes = bytes.get(at..at + 8)?;
+        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    };
+    let versions = word(8)?.to_le_bytes();
+    let half = |at: usize| {
+        let [a, b, c, d] = [at, at + 1, at + 2, at + 3].map(|i| versions[i]);
+        u32::from_le_bytes([a, b, c, d])
+    };
+    Some(ImageHeader {
+        magic: word(0)?,
+        api: half(0),
+        switch_size: half(4),
+        entry_start: word(16)?,
+        entry_end: word(24)?,
+        text_end: word(32)?,
+        rodata_end: word(40)?,
+        data_end: word(48)?,
+        file_end: word(56)?,
+        start: word(64)?,
+        idt: word(72)?,
+        stubs: word(80)?,
+    })
+}

@@ -1,0 +1,369 @@
+//! The second host adapter: the same core at CPL 0 of a KVM VM, for instances that
+//! do have virtualization. No module of ours, no root where the user may open
+//! `/dev/kvm`.
+//!
+//! The guest is what it is under the module: a Xen PV kernel at CPL 3. KVM sees a VM
+//! with two memory slots, the guest's frames and the core's memory ([`space`]), and
+//! a local APIC for each vCPU. What the core asks of its host it mostly answers
+//! itself (`blanket/hal/src/kvm.rs`); the rest are exits through one port, served
+//! in [`vcpu`].
+
+mod cpuid;
+mod image;
+mod probe;
+mod space;
+mod stats;
+mod vcpu;
+
+use std::ffi::CStr;
+use std::fs;
+use std::io;
+use std::sync::Arc;
+
+use blanket_abi::PAGE_SIZE;
+use blanket_abi::device::{API_VERSION, Info, VmStats, features};
+use blanket_abi::kvm::{RAM_BASE, vector};
+use blanket_abi::layout::{MAX_FRAMES, MAX_POOL, MAX_VCPUS};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
+
+use crate::builder::{Domain, GuestMemory};
+use crate::device;
+use crate::hypervisor::{HostExits, Hypervisor, Machine, Vcpu, within_limits};
+use cpuid::Cpuid;
+use image::Image;
+use space::{Plan, Space};
+
+pub use probe::probe;
+
+/// Where KVM's device is.
+pub const PATH: &CStr = c"/dev/kvm";
+/// Set in the environment, KVM may run on shadow paging: to test our TLB discipline
+/// against a software TLB that keeps what it may keep.
+const ANY_PAGING: &str = "BLANKET_KVM_ANY_PAGING";
+
+const RAM_SLOT: u32 = 0;
+const CORE_SLOT: u32 = 1;
+
+/// Why KVM cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no device.
+    #[error("/dev/kvm does not exist: this machine offers no virtualization, or its kvm module is not loaded")]
+    NoDevice,
+    /// The device is there and not for this user.
+    #[error("no permission to open /dev/kvm")]
+    Permission,
+    /// Another hypervisor has the CPU's virtualization.
+    #[error("KVM is busy: another hypervisor on this machine uses the CPU's virtualization")]
+    Busy,
+    /// KVM lacks something.
+    #[error("the KVM of this machine lacks {0}")]
+    Lacks(&'static str),
+    /// Guest-physical addresses are not translated by hardware.
+    #[error("KVM works without nested paging here ({0})")]
+    NoNestedPaging(String),
+    /// A VM with our memory does not fit the CPU's addresses.
+    #[error("the VM needs {needed} bits of physical addresses, the CPU gives {given}")]
+    PhysicalBits {
+        /// Bits needed.
+        needed: u32,
+        /// Bits that there are.
+        given: u32,
+    },
+    /// This program has no core in it.
+    #[error("this program was built without the core image: build it with `cargo xtask build`")]
+    NoImage,
+    /// The core in this program is of no use.
+    #[error("the core image in this program is bad: {0}")]
+    BadImage(&'static str),
+    /// The host has no memory left for this.
+    #[error("the host has not enough memory to {0}")]
+    NoMemory(&'static str),
+    /// The core's memory cannot be filled.
+    #[error("the core's memory: {0}")]
+    Memory(Box<dyn std::error::Error + Send + Sync>),
+    /// The CPU's features cannot be given to a VM.
+    #[error("KVM's CPUID: {0}")]
+    Cpuid(&'static str),
+    /// There is no such vCPU.
+    #[error("the VM has no vCPU {0}")]
+    NoVcpu(u32),
+    /// There is no such event channel port.
+    #[error("there is no event channel port {0}")]
+    NoPort(u32),
+    /// KVM refused.
+    #[error("KVM cannot {what}: {source}")]
+    Refused {
+        /// What it was asked for.
+        what: &'static str,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// It is there, and a guest does not run in it.
+    #[error("a test guest does not run in the KVM of this machine: {0}")]
+    Broken(String),
+}
+
+impl Error {
+    fn memory(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Memory(error.into())
+    }
+}
+
+/// Turns KVM's errno into an error that says what was asked for.
+fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |error| match error.errno() {
+        libc::ENOMEM => Error::NoMemory(what),
+        libc::EBUSY => Error::Busy,
+        errno => Error::Refused {
+            what,
+            source: io::Error::from_raw_os_error(errno),
+        },
+    }
+}
+
+/// KVM, opened and found fit.
+pub struct Kvm {
+    kvm: kvm_ioctls::Kvm,
+    image: Image,
+    cpuid: Cpuid,
+    info: Info,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm` and looks whether it has what the core needs. A guest may
+    /// still not run in it: [`probe`] tries.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn open() -> Result<Self, Error> {
+        let kvm = kvm_ioctls::Kvm::new_with_path(PATH).map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENXIO | libc::ENODEV => Error::NoDevice,
+            libc::EACCES | libc::EPERM => Error::Permission,
+            _ => refused("be opened")(error),
+        })?;
+        for (cap, name) in [
+            (Cap::SplitIrqchip, "a split interrupt controller"),
+            (Cap::X2ApicApi, "x2APIC"),
+            (Cap::TscDeadlineTimer, "the TSC-deadline timer"),
+            (Cap::ImmediateExit, "immediate exits"),
+            (Cap::SignalMsi, "message-signalled interrupts"),
+            (Cap::GetTscKhz, "the frequency of the TSC"),
+            (Cap::MpState, "control of CPU states"),
+        ] {
+            if !kvm.check_extension(cap) {
+                return Err(Error::Lacks(name));
+            }
+        }
+        if std::env::var_os(ANY_PAGING).is_none() {
+            nested_paging()?;
+        }
+        let image = Image::built_in()?;
+        let tsc_khz = tsc_khz(&kvm)?;
+        let cpuid = Cpuid::of_host(&kvm, tsc_khz)?;
+        let most = kvm.get_max_vcpus().min(kvm.get_max_vcpu_id());
+        let xsave = if cpuid.xcr0_mask == 0 { 0 } else { features::XSAVE };
+        let info = Info {
+            api: API_VERSION,
+            max_vcpus: u32::try_from(most).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
+            max_frames: MAX_FRAMES,
+            build_id: [0; 32],
+            features: xsave,
+            tsc_khz,
+        };
+        Ok(Self {
+            kvm,
+            image,
+            cpuid,
+            info,
+        })
+    }
+
+    fn create_vm(
+        &self,
+        domain: &Domain,
+        vcpus: u32,
+        pool_limit: u64,
+    ) -> Result<Arc<KvmVm>, Error> {
+        let pool = match pool_limit {
+            0 => 1024 + domain.frames / 16,
+            limit => limit.min(MAX_POOL),
+        };
+        let space = Space::build(&Plan {
+            image: &self.image,
+            domain,
+            vcpus,
+            pool,
+            xcr0_mask: self.cpuid.xcr0_mask,
+            tsc_khz: self.info.tsc_khz,
+            features: self.cpuid.features,
+            cpuid: &self.cpuid.for_core(),
+        })?;
+        let (base, bytes, address) = space.slot();
+        let needed = u64::BITS - (base + bytes).leading_zeros();
+        if needed > self.cpuid.physical_bits {
+            return Err(Error::PhysicalBits {
+                needed,
+                given: self.cpuid.physical_bits,
+            });
+        }
+        let fd = self.kvm.create_vm().map_err(refused("create a VM"))?;
+        // User space has no interrupt controllers to route from.
+        enable(&fd, KVM_CAP_SPLIT_IRQCHIP, 0, "split its interrupt controller")?;
+        let api = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+        enable(&fd, KVM_CAP_X2APIC_API, api.into(), "use x2APIC ids")?;
+        let ram = domain
+            .memory
+            .get_host_address(GuestAddress(0))
+            .map_err(Error::memory)?;
+        for (slot, guest, size, host) in [
+            (RAM_SLOT, RAM_BASE, domain.frames * PAGE_SIZE, ram as u64),
+            (CORE_SLOT, base, bytes, address),
+        ] {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: guest,
+                memory_size: size,
+                userspace_addr: host,
+            };
+            // SAFETY: both mappings are owned by the VM made below and live as long
+            // as its descriptor; this program shares them with a hostile writer.
+            unsafe { fd.set_user_memory_region(region) }.map_err(refused("map memory"))?;
+        }
+        Ok(Arc::new(KvmVm {
+            fd,
+            space,
+            memory: Arc::clone(&domain.memory),
+            image: self.image,
+            cpuid: self.cpuid.clone(),
+            stats: stats::Stats::default(),
+        }))
+    }
+}
+
+fn enable(fd: &VmFd, cap: u32, arg: u64, what: &'static str) -> Result<(), Error> {
+    let mut request = kvm_enable_cap {
+        cap,
+        ..Default::default()
+    };
+    request.args[0] = arg;
+    fd.enable_cap(&request).map_err(refused(what))
+}
+
+/// A VM's TSC runs at the host's frequency.
+fn tsc_khz(kvm: &kvm_ioctls::Kvm) -> Result<u64, Error> {
+    let vm = kvm.create_vm().map_err(refused("create a VM"))?;
+    let vcpu = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
+    let khz = vcpu
+        .get_tsc_khz()
+        .map_err(refused("tell the frequency of the TSC"))?;
+    Ok(khz.into())
+}
+
+/// Without nested paging KVM shadows the core's shadow tables: slow, and what the
+/// kernel's hypervisor does then was never tried in earnest.
+fn nested_paging() -> Result<(), Error> {
+    let kinds = [("kvm_amd", "npt"), ("kvm_intel", "ept")];
+    for (module, parameter) in kinds {
+        let path = format!("/sys/module/{module}/parameters/{parameter}");
+        if let Ok(value) = fs::read_to_string(&path) {
+            return match value.trim() {
+                "Y" | "1" => Ok(()),
+                _ => Err(Error::NoNestedPaging(format!("{path} is {}", value.trim()))),
+            };
+        }
+    }
+    Err(Error::NoNestedPaging(
+        "neither kvm_amd nor kvm_intel is what answers at /dev/kvm".into(),
+    ))
+}
+
+impl Hypervisor for Kvm {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn info(&self) -> Info {
+        self.info
+    }
+
+    fn create(
+        &self,
+        domain: &Domain,
+        vcpus: u32,
+        pool_limit: u64,
+    ) -> Result<Arc<dyn Machine>, device::Error> {
+        within_limits(&self.info, domain, vcpus)?;
+        let vm = self.create_vm(domain, vcpus, pool_limit)?;
+        Ok(Arc::new(Handle(vm)))
+    }
+}
+
+/// A VM.
+struct KvmVm {
+    // Before the memory: fields are dropped in order.
+    fd: VmFd,
+    space: Space,
+    memory: Arc<GuestMemory>,
+    image: Image,
+    cpuid: Cpuid,
+    stats: stats::Stats,
+}
+
+impl KvmVm {
+    /// Interrupts a vCPU so that it looks at its pending word.
+    fn interrupt(&self, vcpu: u32) -> Result<(), Error> {
+        // Fixed delivery to a physical destination (Intel SDM vol. 3, 11.11).
+        let message = kvm_msi {
+            address_lo: 0xfee0_0000 | vcpu << 12,
+            data: vector::KICK.into(),
+            ..Default::default()
+        };
+        self.fd
+            .signal_msi(message)
+            .map(drop)
+            .map_err(refused("interrupt a vCPU"))
+    }
+}
+
+/// What the rest of the program holds of a VM.
+struct Handle(Arc<KvmVm>);
+
+impl Machine for Handle {
+    fn vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, device::Error> {
+        Ok(Box::new(vcpu::KvmVcpu::new(Arc::clone(&self.0), id)?))
+    }
+
+    fn raise(&self, port: u32) -> Result<(), device::Error> {
+        if let Some(vcpu) = self.0.space.raise(port)? {
+            self.0.interrupt(vcpu)?;
+        }
+        Ok(())
+    }
+
+    fn stats(&self) -> Result<VmStats, device::Error> {
+        let (exits, counters) = self.0.space.counters()?;
+        // Blocks of 512 bytes that the memory's file has.
+        let blocks = self.0.memory.iter().filter_map(|region| {
+            let file = region.file_offset()?.file();
+            std::os::unix::fs::MetadataExt::blocks(&file.metadata().ok()?).into()
+        });
+        Ok(VmStats {
+            exits,
+            counters,
+            frames: blocks.sum::<u64>() * 512 / PAGE_SIZE,
+            pool: self.0.space.pool_pages()?,
+            guest_ns: 0,
+        })
+    }
+
+    fn host_exits(&self) -> Vec<HostExits> {
+        self.0.stats.read()
+    }
+}
