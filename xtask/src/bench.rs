@@ -102,7 +102,7 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
     } else {
         micro
     };
-    let mut payload = Payload::new(project, &kernel, Hardware::Virtio)?;
+    let mut payload = Payload::new(project, &kernel, Hardware::Virtio, &args.cpu)?;
     payload.module(&build::module_for(project, &kernel)?);
     payload.program(&build::command(project)?)?;
     payload.archive.add(&programs);

@@ -264,7 +264,15 @@ fn release_of(headers: &Path) -> Result<String> {
 
 /// Builds the static `blanket` command.
 pub fn command(project: &Project) -> Result<PathBuf> {
-    let built = static_binaries(project, &["--bin", "blanket"], &["blanket"], STATIC)?;
+    // The command carries the core as the module does, for KVM.
+    let image = core(project)?;
+    let built = static_binaries(
+        project,
+        &["--bin", "blanket"],
+        &["blanket"],
+        STATIC,
+        Some(&image),
+    )?;
     built.into_iter().next().context("no command was built")
 }
 
@@ -275,6 +283,7 @@ pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
         &["-p", "abi-test", "-p", "micro"],
         &["abi-test", "micro", "hello"],
         LEAN,
+        None,
     )
 }
 
@@ -291,6 +300,7 @@ fn static_binaries(
     select: &[&str],
     names: &[&str],
     flags: &str,
+    image: Option<&Path>,
 ) -> Result<Vec<PathBuf>> {
     let _lock = project.lock("bin")?;
     let target = project
@@ -298,10 +308,14 @@ fn static_binaries(
         .join(if flags == LEAN { "lean" } else { "static" });
     let sh = project.shell()?;
     let cargo = project.cargo();
-    cmd!(
+    let mut build = cmd!(
         sh,
         "{cargo} build --quiet --release --target {HOST_TARGET} {select...}"
-    )
+    );
+    if let Some(image) = image {
+        build = build.env("BLANKET_CORE_IMAGE", image);
+    }
+    build
     // A directory for each set of flags, or cargo would build all anew each time.
     .env("CARGO_TARGET_DIR", &target)
     .env("CARGO_ENCODED_RUSTFLAGS", flags)

@@ -25,8 +25,8 @@ pub struct Case {
     pub memory: &'static str,
     /// Count instructions instead of following the clock.
     pub icount: bool,
-    /// Whether the module is loaded before the work begins.
-    pub module: bool,
+    /// What VMs run on. The module is loaded for VMs under it, and only then.
+    pub adapter: Adapter,
     /// Whether instance and VM have stress-ng.
     pub stress_ng: bool,
     /// Seconds until the case is a failure.
@@ -35,6 +35,17 @@ pub struct Case {
     pub work: Work,
     /// What must hold for the output, beside exit code 0 and a silent kernel log.
     pub expect: Vec<Expect>,
+}
+
+/// What VMs run on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Adapter {
+    /// Blanket's module, loaded before the work begins.
+    Module,
+    /// The instance's KVM; the module is not loaded.
+    Kvm,
+    /// What `blanket` chooses where the module is not loaded.
+    None,
 }
 
 /// What an instance does.
@@ -91,7 +102,7 @@ impl Default for Case {
             smp: 2,
             memory: "2G",
             icount: false,
-            module: true,
+            adapter: Adapter::Module,
             stress_ng: false,
             timeout: 180,
             work: Work::Guest(Guest::default()),
@@ -128,7 +139,7 @@ fn single() -> Vec<Case> {
         },
         Case {
             name: "doctor-without-module".into(),
-            module: false,
+            adapter: Adapter::None,
             work: Work::Instance {
                 script: "blanket doctor",
                 guests: vec![],
@@ -202,6 +213,26 @@ fn single() -> Vec<Case> {
             ..guest("stress-ng-long", 7200, 4, "sh /tests/stress-ng.sh all")
         },
         guest("hotplug", 300, 4, "abi-test hotplug"),
+        kvm(guest("kvm-stress", 900, 4, "N=20 sh /tests/stress.sh")),
+        kvm(guest("kvm-hotplug", 300, 4, "abi-test hotplug")),
+        kvm(Case {
+            name: "kvm-abi-same-as-instance".into(),
+            timeout: 900,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/compare-abi.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        }),
+        kvm(Case {
+            name: "kvm-idle-clock".into(),
+            icount: true,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/idle-clock.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        }),
         memory("memory-128M", "128M"),
         memory("memory-1G", "1G"),
         Case {
@@ -223,6 +254,15 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
     ]
+}
+
+/// The same case inside the instance's KVM.
+fn kvm(case: Case) -> Case {
+    Case {
+        cpu: "EPYC",
+        adapter: Adapter::Kvm,
+        ..case
+    }
 }
 
 fn guest(name: &str, timeout: u64, vcpus: u32, script: &'static str) -> Case {
@@ -252,6 +292,7 @@ fn memory(name: &str, memory: &'static str) -> Case {
 /// An instance of the matrix.
 struct Instance {
     name: &'static str,
+    adapter: Adapter,
     cpu: &'static str,
     append: &'static str,
     smp: u32,
@@ -261,6 +302,7 @@ struct Instance {
 const fn instance(name: &'static str, cpu: &'static str, smp: u32, host: Flavour) -> Instance {
     Instance {
         name,
+        adapter: Adapter::Module,
         cpu,
         append: "",
         smp,
@@ -268,7 +310,15 @@ const fn instance(name: &'static str, cpu: &'static str, smp: u32, host: Flavour
     }
 }
 
-/// CPU models, one and two CPUs, and the two kernels that instances are tried with.
+const fn inside_kvm(name: &'static str, smp: u32, host: Flavour) -> Instance {
+    Instance {
+        adapter: Adapter::Kvm,
+        ..instance(name, "EPYC", smp, host)
+    }
+}
+
+/// CPU models, one and two CPUs, and the two kernels that instances are tried with;
+/// in the last two, VMs run inside KVM.
 const INSTANCES: &[Instance] = &[
     instance("epyc", "EPYC,-svm", 2, Flavour::Cloud),
     instance("epyc-1cpu-6.12", "EPYC,-svm", 1, Flavour::Cloud612),
@@ -279,6 +329,8 @@ const INSTANCES: &[Instance] = &[
         ..instance("haswell-pti", "Haswell-noTSX,-vmx", 2, Flavour::Cloud)
     },
     instance("la57", "max,la57=on,-svm", 2, Flavour::Cloud612),
+    inside_kvm("kvm", 2, Flavour::Cloud),
+    inside_kvm("kvm-1cpu-6.12", 1, Flavour::Cloud612),
 ];
 const KERNELS: &[Flavour] = &[
     Flavour::Cloud,
@@ -299,6 +351,7 @@ fn matrix() -> Vec<Case> {
                 cases.push(Case {
                     name: format!("matrix-{}-{kernel}-{vcpus}vcpu", instance.name),
                     long: (row + column) % VCPUS.len() != turn,
+                    adapter: instance.adapter,
                     cpu: instance.cpu,
                     append: instance.append,
                     smp: instance.smp,

@@ -23,6 +23,9 @@ pub struct Args {
     here: bool,
 }
 
+/// CPU model of the instance: a provider without nested virtualization.
+const INSTANCE: &str = "EPYC,-svm";
+
 const SCRIPT: &str = include_str!("../../tests/lab-scripts/demo.sh");
 
 /// Kernels of the two VMs.
@@ -61,7 +64,7 @@ fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     let module = build::module_for(project, &host)?;
     let command = build::command(project)?;
     steps.say("built: the core, the module, the blanket command");
-    let mut payload = Payload::new(project, &host, Hardware::Virtio)?;
+    let mut payload = Payload::new(project, &host, Hardware::Virtio, INSTANCE)?;
     payload.module(&module);
     payload.program(&command)?;
     for guest in guests {
@@ -77,7 +80,7 @@ fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
          ! test -e /dev/blanket"
     ));
     let machine = Machine {
-        cpu: "EPYC,-svm".into(),
+        cpu: INSTANCE.into(),
         hardware: Hardware::Virtio,
         kernel: host,
         memory: "2G".into(),

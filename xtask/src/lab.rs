@@ -80,7 +80,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         },
     };
     let module = find_module(project, &kernel, args.no_build)?;
-    let mut payload = Payload::new(project, &kernel, args.hw)?;
+    let mut payload = Payload::new(project, &kernel, args.hw, &args.cpu)?;
     if let (Some(module), false) = (&module, args.no_module) {
         payload.module(module);
     }
@@ -273,13 +273,16 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// Busybox, init and the drivers of `hardware` as `kernel` has them.
-    pub fn new(project: &Project, kernel: &Kernel, hardware: Hardware) -> Result<Self> {
+    /// Busybox, init and the drivers of `hardware` as `kernel` has them; KVM if the
+    /// CPU model `cpu` has what it needs.
+    pub fn new(project: &Project, kernel: &Kernel, hardware: Hardware, cpu: &str) -> Result<Self> {
         let mut archive = Initramfs::with_busybox(project)?;
         archive.text("init", 0o755, INIT);
         archive.text("bin/lab-initrd", 0o755, LAB_INITRD);
         let mut this = Self { archive };
-        this.modules(project, kernel, hardware.modules())?;
+        let mut modules = hardware.modules().to_vec();
+        modules.extend(qemu::has_svm(cpu).then_some("kvm_amd"));
+        this.modules(project, kernel, &modules)?;
         Ok(this)
     }
 

@@ -232,12 +232,15 @@ fi
 exit 0
 "#;
 
+/// CPU model of the instance that the packages are tried on.
+const BARE: &str = "EPYC,-svm";
+
 /// Installs the packages with apt on a Debian 12 that knows no Rust, in an
 /// instance with one CPU and 1 GiB, and runs a VM there.
 fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
     let kernel = kernels::fetch(project, Flavour::Cloud)?;
     let disk = bare_debian(project, &kernel.release)?;
-    let mut payload = Payload::new(project, &kernel, Hardware::Virtio)?;
+    let mut payload = Payload::new(project, &kernel, Hardware::Virtio, BARE)?;
     payload.modules(project, &kernel, &["virtio_pci", "virtio_blk", "ext4"])?;
     for package in packages {
         let name = package
@@ -253,7 +256,7 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
     payload.guest_initrd(&initramfs::guest(project, Some(script), &Files::new())?)?;
     payload.command(TRY_OUT);
     let machine = Machine {
-        cpu: "EPYC,-svm".into(),
+        cpu: BARE.into(),
         hardware: Hardware::Virtio,
         kernel,
         memory: "1G".into(),

@@ -175,6 +175,18 @@ impl Machine {
     }
 }
 
+/// Whether a CPU model has AMD's virtualization, which QEMU's translator can emulate.
+pub fn has_svm(cpu: &str) -> bool {
+    let mut options = cpu.split(',');
+    let model = options.next().unwrap_or_default();
+    let amd = model.starts_with("EPYC") || model.starts_with("Opteron") || model == "max";
+    options.fold(amd, |has, option| match option {
+        "svm" | "svm=on" | "+svm" => true,
+        "-svm" | "svm=off" => false,
+        _ => has,
+    })
+}
+
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -644,6 +656,12 @@ mod tests {
             .pump(Instant::now() + Duration::from_secs(5), &mut sink)
             .unwrap();
         (end, sink, reader.complaints)
+    }
+
+    #[test]
+    fn models_with_svm_are_known() {
+        assert!(has_svm("EPYC") && has_svm("max") && has_svm("qemu64,+svm"));
+        assert!(!has_svm("EPYC,-svm") && !has_svm("max,la57=on,-svm") && !has_svm("Nehalem"));
     }
 
     #[test]

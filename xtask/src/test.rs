@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::abi_check;
-use crate::cases::{self, Case, Expect, Guest, Work};
+use crate::cases::{self, Adapter, Case, Expect, Guest, Work};
 use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels;
@@ -364,8 +364,8 @@ impl<'a> Bench<'a> {
     fn boot(&self, case: &Case, output: &mut Vec<u8>) -> Result<Outcome> {
         let project = self.project;
         let kernel = kernels::fetch(project, case.host)?;
-        let mut payload = Payload::new(project, &kernel, case.hardware)?;
-        if case.module {
+        let mut payload = Payload::new(project, &kernel, case.hardware, case.cpu)?;
+        if case.adapter == Adapter::Module {
             let built = find_module(project, &kernel, true)?.context("the module is gone")?;
             payload.module(&built);
         } else if let Some(built) = find_module(project, &kernel, true)? {
@@ -383,12 +383,17 @@ impl<'a> Bench<'a> {
         for flavour in guests(case) {
             payload.guest_kernel(&kernels::fetch(project, flavour)?);
         }
+        let adapter = match case.adapter {
+            Adapter::Module => "export BLANKET_HOST=module\n",
+            Adapter::Kvm => "export BLANKET_HOST=kvm\n",
+            Adapter::None => "",
+        };
         match &case.work {
             Work::Guest(guest) => {
                 payload.archive.text("root/script", 0o644, guest.script);
-                payload.command(&guest_command(guest));
+                payload.command(&format!("{adapter}{}", guest_command(guest)));
             }
-            Work::Instance { script, .. } => payload.command(script),
+            Work::Instance { script, .. } => payload.command(&format!("{adapter}{script}")),
         }
         let machine = Machine {
             cpu: case.cpu.into(),

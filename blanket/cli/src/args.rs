@@ -133,6 +133,15 @@ pub struct Run {
     /// What a reboot of the guest does
     #[arg(long, value_enum, value_name = "ACTION", default_value = "restart")]
     pub on_reboot: OnReboot,
+    /// What the VM runs on
+    #[arg(
+        long,
+        value_enum,
+        value_name = "HOST",
+        default_value = "auto",
+        env = "BLANKET_HOST"
+    )]
+    pub host: Host,
     /// Write the VM's counters to standard error when it has ended
     #[arg(long)]
     pub stats_on_exit: bool,
@@ -145,6 +154,17 @@ pub struct Run {
     /// Most memory for shadow page tables [default: the module's]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub shadow_memory: Option<u64>,
+}
+
+/// What a VM runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Host {
+    /// KVM where a guest really runs in it, else the module
+    Auto,
+    /// Blanket's kernel module, which needs no virtualization
+    Module,
+    /// This machine's KVM, which needs no module
+    Kvm,
 }
 
 /// What a reboot of the guest does.

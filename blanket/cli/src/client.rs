@@ -37,13 +37,14 @@ pub fn ps(json: bool) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let header = [
-        "NAME", "PID", "CPUS", "MEMORY", "UPTIME", "BOOTS", "CONSOLE", "KERNEL",
+        "NAME", "PID", "HOST", "CPUS", "MEMORY", "UPTIME", "BOOTS", "CONSOLE", "KERNEL",
     ];
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(found.iter().map(|vm| {
         [
             vm.name.clone(),
             vm.pid.to_string(),
+            vm.host.clone(),
             vm.vcpus.to_string(),
             format!("{}M", vm.memory >> 20),
             duration(vm.uptime_seconds),

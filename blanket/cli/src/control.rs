@@ -60,6 +60,8 @@ pub struct Info {
     pub uuid: String,
     /// The process that runs it.
     pub pid: u32,
+    /// What it runs on: `module` or `kvm`.
+    pub host: String,
     /// vCPUs.
     pub vcpus: u32,
     /// Memory, bytes.
@@ -124,6 +126,7 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
                 name: name.to_owned(),
                 uuid: instance.uuid().to_owned(),
                 pid: std::process::id(),
+                host: instance.host().to_owned(),
                 vcpus: spec.vcpus,
                 memory: spec.memory,
                 uptime_seconds: instance.uptime().as_secs_f64(),
@@ -135,7 +138,7 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
             }))
         }
         Ok(Request::Stats) => match instance.stats() {
-            Ok(Some(stats)) => Answer::Stats(Box::new(Stats::from(&stats))),
+            Ok(Some(stats)) => Answer::Stats(Box::new(Stats::from(stats))),
             Ok(None) => Answer::Error("there are no counters yet".into()),
             Err(error) => Answer::Error(error.to_string()),
         },

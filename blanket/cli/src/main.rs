@@ -5,6 +5,7 @@ mod client;
 mod control;
 mod doctor;
 mod exit;
+mod host;
 mod registry;
 mod run;
 mod stats;

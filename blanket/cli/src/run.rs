@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use blanket_vmm::console::{Console, IoThread, Sink};
-use blanket_vmm::device::{Device, Error as DeviceError};
+use blanket_vmm::device::Error as DeviceError;
 use blanket_vmm::instance::{Instance, OnReboot, Spec};
 use blanket_vmm::vm::End;
 use serde::Serialize;
@@ -22,7 +22,7 @@ use crate::args::{self, Run};
 use crate::exit;
 use crate::registry::{Entry, Registry};
 use crate::stats::Stats;
-use crate::{control, doctor};
+use crate::{control, host};
 
 /// Set in the environment of the process that `--detach` leaves behind.
 const DETACHED: &str = "BLANKET_DETACHED";
@@ -42,7 +42,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     if let Some(initrd) = &run.initrd {
         readable("initrd", initrd)?;
     }
-    let device = Device::open().map_err(with_hint)?;
+    let hypervisor = host::open(run.host)?;
     let registry = Registry::open()?;
     let (entry, listener) = registry.claim(run.name.as_deref())?;
 
@@ -61,7 +61,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
     };
     let console = Console::new().context("cannot make a console")?;
-    let instance = Instance::new(spec, Arc::new(device), console)?;
+    let instance = Instance::new(spec, hypervisor, console)?;
     let (end, stats) = live(run, detached, &registry, entry, listener, &instance)?;
     Ok(finish(run, &instance, &end, stats))
 }
@@ -102,15 +102,21 @@ fn live(
     let vm = instance.boot().map_err(boot_hint)?;
 
     if detached {
-        become_background(registry, &entry, &place)?;
-    } else if let Some(path) = io.pty() {
-        eprintln!("console: {}", path.display());
+        become_background(registry, &entry, &place, instance.host())?;
+    } else {
+        if !run.json {
+            let on = host::sentence(instance.host());
+            eprintln!("blanket: {} runs {on}", entry.name);
+        }
+        if let Some(path) = io.pty() {
+            eprintln!("console: {}", path.display());
+        }
     }
     let end = instance.run(vm);
     // Its last output first, then whatever there is to say about the end.
     io.finish();
     drop(entry);
-    let stats = instance.stats().ok().flatten().map(|raw| Stats::from(&raw));
+    let stats = instance.stats().ok().flatten().map(Stats::from);
     Ok((end?, stats))
 }
 
@@ -119,6 +125,7 @@ fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> Ex
     #[derive(Serialize)]
     struct Summary<'a> {
         name: &'a str,
+        host: &'a str,
         end: &'a str,
         exit_code: u8,
         detail: Option<String>,
@@ -136,6 +143,7 @@ fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> Ex
     if run.json {
         let summary = Summary {
             name: &instance.spec().name,
+            host: instance.host(),
             end: exit::word(end),
             exit_code,
             detail,
@@ -241,10 +249,16 @@ struct Started {
     name: String,
     pid: u32,
     console: String,
+    host: String,
 }
 
 /// Leaves the terminal of the process that started us.
-fn become_background(registry: &Registry, entry: &Entry, console: &str) -> Result<()> {
+fn become_background(
+    registry: &Registry,
+    entry: &Entry,
+    console: &str,
+    host: &str,
+) -> Result<()> {
     // Fails only for a leader of a process group, who has no terminal to leave.
     let _ = rustix::process::setsid();
     let log = registry.log(&entry.name);
@@ -257,6 +271,7 @@ fn become_background(registry: &Registry, entry: &Entry, console: &str) -> Resul
         name: entry.name.clone(),
         pid: std::process::id(),
         console: console.to_owned(),
+        host: host.to_owned(),
     };
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{}", serde_json::to_string(&started)?)?;
@@ -266,28 +281,11 @@ fn become_background(registry: &Registry, entry: &Entry, console: &str) -> Resul
     Ok(())
 }
 
-/// Which of not installed, not loaded, no permission holds, and what to do.
-fn with_hint(error: DeviceError) -> anyhow::Error {
-    let next = match &error {
-        DeviceError::NoDevice(_) => doctor::module_hint(),
-        DeviceError::Permission(_) => Some(doctor::PERMISSION.into()),
-        DeviceError::Version { .. } => Some(
-            "install the blanket and blanket-dkms packages of one release, then: \
-             sudo rmmod blanket && sudo modprobe blanket"
-                .into(),
-        ),
-        _ => Some("`blanket doctor` looks for the cause".into()),
-    };
-    let error = anyhow::Error::new(error);
-    match next {
-        Some(next) => exit::hint(&error, next),
-        None => error,
-    }
-}
-
 fn boot_hint(error: blanket_vmm::instance::Error) -> anyhow::Error {
     match error {
-        blanket_vmm::instance::Error::Device(error @ DeviceError::NoMemory(_)) => with_hint(error),
+        blanket_vmm::instance::Error::Device(error @ DeviceError::NoMemory(_)) => {
+            host::module_hint(error)
+        }
         other => other.into(),
     }
 }

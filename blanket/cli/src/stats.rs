@@ -3,18 +3,23 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use blanket_abi::device::{VmStats, counter, exit};
+use blanket_abi::device::{counter, exit};
+use blanket_vmm::instance::Counters;
 use serde::{Deserialize, Serialize};
 
 /// A VM's counters, by name; those that are 0 are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
-    /// World switches by reason.
+    /// Exits of the core by reason; inside KVM, where most of them are answered by
+    /// the core itself, also those.
     pub exits: BTreeMap<String, u64>,
     /// Hypercalls by name.
     pub hypercalls: BTreeMap<String, u64>,
     /// Other counters of the core.
     pub counters: BTreeMap<String, u64>,
+    /// Counters of the hypervisor below, by its own names: KVM's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub host: BTreeMap<String, u64>,
     /// Frames of guest memory that are present.
     pub frames: u64,
     /// Pages of shadow memory.
@@ -35,6 +40,8 @@ fn exit_name(reason: u32) -> Option<&'static str> {
         exit::DEADLINE => "deadline",
         exit::POOL => "pool",
         exit::YIELD => "yield",
+        exit::BREATH => "breath",
+        exit::XCR0 => "xcr0",
         exit::SEND => "send",
         exit::CONSOLE => "console",
         exit::SHUTDOWN => "shutdown",
@@ -108,9 +115,11 @@ fn counter_name(index: usize) -> Option<&'static str> {
     })
 }
 
-impl From<&VmStats> for Stats {
-    fn from(raw: &VmStats) -> Self {
+impl From<Counters> for Stats {
+    fn from(all: Counters) -> Self {
+        let raw = &all.vm;
         let mut stats = Self {
+            host: all.host.into_iter().map(|e| (e.name, e.count)).collect(),
             frames: raw.frames,
             shadow_pages: raw.pool,
             guest_ns: raw.guest_ns,
@@ -144,12 +153,15 @@ impl From<&VmStats> for Stats {
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |pages: u64| pages.div_ceil(256);
-        writeln!(
-            f,
-            "guest time     {}.{:03} s",
-            self.guest_ns / 1_000_000_000,
-            self.guest_ns / 1_000_000 % 1000
-        )?;
+        // KVM's threads are in the guest or in its kernel, and do not say which.
+        if self.guest_ns > 0 {
+            writeln!(
+                f,
+                "guest time     {}.{:03} s",
+                self.guest_ns / 1_000_000_000,
+                self.guest_ns / 1_000_000 % 1000
+            )?;
+        }
         writeln!(f, "guest memory   {} MiB present", mib(self.frames))?;
         writeln!(
             f,
@@ -161,7 +173,11 @@ impl fmt::Display for Stats {
             ("exits", &self.exits),
             ("hypercalls", &self.hypercalls),
             ("core", &self.counters),
+            ("kvm", &self.host),
         ] {
+            if table.is_empty() {
+                continue;
+            }
             writeln!(f, "{title}:")?;
             let mut rows: Vec<_> = table.iter().collect();
             rows.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
@@ -175,7 +191,7 @@ impl fmt::Display for Stats {
 
 #[cfg(test)]
 mod tests {
-    use blanket_abi::device::{COUNTERS, EXIT_REASONS};
+    use blanket_abi::device::{COUNTERS, EXIT_REASONS, VmStats};
 
     use super::*;
 
@@ -194,7 +210,10 @@ mod tests {
         raw.counters[47] = 1;
         raw.counters[counter::UPCALL] = 5;
         raw.counters[63] = 2;
-        let stats = Stats::from(&raw);
+        let stats = Stats::from(Counters {
+            vm: raw,
+            host: Vec::new(),
+        });
         assert_eq!(stats.exits["send"], 7);
         assert_eq!(stats.exits["exit-31"], 1);
         assert_eq!(stats.hypercalls["iret"], 100);

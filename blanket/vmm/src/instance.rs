@@ -14,7 +14,7 @@ use blanket_xenstore::{DomainSpec, Errno};
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
-use crate::hypervisor::{Hypervisor, Machine};
+use crate::hypervisor::{HostExits, Hypervisor, Machine};
 use crate::kernel::{self, Kernel};
 use crate::sync::lock;
 use crate::vm::{self, Backend, Backends, EarlyConsole, End, Vm};
@@ -119,6 +119,24 @@ pub struct Instance {
     now: Mutex<Now>,
 }
 
+/// What a VM has counted.
+#[derive(Clone, Debug)]
+pub struct Counters {
+    /// By the core and its host adapter.
+    pub vm: VmStats,
+    /// By the hypervisor below; empty where it counts nothing.
+    pub host: Vec<HostExits>,
+}
+
+impl Counters {
+    fn of(machine: &dyn Machine) -> Result<Self, device::Error> {
+        Ok(Self {
+            vm: machine.stats()?,
+            host: machine.host_exits(),
+        })
+    }
+}
+
 /// What runs at the moment.
 #[derive(Default)]
 struct Now {
@@ -127,7 +145,7 @@ struct Now {
     killed: bool,
     /// Somebody waits for the guest to end: a reboot ends it too.
     stopping: u32,
-    last_stats: Option<VmStats>,
+    last_stats: Option<Counters>,
 }
 
 #[derive(Clone)]
@@ -231,7 +249,7 @@ impl Instance {
             let (killed, stopping) = {
                 let mut now = lock(&self.now);
                 if let Some(running) = now.running.take() {
-                    match running.machine.stats() {
+                    match Counters::of(&*running.machine) {
                         Ok(stats) => now.last_stats = Some(stats),
                         Err(error) => tracing::warn!(%error, "the last counters are lost"),
                     }
@@ -291,13 +309,13 @@ impl Instance {
     ///
     /// # Errors
     /// What the host refused.
-    pub fn stats(&self) -> Result<Option<VmStats>, device::Error> {
+    pub fn stats(&self) -> Result<Option<Counters>, device::Error> {
         let (running, last) = {
             let now = lock(&self.now);
-            (now.running.clone(), now.last_stats)
+            (now.running.clone(), now.last_stats.clone())
         };
         match running {
-            Some(running) => running.machine.stats().map(Some),
+            Some(running) => Counters::of(&*running.machine).map(Some),
             None => Ok(last),
         }
     }
@@ -306,6 +324,12 @@ impl Instance {
     #[must_use]
     pub fn spec(&self) -> &Spec {
         &self.spec
+    }
+
+    /// What it runs on: [`Hypervisor::name`].
+    #[must_use]
+    pub fn host(&self) -> &'static str {
+        self.hypervisor.name()
     }
 
     /// Its identity, kept over reboots.

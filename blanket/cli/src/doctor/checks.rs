@@ -6,7 +6,7 @@ use std::path::Path;
 use blanket_vmm::kernel::{Error as KernelError, Kernel};
 use serde::Serialize;
 
-use super::facts::{DeviceFact, Facts};
+use super::facts::{DeviceFact, Facts, KvmFact};
 
 /// Kernel versions on which the module was built and run.
 const TRIED: [(u32, u32); 2] = [(6, 1), (6, 12)];
@@ -77,7 +77,7 @@ pub fn all(facts: &Facts, force: bool) -> Vec<Check> {
     if facts.machine != "x86_64" {
         return checks;
     }
-    checks.extend([
+    let mut module = vec![
         fred(facts),
         confidential(facts),
         paging(facts),
@@ -87,10 +87,18 @@ pub fn all(facts: &Facts, force: bool) -> Vec<Check> {
         headers(facts),
         module(facts),
         device(facts),
-        memory(facts),
-        clock(facts),
-        kvm(facts),
-    ]);
+    ];
+    // One of the two hosts is enough.
+    if facts.kvm == KvmFact::Works {
+        for check in &mut module {
+            if check.state == State::Fail {
+                check.state = State::Warn;
+                check.text.push_str(" (matters only without KVM)");
+            }
+        }
+    }
+    checks.extend(module);
+    checks.extend([memory(facts), clock(facts), kvm(facts)]);
     checks
 }
 
@@ -378,12 +386,15 @@ fn clock(facts: &Facts) -> Check {
 }
 
 fn kvm(facts: &Facts) -> Check {
-    let text = if facts.kvm {
-        "/dev/kvm exists; not used by this version"
-    } else {
-        "no /dev/kvm; not needed"
-    };
-    check("kvm", State::Ok, text)
+    const NAME: &str = "kvm";
+    match &facts.kvm {
+        KvmFact::Missing => check(NAME, State::Ok, "no /dev/kvm; not needed with the module"),
+        KvmFact::Works => check(NAME, State::Ok, "a test guest ran in it; VMs run inside KVM"),
+        KvmFact::Unfit { error, mend } => Check {
+            mend: mend.map(str::to_owned),
+            ..check(NAME, State::Warn, format!("not used: {error}"))
+        },
+    }
 }
 
 /// Whether a kernel can be run as a guest.
@@ -603,6 +614,40 @@ mod tests {
             found.state == State::Fail && found.text.contains("/no/kernel"),
             "{found}"
         );
+    }
+
+    #[test]
+    fn a_working_kvm_is_enough() {
+        let mut facts = good();
+        unloaded(&mut facts);
+        facts.module_file = None;
+        facts.headers = false;
+        facts.release = "6.18.44".into();
+        facts.flags.push("fred".into());
+        assert!(failures(&facts).len() > 3);
+        facts.kvm = KvmFact::Works;
+        assert!(failures(&facts).is_empty(), "{:?}", failures(&facts));
+        // What both hosts need is still needed.
+        facts.available_kib = 1000;
+        assert_eq!(failures(&facts)[0].0, "memory");
+    }
+
+    #[test]
+    fn a_kvm_that_does_not_work_is_a_warning_and_the_module_decides() {
+        let mut facts = good();
+        facts.kvm = KvmFact::Unfit {
+            error: "no permission to open /dev/kvm".into(),
+            mend: Some("sudo usermod -aG kvm $USER"),
+        };
+        assert!(failures(&facts).is_empty());
+        let found = all(&facts, false)
+            .into_iter()
+            .find(|check| check.name == "kvm")
+            .expect("checked");
+        assert_eq!(found.state, State::Warn);
+        assert!(found.mend.is_some_and(|mend| mend.contains("usermod")));
+        unloaded(&mut facts);
+        assert!(!failures(&facts).is_empty());
     }
 
     #[test]

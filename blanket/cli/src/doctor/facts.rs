@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use blanket_abi::device::{API_VERSION, features};
 use blanket_vmm::device::{Device, Error};
 use blanket_vmm::hypervisor::Hypervisor as _;
+use blanket_vmm::kvm;
 use serde::Serialize;
 
 /// Everything that the checks look at.
@@ -51,8 +52,8 @@ pub struct Facts {
     pub available_kib: u64,
     /// The kernel's clock source.
     pub clocksource: Option<String>,
-    /// Whether there is a `/dev/kvm`.
-    pub kvm: bool,
+    /// KVM.
+    pub kvm: KvmFact,
 }
 
 /// What `/dev/blanket` did.
@@ -82,6 +83,24 @@ pub enum DeviceFact {
     Broken {
         /// What it said.
         error: String,
+    },
+}
+
+/// What `/dev/kvm` did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum KvmFact {
+    /// It is not there.
+    #[default]
+    Missing,
+    /// A test guest ran in it.
+    Works,
+    /// It is there and of no use.
+    Unfit {
+        /// Why.
+        error: String,
+        /// What mends it.
+        mend: Option<&'static str>,
     },
 }
 
@@ -115,7 +134,7 @@ impl Facts {
             signed_only: read("/sys/module/module/parameters/sig_enforce").as_deref() == Some("Y"),
             available_kib: available_kib(&read("/proc/meminfo").unwrap_or_default()),
             clocksource: read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
-            kvm: Path::new("/dev/kvm").exists(),
+            kvm: kvm(),
             flags,
             release,
         }
@@ -131,6 +150,17 @@ fn read(path: &str) -> Option<String> {
     fs::read_to_string(path)
         .ok()
         .map(|text| text.trim().to_owned())
+}
+
+fn kvm() -> KvmFact {
+    match kvm::probe() {
+        Ok(_) => KvmFact::Works,
+        Err(kvm::Error::NoDevice) => KvmFact::Missing,
+        Err(error) => KvmFact::Unfit {
+            mend: kvm::mend(&error),
+            error: error.to_string(),
+        },
+    }
 }
 
 fn device() -> DeviceFact {

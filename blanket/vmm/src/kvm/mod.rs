@@ -115,6 +115,22 @@ impl Error {
     }
 }
 
+/// The command or step that mends it, if there is one.
+#[must_use]
+pub fn mend(error: &Error) -> Option<&'static str> {
+    Some(match error {
+        Error::Permission => "sudo usermod -aG kvm $USER, then log in again",
+        Error::Busy => "end the other hypervisor (VirtualBox, VMware, ...)",
+        Error::NoNestedPaging(_) => {
+            "load kvm_amd with npt=1 or kvm_intel with ept=1, if the CPU has nested paging"
+        }
+        Error::NoMemory(_) => "end other programs, or use less memory",
+        Error::NoImage | Error::BadImage(_) => "install the package, or: cargo xtask build",
+        Error::PhysicalBits { .. } => "use less memory",
+        _ => return None,
+    })
+}
+
 /// Turns KVM's errno into an error that says what was asked for.
 fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
     move |error| match error.errno() {

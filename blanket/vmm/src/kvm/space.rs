@@ -158,11 +158,6 @@ impl Space {
         self.base + self.root
     }
 
-    /// Bytes given out so far: what the core's memory can cost at most.
-    pub fn used(&self) -> u64 {
-        self.next
-    }
-
     // ---- pages and words ----
 
     /// `count` pages in a row, zeroed; the offset of the first.
