@@ -225,6 +225,15 @@ fn single() -> Vec<Case> {
             ..Case::default()
         }),
         kvm(Case {
+            name: "kvm-shadow-paging".into(),
+            timeout: 900,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/kvm-shadow-paging.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        }),
+        kvm(Case {
             name: "kvm-idle-clock".into(),
             icount: true,
             work: Work::Instance {

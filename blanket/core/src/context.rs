@@ -230,6 +230,7 @@ impl<M: Machine> Context<'_, M> {
             Need::Breath => {
                 self.exit(exit::BREATH, [0; 4]);
             }
+            Need::Flush(mask) => self.flush_vcpus(mask),
             Need::Pool => {
                 if self.exit(exit::POOL, [128, 0, 0, 0]) > 0 {
                     return;
@@ -265,8 +266,8 @@ impl<M: Machine> Context<'_, M> {
                 others |= 1 << id;
             }
         }
+        let since = self.vm.epochs.begin();
         if others != 0 {
-            let since = self.vm.epochs.begin();
             let left = |c: &Self| {
                 (0..c.vm.nr_vcpus)
                     .filter(|&id| others & 1 << id != 0 && !c.vm.epochs.reached(id, since))

@@ -170,7 +170,7 @@ impl<M: Machine> Context<'_, M> {
             cmd @ mmuext::PIN_L1..=mmuext::PIN_L4 => {
                 let gfn = self.check_gfn(arg1)?;
                 let level = (cmd - mmuext::PIN_L1) as u8 + 1;
-                self.mmu(|mmu, m, _| mmu.mark_tree(m, gfn, level));
+                self.mmu(|mmu, m, ep| mmu.mark_tree(m, ep, gfn, level));
             }
             // Marks go when the frames become writable, which follows.
             mmuext::UNPIN => {

@@ -114,7 +114,7 @@ impl Mmu {
             // A frame can have lost its mark (it was mapped writable) while the
             // tables above still point at it.
             match self
-                .mark_tree(m, tables[l], level)
+                .mark_tree(m, ep, tables[l], level)
                 .and_then(|()| self.shadow_make(m, ep, tables[l], level))
             {
                 Ok(child) => {

@@ -13,6 +13,8 @@
 //!   refers to it. A freed page is used again only after every vCPU in the core
 //!   world has reloaded CR3 ([`Epochs`]), so no stale paging-structure entry can
 //!   ever read one level's table as another's.
+//! * **A new table is not writable in any TLB.** When a frame gets its first mark,
+//!   vCPUs that may have a writable translation of it are flushed first.
 //! * **Safety needs only one fact**: every leaf holds a frame of this VM. A guest
 //!   that breaks the read-only discipline hurts its own coherence, nothing else.
 //! * **Every leaf is in the reverse map** of its gfn, so that a frame can be taken
@@ -43,7 +45,9 @@ pub struct GfnInfo {
     shadow: u32,
     /// Bit `level - 1` is set while the frame is a table of that level.
     mark: u8,
-    pad: [u8; 3],
+    pad: u8,
+    /// Low bits of the epoch in which a writable leaf was last taken away.
+    writable_until: u16,
 }
 
 /// What the core knows of a pool page. The module allocates 24 bytes for each.
@@ -91,6 +95,9 @@ pub enum Need {
     Pool,
     /// Much was done already; let interrupts in.
     Breath,
+    /// A frame becomes a page table, and these vCPUs (a mask) may still have a
+    /// writable translation of it in their TLBs.
+    Flush(u64),
 }
 
 /// Which epoch each vCPU has seen. A vCPU that reloads CR3 sees the present one;
@@ -156,6 +163,17 @@ impl Epochs {
             s.fetch_max(since, Ordering::SeqCst);
         }
     }
+    /// The present epoch.
+    fn now(&self) -> u64 {
+        self.now.load(Ordering::SeqCst)
+    }
+    /// The vCPUs, of the first `nr_vcpus`, that may not have loaded CR3 since the
+    /// end of epoch `e`.
+    fn stale(&self, e: u64, nr_vcpus: u32) -> u64 {
+        (0..nr_vcpus)
+            .filter(|&id| !self.reached(id, e + 1))
+            .fold(0, |mask, id| mask | 1 << id)
+    }
     fn retire(&self) -> u32 {
         low(self.begin())
     }
@@ -213,6 +231,14 @@ fn bits(mut word: u64) -> impl Iterator<Item = usize> {
 )]
 const fn low(v: u64) -> u32 {
     v as u32
+}
+
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the low bits are what is meant"
+)]
+const fn low16(v: u64) -> u16 {
+    v as u16
 }
 
 #[allow(
@@ -339,6 +365,32 @@ impl Mmu {
     #[must_use]
     pub fn has_retired(&self) -> bool {
         self.free_head != 0
+    }
+
+    /// A leaf of `gfn` that allowed writes was changed or is gone.
+    #[inline]
+    fn note_write_protected(&mut self, ep: &Epochs, gfn: u32) {
+        // The new leaf must be seen before the epoch is read: a vCPU that loads CR3
+        // in a later epoch than is noted here must not walk the old one.
+        if self.nr_vcpus > 1 {
+            core::sync::atomic::fence(Ordering::SeqCst);
+        }
+        self.gfns[gfn as usize].writable_until = low16(ep.now());
+    }
+
+    /// Whether all vCPUs have flushed their TLBs since `gfn` was last writable. The
+    /// guest announces a new page table without a flush, because Xen flushes when a
+    /// frame's type changes (`xen/arch/x86/mm.c`, `_get_page_type`); with a writable
+    /// translation left, its writes to the table would go past the core.
+    fn settled(&self, ep: &Epochs, gfn: u32) -> Result<(), Need> {
+        let now = ep.now();
+        // The latest epoch with these low bits: at worst one flush too many.
+        let ago = low16(now).wrapping_sub(self.gfns[gfn as usize].writable_until);
+        let until = now.saturating_sub(u64::from(ago));
+        match ep.stale(until, self.nr_vcpus) {
+            0 => Ok(()),
+            mask => Err(Need::Flush(mask)),
+        }
     }
 
     /// Whether the frame is in use as a page table.

@@ -158,7 +158,7 @@ impl Mmu {
         let names = &m.gfns(page)[i];
         let same = old != 0 && new != 0 && names.load(Relaxed) == new_gfn;
         if old != 0 && !same {
-            self.leaf_clear(m, page, i);
+            self.leaf_clear(m, ep, page, i);
         }
         if new != 0 {
             if !same {
@@ -167,18 +167,26 @@ impl Mmu {
                 self.note_entry(page, i);
             }
             cell.store(new, Relaxed);
+            if same && old & !new & pte::RW != 0 {
+                self.note_write_protected(ep, new_gfn);
+            }
         }
         Ok(())
     }
 
     /// Takes away leaf `i` of an L1 shadow, if there is one.
     #[inline]
-    pub(super) fn leaf_clear<M: Memory>(&mut self, m: &M, page: u32, i: usize) {
+    pub(super) fn leaf_clear<M: Memory>(&mut self, m: &M, ep: &Epochs, page: u32, i: usize) {
         let cell = &m.pool(page)[i];
-        if cell.load(Relaxed) != 0 {
+        let old = cell.load(Relaxed);
+        if old != 0 {
             cell.store(0, Relaxed);
-            self.rmap_remove(m, m.gfns(page)[i].load(Relaxed), location(page, i));
+            let gfn = m.gfns(page)[i].load(Relaxed);
+            self.rmap_remove(m, gfn, location(page, i));
             self.pool[page as usize].live -= 1;
+            if old & pte::RW != 0 {
+                self.note_write_protected(ep, gfn);
+            }
         }
     }
 
@@ -244,7 +252,7 @@ impl Mmu {
         for group in bits(groups) {
             for i in group * GROUP..(group + 1) * GROUP {
                 if level == 1 {
-                    self.leaf_clear(m, page, i);
+                    self.leaf_clear(m, ep, page, i);
                 } else if !(level >= 4 && HOLE.contains(&i)) {
                     self.unlink(m, ep, page, i);
                 }
@@ -321,7 +329,7 @@ impl Mmu {
 
     /// Takes every leaf of `gfn` away, so that the host may have the frame back
     /// once all vCPUs have flushed. Leaves come back by faults.
-    pub fn revoke<M: Memory + Host>(&mut self, m: &M, gfn: Gfn) {
+    pub fn revoke<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, gfn: Gfn) {
         let Some(gfn) = (gfn.0 < self.nr_frames()).then(|| gfn32(gfn.0)) else {
             return;
         };
@@ -330,7 +338,7 @@ impl Mmu {
             if loc == 0 {
                 return;
             }
-            self.leaf_clear(m, loc >> 9, (loc & 511) as usize);
+            self.leaf_clear(m, ep, loc >> 9, (loc & 511) as usize);
         }
     }
 
@@ -362,7 +370,7 @@ impl Mmu {
         gfn: Gfn,
         user: bool,
     ) -> Result<u32, Need> {
-        self.mark_tree(m, gfn, 4)?;
+        self.mark_tree(m, ep, gfn, 4)?;
         let page = self.shadow_make(m, ep, gfn, if user { USER_ROOT } else { 4 })?;
         self.pool[page as usize].refs += 1;
         Ok(page)

@@ -16,10 +16,20 @@ impl Mmu {
     ///
     /// # Errors
     /// See [`Need`]; what was marked stays marked.
-    pub fn mark_tree<M: Memory + Host>(&mut self, m: &M, gfn: Gfn, level: u8) -> Result<(), Need> {
+    pub fn mark_tree<M: Memory + Host>(
+        &mut self,
+        m: &M,
+        ep: &Epochs,
+        gfn: Gfn,
+        level: u8,
+    ) -> Result<(), Need> {
         let bit = mark_bit(level);
         match self.gfns.get(idx(gfn.0)) {
-            Some(info) if info.mark & bit == 0 => {}
+            Some(info) if info.mark & bit == 0 => {
+                if info.mark == 0 {
+                    self.settled(ep, gfn32(gfn.0))?;
+                }
+            }
             _ => return Ok(()),
         }
         if level > 1 {
@@ -33,7 +43,7 @@ impl Mmu {
                 for word in &words[group * GROUP..(group + 1) * GROUP] {
                     let entry = word.load(Relaxed);
                     if entry & (pte::P | pte::PS) == pte::P {
-                        self.mark_tree(m, Gfn(pte::frame(entry)), level - 1)?;
+                        self.mark_tree(m, ep, Gfn(pte::frame(entry)), level - 1)?;
                     }
                 }
             }
@@ -66,7 +76,7 @@ impl Mmu {
                 for level in 2..=4 {
                     let hole = level == 4 && (256..272).contains(&(i & 511));
                     if mark & mark_bit(level) != 0 && !hole && new & pte::PS == 0 {
-                        self.mark_tree(m, Gfn(pte::frame(new)), level - 1)?;
+                        self.mark_tree(m, ep, Gfn(pte::frame(new)), level - 1)?;
                     }
                 }
             }
@@ -130,7 +140,7 @@ impl Mmu {
         self.pool[page as usize].refs += 1;
         if self.leaf_set(m, ep, page, i, new).is_err() {
             // No room for the reverse map: the leaf is left to a fault.
-            self.leaf_clear(m, page, i);
+            self.leaf_clear(m, ep, page, i);
         }
         self.put(m, ep, page);
     }

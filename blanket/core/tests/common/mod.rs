@@ -317,7 +317,7 @@ impl FakeMachine {
         vm.mmu
             .try_lock()
             .expect("no operation runs")
-            .revoke(self, Gfn(gfn));
+            .revoke(self, &vm.epochs, Gfn(gfn));
     }
 
     fn hfn(&self, gfn: u64) -> u64 {

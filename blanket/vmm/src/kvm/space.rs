@@ -443,6 +443,30 @@ impl Space {
         Ok((reason.load(Ordering::Acquire), args))
     }
 
+    /// DEBUG
+    pub fn debug(&self, vcpu: u32) -> Result<String, Error> {
+        let hw = self.switch_field(vcpu, 0x1000)?;
+        let mut out = String::new();
+        let mut w = [0u64; 16];
+        for (i, x) in w.iter_mut().enumerate() {
+            *x = self.word(hw + 8 * i as u64)?.load(Ordering::Relaxed);
+        }
+        out.push_str(&format!("fast {w:x?}\n"));
+        for cr3 in [w[4], w[5]] {
+            if cr3 > self.base {
+                let at = (cr3 & entry::FRAME) - self.base;
+                let e: Vec<u64> = (256..262).map(|i| self.word(at + i * 8).map(|w| w.load(Ordering::Relaxed)).unwrap_or(1)).collect();
+                out.push_str(&format!("root {cr3:x}: {e:x?}\n"));
+            }
+        }
+        let top = hw - 0x1000;
+        for i in 1..64 {
+            let x = self.word(top - 8 * i).map(|w| w.load(Ordering::Relaxed)).unwrap_or(1);
+            out.push_str(&format!("{x:x} "));
+        }
+        Ok(out)
+    }
+
     /// The text of an exit, `length` bytes of it, or what there is room for.
     ///
     /// # Errors

@@ -184,6 +184,7 @@ impl KvmVcpu {
                 s.efer,
             );
         }
+        report.push_str(&self.vm.space.debug(self.id).unwrap_or_default());
         Exit::Crash(Crash {
             kind: CrashKind::Core,
             report,
