@@ -107,11 +107,14 @@ impl Tidies {
         t
     }
 
+    /// Changes the direct map's leaf of a frame. When rights shrink, Linux asks for no
+    /// flush before it announces the frame as a table: the hypervisor must see to it.
     fn set_leaf(&mut self, gfn: u64, rights: u64) {
         let va = Guest::direct(gfn);
+        let flush = if rights & pte::RW == 0 { 0 } else { 2 | 4 };
         assert_eq!(
             self.w
-                .call(0, nr::UPDATE_VA_MAPPING, &[va, gfn << 12 | rights, 2 | 4]),
+                .call(0, nr::UPDATE_VA_MAPPING, &[va, gfn << 12 | rights, flush]),
             0
         );
     }
@@ -331,6 +334,7 @@ impl Tidies {
     fn check(&mut self) {
         let report = self.w.audit();
         assert_eq!(report.writable_tables, 0);
+        self.w.m.check_tables_not_writable(&self.w.vm.mmu.lock());
         for cpu in 0..2 {
             let p = &self.processes[self.running[cpu as usize]];
             for (user, root) in [(false, p.root), (true, p.user)] {

@@ -94,6 +94,16 @@ pub struct FakeCpu {
     /// Pool pages that were walked since the last load of CR3, and what each was
     /// bound to: what paging-structure caches may hold.
     cached: RefCell<BTreeMap<u32, Option<(u32, u8)>>>,
+    /// Frames that the TLB may hold a writable translation of, by page.
+    writable: RefCell<BTreeMap<u64, u64>>,
+}
+
+impl FakeCpu {
+    /// What a load of CR3 does to TLB and paging-structure caches.
+    fn flush(&self) {
+        self.cached.borrow_mut().clear();
+        self.writable.borrow_mut().clear();
+    }
 }
 
 type Hook = Box<dyn FnMut(&FakeMachine, Exit) -> Option<i64>>;
@@ -424,6 +434,9 @@ impl FakeMachine {
                     self.present(gfn),
                     "{va:?} reaches a frame that is not there"
                 );
+                if write {
+                    self.cpu().writable.borrow_mut().insert(va.0 >> 12, gfn);
+                }
                 return Ok((gfn, entry));
             }
         }
@@ -493,6 +506,21 @@ impl FakeMachine {
     }
 }
 
+impl FakeMachine {
+    /// Sees that no TLB holds a writable translation of a page table: writes through
+    /// it would go past the core. Holds for guests that keep to the rules.
+    pub fn check_tables_not_writable(&self, mmu: &Mmu) {
+        for (id, cpu) in self.cpus.iter().enumerate() {
+            for (&page, &gfn) in cpu.writable.borrow().iter() {
+                assert!(
+                    !mmu.is_table(Gfn(gfn)),
+                    "the TLB of CPU {id} lets the guest write table {gfn:#x} at page {page:#x}"
+                );
+            }
+        }
+    }
+}
+
 impl Memory for FakeMachine {
     fn frame(&self, gfn: Gfn) -> Option<&Words> {
         self.step();
@@ -555,11 +583,12 @@ impl Memory for FakeMachine {
 impl Cpu for FakeMachine {
     fn load_root(&self, cr3: u64) {
         self.cpu().cr3.set(cr3);
-        self.cpu().cached.borrow_mut().clear();
+        self.cpu().flush();
         self.cpu().loads.set(self.cpu().loads.get() + 1);
     }
     fn invlpg(&self, va: Va) {
         self.cpu().invlpgs.borrow_mut().push(va.0);
+        self.cpu().writable.borrow_mut().remove(&(va.0 >> 12));
     }
     fn swapgs(&self) {
         self.cpu().gs.swap(&self.cpu().kgs);
@@ -672,7 +701,7 @@ impl Host for FakeMachine {
                 "the epoch was not left at {out:?}"
             );
         }
-        self.cpu().cached.borrow_mut().clear();
+        self.cpu().flush();
         let hook = self.hook.borrow_mut().take();
         let mut answer = None;
         if let Some(mut f) = hook {
@@ -745,7 +774,7 @@ impl FakeMachine {
                 let vm = self.vm.get().expect("a VM");
                 for (id, cpu) in self.cpus.iter().enumerate() {
                     if out.args[0] & 1 << id != 0 {
-                        cpu.cached.borrow_mut().clear();
+                        cpu.flush();
                         if vm.epochs.inside(id as u32) {
                             vm.epochs.enter(id as u32);
                         }
