@@ -301,7 +301,11 @@ struct blanket_image_header {
 	__u64 start;
 	__u64 idt;
 	__u64 stubs;
+	__u64 smap;
+	__u64 smap_end;
 };
+
+#define BLANKET_SMAP_CLAC	(1ULL << 63)
 
 #endif /* __ASSEMBLER__ */
 #endif /* BLANKET_H */

@@ -108,7 +108,9 @@ impl Machine {
     fn cpu_option(&self) -> String {
         let mut cpu = self.cpu.clone();
         for flag in ["-smap"].into_iter().chain(self.icount.then_some("-erms")) {
-            if !cpu.split(',').any(|option| option == flag) {
+            // A case that wants the feature says so.
+            let wanted = format!("+{}", &flag[1..]);
+            if !cpu.split(',').any(|option| option == flag || option == wanted) {
                 cpu.push(',');
                 cpu.push_str(flag);
             }

@@ -490,7 +490,15 @@ pub struct ImageHeader {
     pub idt: u64,
     /// First of 256 entry stubs in the entry section, [`STUB_STRIDE`] apart.
     pub stubs: u64,
+    /// Array of u64: where NOPs of three bytes become STAC or, with [`SMAP_CLAC`]
+    /// set, CLAC for a core that runs with SMAP. The module leaves them as they are.
+    pub smap: u64,
+    /// End of the array.
+    pub smap_end: u64,
 }
+
+/// Bit in an entry of [`ImageHeader::smap`]: the place gets CLAC.
+pub const SMAP_CLAC: u64 = 1 << 63;
 
 /// Bytes from one entry stub of the image to the next.
 pub const STUB_STRIDE: u64 = 16;

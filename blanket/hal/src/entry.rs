@@ -17,7 +17,8 @@
 //! events, or a fault on the guest's stack, for which each access has an entry
 //! in the exception table.
 
-use blanket_abi::layout::{VCPU_STRIDE, sel, vcpu as area};
+use blanket_abi::device::SMAP_CLAC;
+use blanket_abi::layout::{self, VCPU_STRIDE, sel, vcpu as area};
 use blanket_core::vcpu::{Fast, TrapFrame, entry, rflags};
 use core::arch::global_asm;
 use core::mem::offset_of;
@@ -62,6 +63,21 @@ global_asm!(
     r#"
     .section .entry, "ax"
     .set hw, blanket_entry_start + {HW}
+
+    # Access to the guest's pages, on and off. These are NOPs until whoever loads the
+    # image makes them STAC and CLAC, because it turns SMAP on (inside KVM).
+    .macro stac_site
+701: .byte 0x0f, 0x1f, 0x00
+    .pushsection .smap, "a"
+    .quad 701b - {BASE}
+    .popsection
+    .endm
+    .macro clac_site
+701: .byte 0x0f, 0x1f, 0x00
+    .pushsection .smap, "a"
+    .quad 701b - {BASE} + {CLAC}
+    .popsection
+    .endm
 
     # General registers in the order of `TrapFrame`, from its top.
     .macro push_all
@@ -130,6 +146,7 @@ trap_entry:
 save_and_call:
     push_all
     cld
+    clac_site
     mov rdi, rsp
     movabs rax, offset blanket_trap
     call rax
@@ -155,6 +172,7 @@ core_fault:
     add rsp, 16
     iretq
 3:
+    clac_site
     mov rsp, rax
     mov rdi, rax
     movabs rax, offset blanket_trap
@@ -243,6 +261,7 @@ blanket_syscall64:
     mov rdx, [rsp + {F_KCR3}]
     mov cr3, rdx
     mov rdx, [rsp + {F_RSP}]
+    stac_site
 71: mov qword ptr [rax - 8], {SS}
 72: mov [rax - 16], rdx
 73: mov [rax - 24], r11
@@ -264,6 +283,7 @@ blanket_syscall64:
     sysretq
     # The guest's stack could not be written.
 syscall_undo:
+    clac_site
     swapgs
 syscall_restore:
     mov rax, [rsp + {F_TMP0}]
@@ -295,19 +315,20 @@ hypercall:
     je syscall_slow
     cmp qword ptr [rsp + {F_UCR3}], 0
     je syscall_slow
+    stac_site
 20: mov r11d, [rcx + 40]
     not r11d
     test r11d, 3
-    jnz syscall_slow
+    jnz hypercall_slow
 21: bt dword ptr [rcx + 48], 9
-    jnc syscall_slow
+    jnc hypercall_slow
 22: test dword ptr [rcx + 24], 0x100
-    jnz syscall_slow
+    jnz hypercall_slow
     mov r11, [rsp + {F_INFO}]
     test r11, r11
-    jz syscall_slow
+    jz hypercall_slow
 23: cmp byte ptr [r11], 0
-    jne syscall_slow
+    jne hypercall_slow
 24: movzx r11d, word ptr [rcx + 64]
     or r11d, 3
     push r11
@@ -338,6 +359,8 @@ blanket_iret_fast:
 hypercall_undo:
     lea rsp, [rip + hw]
     mov eax, 23
+hypercall_slow:
+    clac_site
     jmp syscall_slow
 
     # ---- syscall, 32-bit ----
@@ -384,6 +407,7 @@ blanket_entry_end:
     # blanket_copy(to: rdi, from: rsi, bytes: rdx) -> 0, or 1 if an access faulted.
     .global blanket_copy
 blanket_copy:
+    stac_site
     sub rdx, 16
     jb 34f
 33: mov rax, [rsi]
@@ -409,8 +433,10 @@ blanket_copy:
     dec edx
     jnz 43b
 45: xor eax, eax
+    clac_site
     ret
 46: mov eax, 1
+    clac_site
     ret
 
     # blanket_load_selectors(ds: edi, es: esi, fs: edx, gs: ecx) -> faults. A
@@ -458,6 +484,8 @@ blanket_leave:
     .quad 50b, 54b, 51b, 55b, 52b, 56b, 53b, 57b
     .text
     "#,
+    BASE = const layout::IMAGE,
+    CLAC = const SMAP_CLAC,
     HW = const area::HW,
     STRIDE = const VCPU_STRIDE,
     FRAME = const size_of::<TrapFrame>(),

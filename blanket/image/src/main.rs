@@ -24,6 +24,8 @@ mod header {
         .quad blanket_start - {BASE}
         .quad blanket_idt - {BASE}
         .quad blanket_stubs - {BASE}
+        .quad blanket_smap - {BASE}
+        .quad blanket_smap_end - {BASE}
         .text
         "#,
         MAGIC = const IMAGE_MAGIC,

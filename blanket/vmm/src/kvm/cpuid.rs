@@ -19,6 +19,8 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 const L1_ECX_CORE: u32 = 1 << 21 | 1 << 24;
 /// Leaf 7 ebx: SMEP.
 const L7_EBX_SMEP: u32 = 1 << 7;
+/// Leaf 7 ebx: SMAP.
+const L7_EBX_SMAP: u32 = 1 << 20;
 /// Features that the core has a use for.
 const FEATURES: u32 = feature::CLOCK | feature::STEAL_TIME | feature::PV_EOI | feature::TLB_FLUSH;
 
@@ -35,6 +37,8 @@ pub struct Cpuid {
     pub physical_bits: u32,
     /// SMEP protects the core.
     pub smep: bool,
+    /// SMAP too.
+    pub smap: bool,
 }
 
 impl Cpuid {
@@ -54,6 +58,7 @@ impl Cpuid {
             features: 0,
             physical_bits: 0,
             smep: false,
+            smap: false,
         };
         let [_, _, c, d] = this.host(1, 0);
         let [.., long_mode] = this.host(0x8000_0001, 0);
@@ -64,7 +69,9 @@ impl Cpuid {
         if this.features & feature::CLOCK == 0 {
             return Err(Error::Lacks("kvmclock"));
         }
-        this.smep = this.host(7, 0)[1] & L7_EBX_SMEP != 0;
+        let [_, leaf7, ..] = this.host(7, 0);
+        this.smep = leaf7 & L7_EBX_SMEP != 0;
+        this.smap = leaf7 & L7_EBX_SMAP != 0;
         this.physical_bits = match this.host(0x8000_0008, 0)[0] & 0xff {
             0 => 36,
             bits => bits,
@@ -130,7 +137,7 @@ impl Cpuid {
                 let mut ebx = ebx;
                 match (leaf, subleaf) {
                     (1, _) => ecx |= L1_ECX_CORE,
-                    (7, 0) if self.smep => ebx |= L7_EBX_SMEP,
+                    (7, 0) => ebx |= self.host(7, 0)[1] & (L7_EBX_SMEP | L7_EBX_SMAP),
                     _ if subleaf > 0 && [eax, ebx, ecx, edx] == [0; 4] => continue,
                     _ => {}
                 }

@@ -1,7 +1,7 @@
 //! The core image: the same bytes that `blanket.ko` carries.
 
 use blanket_abi::PAGE_SIZE;
-use blanket_abi::device::{API_VERSION, IMAGE_MAGIC, ImageHeader, Switch};
+use blanket_abi::device::{API_VERSION, IMAGE_MAGIC, ImageHeader, SMAP_CLAC, Switch};
 use blanket_abi::layout::{IMAGE_MAX, vcpu};
 
 use super::Error;
@@ -56,10 +56,40 @@ impl Image {
             || header.file_end > bytes.len() as u64
             || header.file_end > header.data_end
             || !(header.rodata_end..header.data_end).contains(&header.idt)
+            || !(header.text_end..=header.rodata_end).contains(&header.smap)
+            || !(header.smap..=header.rodata_end).contains(&header.smap_end)
         {
             return Err(Error::BadImage("its sections are out of order"));
         }
         Ok(Self { bytes, header })
+    }
+}
+
+/// A NOP of three bytes, which the image has where STAC or CLAC may come.
+const NOP: [u8; 3] = [0x0f, 0x1f, 0x00];
+const STAC: [u8; 3] = [0x0f, 0x01, 0xcb];
+const CLAC: [u8; 3] = [0x0f, 0x01, 0xca];
+
+impl Image {
+    /// The file's bytes for a core that runs with SMAP.
+    ///
+    /// # Errors
+    /// A place that is named has no NOP.
+    pub fn with_smap(&self) -> Result<Vec<u8>, Error> {
+        let bad = || Error::BadImage("its SMAP sites are not where it says");
+        let mut bytes = self.bytes.to_vec();
+        let range = usize::try_from(self.header.smap).map_err(|_| bad())?
+            ..usize::try_from(self.header.smap_end).map_err(|_| bad())?;
+        for site in self.bytes.get(range).ok_or_else(bad)?.chunks_exact(8) {
+            let site = u64::from_le_bytes(site.try_into().map_err(|_| bad())?);
+            let at = usize::try_from(site & !SMAP_CLAC).map_err(|_| bad())?;
+            let place = bytes.get_mut(at..at.saturating_add(3)).ok_or_else(bad)?;
+            if place != NOP {
+                return Err(bad());
+            }
+            place.copy_from_slice(if site & SMAP_CLAC != 0 { &CLAC } else { &STAC });
+        }
+        Ok(bytes)
     }
 }
 
@@ -86,5 +116,7 @@ fn header(bytes: &[u8]) -> Option<ImageHeader> {
         start: word(64)?,
         idt: word(72)?,
         stubs: word(80)?,
+        smap: word(88)?,
+        smap_end: word(96)?,
     })
 }

@@ -218,6 +218,7 @@ impl Kvm {
             xcr0_mask: self.cpuid.xcr0_mask,
             tsc_khz: self.info.tsc_khz,
             features: self.cpuid.features,
+            smap: self.cpuid.smap,
             cpuid: &self.cpuid.for_core(),
         })?;
         let (base, bytes, address) = space.slot();

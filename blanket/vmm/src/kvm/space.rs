@@ -78,6 +78,8 @@ pub struct Plan<'a> {
     pub tsc_khz: u64,
     /// KVM's features that the core may use.
     pub features: u32,
+    /// The core runs with SMAP.
+    pub smap: bool,
     /// CPUID as the core sees it.
     pub cpuid: &'a [CpuidEntry],
 }
@@ -131,7 +133,7 @@ impl Space {
         };
         let hole = space.make_slots()?;
         space.map_m2p(frames)?;
-        space.map_image(plan.image)?;
+        space.map_image(plan.image, plan.smap)?;
         space.vm_page = space.map_new(VM_PAGE, PAGE_SIZE, RW)?;
         let cpuid = space.map_new(CPUID_TABLE, PAGE_SIZE, RO)?;
         space.map_new(GFN_INFO, frames * GFN_INFO_SIZE, RW)?;
@@ -269,11 +271,16 @@ impl Space {
         self.put(at, &words)
     }
 
-    fn map_image(&mut self, image: &Image) -> Result<(), Error> {
+    fn map_image(&mut self, image: &Image, smap: bool) -> Result<(), Error> {
         let header = &image.header;
         let at = self.pages(header.data_end / PAGE_SIZE)?;
         let bytes = usize::try_from(header.file_end).map_err(Error::memory)?;
-        self.put_bytes(at, &image.bytes[..bytes])?;
+        let file = if smap {
+            &image.with_smap()?
+        } else {
+            image.bytes
+        };
+        self.put_bytes(at, &file[..bytes])?;
         self.fill_idt(at + header.idt, header.stubs)?;
         let mut from = 0;
         for (to, flags) in [

@@ -25,6 +25,7 @@ const CR0: u64 = 0x8005_0033;
 const CR4: u64 = 1 << 3 | 1 << 5 | 1 << 9 | 1 << 10;
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_SMEP: u64 = 1 << 20;
+const CR4_SMAP: u64 = 1 << 21;
 /// EFER: SCE, LME, LMA, NXE.
 const EFER: u64 = 1 | 1 << 8 | 1 << 10 | 1 << 11;
 /// APIC base: enabled, x2APIC; the first CPU is the boot CPU.
@@ -60,6 +61,9 @@ impl KvmVcpu {
         }
         if vm.cpuid.smep {
             sregs.cr4 |= CR4_SMEP;
+        }
+        if vm.cpuid.smap {
+            sregs.cr4 |= CR4_SMAP;
         }
         sregs.efer = EFER;
         sregs.apic_base = APIC_BASE | if id == 0 { APIC_BOOT } else { 0 };
