@@ -1,4 +1,5 @@
-//! `bench`: one micro benchmark natively in an instance and in a VM on it.
+//! `bench`: one micro benchmark natively in an instance and in VMs on it, under the
+//! module and inside KVM.
 //!
 //! Two boots: one that counts instructions (one nanosecond for each, exact and
 //! repeatable), one by the clock, in which QEMU's own counters tell how often
@@ -25,8 +26,8 @@ use crate::setup::{self, Need};
 /// Arguments of `bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// CPU model of the instance.
-    #[arg(long, default_value = "max,-svm")]
+    /// CPU model of the instance; one without SVM has no VM inside KVM.
+    #[arg(long, default_value = "max")]
     cpu: String,
     /// Kernel of the instance and of the VM.
     #[arg(long, default_value = "cloud")]
@@ -59,11 +60,25 @@ struct Row {
     loads: Option<f64>,
 }
 
-/// Rows of the instance and of the VM.
+/// Rows of the instance and of the VMs.
 #[derive(Default)]
 struct Run {
     native: Vec<Row>,
-    guest: Vec<Row>,
+    module: Vec<Row>,
+    kvm: Vec<Row>,
+    /// What the core and KVM counted over all rows, as `blanket run` prints it.
+    exits: Vec<(String, u64)>,
+}
+
+/// Where the rows that come are from.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Part {
+    #[default]
+    Native,
+    Module,
+    Kvm,
+    /// Behind the VM's rows: its counters, under one of these titles.
+    Exits,
 }
 
 /// The `bench` verb.
@@ -75,7 +90,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     } else {
         boot(project, args, false)?
     };
-    let text = table(&counted, &clocked)?;
+    let text = format!("{}{}", table(&counted, &clocked)?, exits(&counted.exits));
     println!("{text}");
     if args.only.is_empty() && !args.instructions {
         let release = kernels::fetch(project, args.kernel)?.release;
@@ -108,10 +123,18 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
     payload.archive.add(&programs);
     payload.guest_kernel(&kernel);
     payload.guest_initrd(&initramfs::guest(project, Some(&measure), &programs)?)?;
+    let vm = |host: &str| {
+        format!(
+            "echo BENCH-{host}\nblanket run --host {host} --kernel /guest/vmlinuz \
+             --initrd /guest/initrd.img --memory 1024M --cpus 1 --stats-on-exit \
+             --cmdline 'console=hvc0 quiet' || exit\n"
+        )
+    };
+    let inside_kvm = qemu::has_svm(&args.cpu);
     payload.command(&format!(
-        "echo BENCH-NATIVE\n({measure})\necho BENCH-GUEST\n\
-         blanket run --kernel /guest/vmlinuz --initrd /guest/initrd.img --memory 1024M --cpus 1 \
-         --cmdline 'console=hvc0 quiet'\n"
+        "echo BENCH-native\n({measure})\n{}{}",
+        vm("module"),
+        if inside_kvm { vm("kvm") } else { String::new() }
     ));
     let machine = Machine {
         cpu: args.cpu.clone(),
@@ -146,7 +169,11 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
         !reader.run.native.is_empty(),
         "no row came from the instance"
     );
-    ensure!(!reader.run.guest.is_empty(), "no row came from the VM");
+    ensure!(!reader.run.module.is_empty(), "no row came from the VM");
+    ensure!(
+        !inside_kvm || !reader.run.kvm.is_empty(),
+        "no row came from the VM inside KVM"
+    );
     Ok(reader.run)
 }
 
@@ -154,7 +181,7 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
 struct Reader {
     line: Vec<u8>,
     run: Run,
-    in_guest: bool,
+    part: Part,
     /// QEMU's control socket, when its counters are wanted.
     counters: Option<PathBuf>,
     monitor: Option<Monitor>,
@@ -167,7 +194,7 @@ impl Reader {
         Self {
             line: Vec::new(),
             run: Run::default(),
-            in_guest: false,
+            part: Part::default(),
             counters,
             monitor: None,
             last: None,
@@ -177,8 +204,21 @@ impl Reader {
 
     fn line(&mut self, line: &str) {
         println!("{line}");
-        if line.starts_with("BENCH-GUEST") {
-            self.in_guest = true;
+        match line {
+            "BENCH-module" => self.part = Part::Module,
+            "BENCH-kvm" => self.part = Part::Kvm,
+            "exits:" | "kvm:" if matches!(self.part, Part::Kvm | Part::Exits) => {
+                self.part = Part::Exits;
+            }
+            _ if line.ends_with(':') && self.part == Part::Exits => self.part = Part::Kvm,
+            _ => {}
+        }
+        if self.part == Part::Exits {
+            let mut words = line.split_whitespace();
+            if let (Some(name), Some(Ok(count))) = (words.next(), words.next().map(str::parse)) {
+                self.run.exits.push((name.to_owned(), count));
+            }
+            return;
         }
         let row = parse(line);
         // The first sample of a list is at its head line.
@@ -190,10 +230,10 @@ impl Reader {
             if let (Some(now), Some(last)) = (now, self.last) {
                 row.loads = Some((now - last) / operations(&row, self.reps));
             }
-            if self.in_guest {
-                self.run.guest.push(row)
-            } else {
-                self.run.native.push(row)
+            match self.part {
+                Part::Native => self.run.native.push(row),
+                Part::Module => self.run.module.push(row),
+                Part::Kvm | Part::Exits => self.run.kvm.push(row),
             }
         }
         self.last = now;
@@ -364,8 +404,9 @@ fn table(counted: &Run, clocked: &Run) -> Result<String> {
             .map(|row| (row.name.clone(), row.clone()))
             .collect()
     };
-    let guest = by_name(&counted.guest);
-    let (clock_native, clock_guest) = (by_name(&clocked.native), by_name(&clocked.guest));
+    let (guest, kvm) = (by_name(&counted.module), by_name(&counted.kvm));
+    let (clock_native, clock_guest) = (by_name(&clocked.native), by_name(&clocked.module));
+    let clock_kvm = by_name(&clocked.kvm);
     let mut xen = BTreeMap::new();
     for line in REFERENCE.lines().filter(|line| !line.starts_with('#')) {
         let cells: Vec<&str> = line.split('\t').collect();
@@ -376,20 +417,28 @@ fn table(counted: &Run, clocked: &Run) -> Result<String> {
         xen.insert(name, (cost, loads));
     }
     let mut text = String::from(
-        "| operation | unit | native | VM | VM/native | Xen PV/native | CR3 loads native | VM | Xen PV \
-         | by the clock: native | VM | VM/native |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+        "| operation | unit | native | VM | VM in KVM | VM/native | KVM/native | Xen PV/native \
+         | CR3 loads native | VM | Xen PV | by the clock: native | VM | VM in KVM | VM/native |\n\
+         |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
     );
-    let (mut mean, mut xen_mean, mut clock_mean) =
-        (Mean::default(), Mean::default(), Mean::default());
+    let mut mean = Mean::default();
+    let mut kvm_mean = Mean::default();
+    let mut xen_mean = Mean::default();
+    let mut clock_mean = Mean::default();
     for row in &counted.native {
         let Some(vm) = guest.get(&row.name) else {
             continue;
         };
         let cost = ratio(&row.unit, vm.value, row.value);
+        let inside = kvm.get(&row.name);
+        let inside_cost = inside.map(|vm| ratio(&row.unit, vm.value, row.value));
         let reference = xen.get(row.name.as_str());
         let clocks = clock_native.get(&row.name).zip(clock_guest.get(&row.name));
         if in_mean(&row.name) {
             mean.add(cost);
+            if let Some(cost) = inside_cost {
+                kvm_mean.add(cost);
+            }
             if let Some((cost, _)) = reference {
                 xen_mean.add(*cost);
             }
@@ -403,11 +452,13 @@ fn table(counted: &Run, clocked: &Run) -> Result<String> {
         };
         let _ = write!(
             text,
-            "| {} | {} | {} | {} | {cost:.2} | {} | {} | {} | {} ",
+            "| {} | {} | {} | {} | {} | {cost:.2} | {} | {} | {} | {} | {} ",
             row.name,
             row.unit,
             number(row.value),
             number(vm.value),
+            inside.map_or("-".into(), |vm| number(vm.value)),
+            inside_cost.map_or("-".into(), |cost| format!("{cost:.2}")),
             reference.map_or("-".into(), |(cost, _)| format!("{cost:.2}")),
             loads(clock_native.get(&row.name)),
             loads(clock_guest.get(&row.name)),
@@ -416,22 +467,42 @@ fn table(counted: &Run, clocked: &Run) -> Result<String> {
         let _ = match clocks {
             Some((native, vm)) => writeln!(
                 text,
-                "| {} | {} | {:.2} |",
+                "| {} | {} | {} | {:.2} |",
                 number(native.value),
                 number(vm.value),
+                clock_kvm
+                    .get(&row.name)
+                    .map_or("-".into(), |vm| number(vm.value)),
                 ratio(&row.unit, vm.value, native.value)
             ),
-            None => writeln!(text, "| - | - | - |"),
+            None => writeln!(text, "| - | - | - | - |"),
         };
     }
     let _ = writeln!(
         text,
-        "| **geometric mean** | | | | **{}** | {} | | | | | | {} |",
+        "| **geometric mean** | | | | | **{}** | **{}** | {} | | | | | | | {} |",
         mean.text(),
+        kvm_mean.text(),
         xen_mean.text(),
         clock_mean.text()
     );
     Ok(text)
+}
+
+/// What the VM inside KVM left the guest for, over all rows.
+fn exits(counters: &[(String, u64)]) -> String {
+    if counters.is_empty() {
+        return String::new();
+    }
+    let mut text = String::from(
+        "\nWhat the VM inside KVM counted over its whole life: first what the core asked of its \
+         host, most of which it answers without an exit, then KVM's own counters.\n\n\
+         | counter | times |\n|---|---:|\n",
+    );
+    for (name, count) in counters {
+        let _ = writeln!(text, "| {name} | {count} |");
+    }
+    text
 }
 
 fn number(value: f64) -> String {
@@ -448,9 +519,10 @@ fn page(args: &Args, release: &str, table: &str) -> String {
          Made by `cargo xtask bench --cpu {} --kernel {} --scale {} --reps {}`, which writes this \
          page.\n\n\
          The same static program, `tests/guest/micro`, runs natively in an instance (QEMU's \
-         translator, one CPU) and then in a VM on that instance (one vCPU, 1024 MiB). Both run the \
-         stock kernel {release}. The first columns count instructions exactly: one nanosecond is \
-         one instruction of the whole machine, the core and the module included. The CR3 loads are \
+         translator, one CPU), then in a VM on that instance under the module, and then in one \
+         inside the instance's KVM, which QEMU emulates (one vCPU, 1024 MiB). All run the stock \
+         kernel {release}. The first columns count instructions exactly: one nanosecond is \
+         one instruction of the whole machine, the core, the module and KVM included. The CR3 loads are \
          changes of address space for one operation, as QEMU counts them in the second boot, and \
          the last columns are that boot by the clock. An emulator's clock says little about \
          hardware: in it a CR3 load costs microseconds, and what else runs on the machine shows.\n\n\
@@ -490,13 +562,15 @@ mod tests {
         };
         let run = Run {
             native: vec![row("sys_null", 100.0)],
-            guest: vec![row("sys_null", 250.0)],
+            module: vec![row("sys_null", 250.0)],
+            kvm: vec![row("sys_null", 260.0)],
+            ..Run::default()
         };
         let text = table(&run, &Run::default()).unwrap();
         assert!(
-            text.contains("| sys_null | ns | 100.0 | 250.0 | 2.50 | 2.95 |"),
+            text.contains("| sys_null | ns | 100.0 | 250.0 | 260.0 | 2.50 | 2.60 | 2.95 |"),
             "{text}"
         );
-        assert!(text.contains("**2.50** | 2.95"), "{text}");
+        assert!(text.contains("**2.50** | **2.60** | 2.95"), "{text}");
     }
 }
