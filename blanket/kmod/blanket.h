@@ -128,6 +128,7 @@
 #define BLANKET_FEATURE_STABLE_TSC	(1ULL << 0)
 #define BLANKET_FEATURE_LA57		(1ULL << 1)
 #define BLANKET_FEATURE_XSAVE		(1ULL << 2)
+#define BLANKET_FEATURE_CPUID_PROFILE	(1ULL << 3)
 
 struct blanket_info {
 	__u32 api;
@@ -223,7 +224,7 @@ struct blanket_vm_page {
 	__u32 host;
 	__u32 kvm_features;
 	__u32 cpuid_entries;
-	__u32 pad3;
+	__u32 cpuid_faults;
 };
 
 #define BLANKET_HOST_MODULE	0

@@ -91,6 +91,8 @@ struct blanket_host {
 	bool la57;
 	bool xsave;
 	bool tsc_aux;
+	u32 cpuid_msr;		/* where CPUID at CPL 3 can be made to fault, or 0 */
+	u64 cpuid_bit;
 	u32 xcr0_mask;		/* XCR0 bits that guests may use */
 	u32 xsave_size;
 	u8 build_id[32];

@@ -197,6 +197,8 @@ static long get_info(void __user *to)
 		info.features |= BLANKET_FEATURE_LA57;
 	if (blanket_host.xsave)
 		info.features |= BLANKET_FEATURE_XSAVE;
+	if (blanket_host.cpuid_msr)
+		info.features |= BLANKET_FEATURE_CPUID_PROFILE;
 	return copy_to_user(to, &info, sizeof(info)) ? -EFAULT : 0;
 }
 
@@ -273,6 +275,24 @@ static void find_xsave(void)
 	}
 }
 
+/*
+ * CPUID of guest programs can be trapped on CPUs that have a switch for it: Intel's
+ * CPUID faulting (SDM vol. 4, MISC_FEATURES_ENABLES), which Linux finds, and AMD's
+ * CpuidUserDis (APM vol. 3, leaf 0x80000021 eax bit 17; HWCR bit 35), which it does not.
+ */
+static void find_cpuid_faulting(void)
+{
+	if (boot_cpu_has(X86_FEATURE_CPUID_FAULT)) {
+		blanket_host.cpuid_msr = MSR_MISC_FEATURES_ENABLES;
+		blanket_host.cpuid_bit = MSR_MISC_FEATURES_ENABLES_CPUID_FAULT;
+	} else if (boot_cpu_data.x86_vendor == X86_VENDOR_AMD &&
+		   cpuid_eax(0x80000000) >= 0x80000021 &&
+		   (cpuid_eax(0x80000021) & BIT(17))) {
+		blanket_host.cpuid_msr = MSR_K7_HWCR;
+		blanket_host.cpuid_bit = BIT_ULL(35);
+	}
+}
+
 static int check_host(void)
 {
 	u64 cr4 = native_read_cr4();
@@ -291,6 +311,7 @@ static int check_host(void)
 	blanket_host.tsc_aux = boot_cpu_has(X86_FEATURE_RDTSCP) ||
 			       boot_cpu_has(X86_FEATURE_RDPID);
 	find_xsave();
+	find_cpuid_faulting();
 	return 0;
 }
 

@@ -53,6 +53,7 @@ struct host_state {
 	u64 msrs[4];
 	u64 sysenter_cs;
 	u64 tsc_aux;
+	u64 cpuid;
 	u64 xcr0;
 	unsigned long dr[4];
 	unsigned long dr7;
@@ -262,6 +263,10 @@ static void swap_msrs_in(const struct blanket_switch *sw, struct host_state *hos
 		host->tsc_aux = __rdmsr(MSR_TSC_AUX);
 		native_wrmsrl(MSR_TSC_AUX, sw->guest_tsc_aux & U32_MAX);
 	}
+	if (blanket_host.cpuid_msr) {
+		host->cpuid = __rdmsr(blanket_host.cpuid_msr);
+		native_wrmsrl(blanket_host.cpuid_msr, host->cpuid | blanket_host.cpuid_bit);
+	}
 }
 
 static void swap_msrs_out(const struct host_state *host)
@@ -273,6 +278,8 @@ static void swap_msrs_out(const struct host_state *host)
 	native_wrmsrl(MSR_IA32_SYSENTER_CS, host->sysenter_cs);
 	if (blanket_host.tsc_aux)
 		native_wrmsrl(MSR_TSC_AUX, host->tsc_aux);
+	if (blanket_host.cpuid_msr)
+		native_wrmsrl(blanket_host.cpuid_msr, host->cpuid);
 }
 
 /* What XSETBV would refuse, or the host does not give, becomes x87 and SSE. */

@@ -409,6 +409,7 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	vm->page->la57 = blanket_host.la57;
 	vm->page->pool_limit = vm->pool_limit;
 	vm->page->xcr0_mask = blanket_host.xcr0_mask;
+	vm->page->cpuid_faults = blanket_host.cpuid_msr != 0;
 	blanket_clock_init(vm);
 
 	err = vm_build(vm);

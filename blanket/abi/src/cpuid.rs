@@ -4,7 +4,8 @@
 //! hardware's answer ANDed with a list of what a 64-bit PV guest may have. A bit or
 //! leaf that is not in the list is 0, so a feature that a later CPU brings, or a
 //! leaf of the hypervisor below, stays hidden until somebody adds it here. User
-//! programs execute CPUID natively and see the instance's CPU.
+//! programs get the same answers inside KVM and on CPUs whose CPUID can be made to
+//! fault at CPL 3; elsewhere they execute it natively and see the instance's CPU.
 //!
 //! The lists start from Xen's (`xen/arch/x86/cpu-policy.c` and the annotations of
 //! `public/arch-x86/cpufeatureset.h`) and take away what needs an MSR or a

@@ -66,6 +66,8 @@ pub mod features {
     pub const LA57: u64 = 1 << 1;
     /// The host has XSAVE.
     pub const XSAVE: u64 = 1 << 2;
+    /// Programs of guests see the VM's CPUID, not the host's.
+    pub const CPUID_PROFILE: u64 = 1 << 3;
 }
 
 /// Argument of [`CREATE_VM`].
@@ -310,8 +312,8 @@ pub struct VmPage {
     pub kvm_features: u32,
     /// Entries of the table at [`crate::layout::CPUID_TABLE`]. 0 under the module.
     pub cpuid_entries: u32,
-    /// Padding.
-    pub pad3: u32,
+    /// Nonzero: CPUID faults at CPL 3, so the core answers the guest's programs too.
+    pub cpuid_faults: u32,
 }
 
 /// Values of [`VmPage::host`].

@@ -107,7 +107,9 @@ impl<M: Machine> Context<'_, M> {
                 self.inject(vector::GP, Some(u64::from(v) << 3 | 2));
                 return;
             }
-            if self.kernel_mode() {
+            // A program's, on a CPU that lets nobody but us execute it.
+            let program_cpuid = op == PrivOp::Cpuid && self.m.vm_page().cpuid_faults != 0;
+            if self.kernel_mode() || program_cpuid {
                 self.count(counter::PRIV_OP);
                 if let Done::Next = self.privileged(op) {
                     self.f.rip = self.f.rip.wrapping_add(u64::from(len));

@@ -64,6 +64,25 @@ fn software_interrupts_go_through_open_gates_only() {
 }
 
 #[test]
+fn programs_get_the_profile_where_their_cpuid_faults() {
+    for faults in [0, 1] {
+        let (mut w, g) = world();
+        w.m.page.cpuid_faults = faults;
+        code(&w, g.user_text, 0x10, &[0x0f, 0xa2]);
+        user(&mut w);
+        let rip = USER + 0x10;
+        (w.regs[0].rip, w.regs[0].rax) = (rip, 0x4000_0000);
+        enter(&mut w, 13, 0);
+        if faults != 0 {
+            assert_eq!((w.regs[0].rip, w.regs[0].rbx), (rip + 2, 0x566e_6558));
+        } else {
+            // Then the CPU refused something else: the guest's own fault.
+            assert_eq!(w.regs[0].rip, handler(13));
+        }
+    }
+}
+
+#[test]
 fn forced_cpuid_works_in_both_modes() {
     for from_user in [false, true] {
         let (mut w, g) = world();

@@ -265,7 +265,7 @@ impl FakeMachine {
             host: host::MODULE,
             kvm_features: 0,
             cpuid_entries: 0,
-            pad3: 0,
+            cpuid_faults: 0,
         });
         Self {
             frames,

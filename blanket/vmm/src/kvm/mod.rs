@@ -189,7 +189,7 @@ impl Kvm {
             max_vcpus: u32::try_from(most).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
             max_frames: MAX_FRAMES,
             build_id: [0; 32],
-            features: xsave,
+            features: xsave | features::CPUID_PROFILE,
             tsc_khz,
         };
         Ok(Self {
