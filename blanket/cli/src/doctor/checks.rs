@@ -89,7 +89,7 @@ pub fn all(facts: &Facts, force: bool) -> Vec<Check> {
         device(facts),
     ];
     // One of the two hosts is enough.
-    if facts.kvm == KvmFact::Works {
+    if matches!(facts.kvm, KvmFact::Works { .. }) {
         for check in &mut module {
             if check.state == State::Fail {
                 check.state = State::Warn;
@@ -98,7 +98,7 @@ pub fn all(facts: &Facts, force: bool) -> Vec<Check> {
         }
     }
     checks.extend(module);
-    checks.extend([memory(facts), clock(facts), kvm(facts)]);
+    checks.extend([memory(facts), clock(facts), cpuid(facts), kvm(facts)]);
     checks
 }
 
@@ -385,11 +385,33 @@ fn clock(facts: &Facts) -> Check {
     }
 }
 
+/// What the programs of a VM find out about the CPU: it decides where the VM may move.
+fn cpuid(facts: &Facts) -> Check {
+    let hidden = matches!(
+        facts.device,
+        DeviceFact::Opened {
+            cpuid_profile: true,
+            ..
+        }
+    );
+    let text = if matches!(facts.kvm, KvmFact::Works { .. }) || hidden {
+        "programs in VMs see the VM's CPU profile"
+    } else {
+        "this CPU cannot make CPUID fault: programs in VMs under the module see the instance's \
+         CPU (their kernels see the profile)"
+    };
+    check("cpuid", State::Ok, text)
+}
+
 fn kvm(facts: &Facts) -> Check {
     const NAME: &str = "kvm";
     match &facts.kvm {
         KvmFact::Missing => check(NAME, State::Ok, "no /dev/kvm; not needed with the module"),
-        KvmFact::Works => check(NAME, State::Ok, "a test guest ran in it; VMs run inside KVM"),
+        KvmFact::Works { protections } => check(
+            NAME,
+            State::Ok,
+            format!("a test guest ran in it; VMs run inside KVM ({protections})"),
+        ),
         KvmFact::Unfit { error, mend } => Check {
             mend: mend.map(str::to_owned),
             ..check(NAME, State::Warn, format!("not used: {error}"))
@@ -439,6 +461,7 @@ mod tests {
             device: DeviceFact::Opened {
                 max_vcpus: 64,
                 stable_tsc: true,
+                cpuid_profile: false,
             },
             available_kib: 1 << 20,
             clocksource: Some("tsc".into()),
@@ -625,7 +648,9 @@ mod tests {
         facts.release = "6.18.44".into();
         facts.flags.push("fred".into());
         assert!(failures(&facts).len() > 3);
-        facts.kvm = KvmFact::Works;
+        facts.kvm = KvmFact::Works {
+            protections: "NX".into(),
+        };
         assert!(failures(&facts).is_empty(), "{:?}", failures(&facts));
         // What both hosts need is still needed.
         facts.available_kib = 1000;
@@ -656,6 +681,7 @@ mod tests {
         facts.device = DeviceFact::Opened {
             max_vcpus: 1,
             stable_tsc: false,
+            cpuid_profile: true,
         };
         facts.clocksource = Some("hpet".into());
         assert!(failures(&facts).is_empty());

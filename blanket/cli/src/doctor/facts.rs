@@ -71,6 +71,8 @@ pub enum DeviceFact {
         max_vcpus: u32,
         /// Whether the module calls the TSC stable.
         stable_tsc: bool,
+        /// Whether programs in VMs see the VM's CPUID.
+        cpuid_profile: bool,
     },
     /// The module is of another version.
     OtherVersion {
@@ -94,7 +96,10 @@ pub enum KvmFact {
     #[default]
     Missing,
     /// A test guest ran in it.
-    Works,
+    Works {
+        /// What protects the core from the guest's pages there.
+        protections: String,
+    },
     /// It is there and of no use.
     Unfit {
         /// Why.
@@ -154,7 +159,9 @@ fn read(path: &str) -> Option<String> {
 
 fn kvm() -> KvmFact {
     match kvm::probe() {
-        Ok(_) => KvmFact::Works,
+        Ok(kvm) => KvmFact::Works {
+            protections: kvm.protections(),
+        },
         Err(kvm::Error::NoDevice) => KvmFact::Missing,
         Err(error) => KvmFact::Unfit {
             mend: kvm::mend(&error),
@@ -170,6 +177,7 @@ fn device() -> DeviceFact {
             DeviceFact::Opened {
                 max_vcpus: info.max_vcpus,
                 stable_tsc: info.features & features::STABLE_TSC != 0,
+                cpuid_profile: info.features & features::CPUID_PROFILE != 0,
             }
         }
         Err(Error::NoDevice(_)) => DeviceFact::Missing,

@@ -200,6 +200,21 @@ impl Kvm {
         })
     }
 
+    /// What keeps the core from the guest's pages, beside its own care.
+    #[must_use]
+    pub fn protections(&self) -> String {
+        let all = [
+            (true, "NX"),
+            (self.cpuid.smep, "SMEP"),
+            (self.cpuid.smap, "SMAP"),
+        ];
+        let given: Vec<&str> = all
+            .iter()
+            .filter_map(|(has, name)| has.then_some(*name))
+            .collect();
+        given.join(", ")
+    }
+
     fn create_vm(
         &self,
         domain: &Domain,

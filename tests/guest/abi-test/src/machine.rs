@@ -138,3 +138,13 @@ pub fn hotplug(rounds: u32) -> Result<u32, String> {
     busy.wait();
     result.map(|()| done)
 }
+
+/// What CPUID leaf 0x40000000 says, as hypervisors name themselves there.
+pub fn hypervisor() -> String {
+    let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+    let bytes: Vec<u8> = [leaf.ebx, leaf.ecx, leaf.edx]
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
