@@ -1,4 +1,5 @@
-//! `demo`: two stock kernels as VMs on an instance without nested virtualization.
+//! `demo`: two stock kernels as VMs on an instance without nested virtualization, and
+//! the same two on one that has it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,8 +24,9 @@ pub struct Args {
     here: bool,
 }
 
-/// CPU model of the instance: a provider without nested virtualization.
-const INSTANCE: &str = "EPYC,-svm";
+/// CPU model of an instance without nested virtualization, and of one with it.
+const WITHOUT: &str = "EPYC,-svm";
+const WITH: &str = "EPYC";
 
 const SCRIPT: &str = include_str!("../../tests/lab-scripts/demo.sh");
 
@@ -51,22 +53,46 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     let names: Vec<&str> = guests.iter().map(|guest| guest.release.as_str()).collect();
     steps.say(&format!("stock Debian kernels: {}", names.join(" and ")));
     if args.here {
-        here(project, &guests, &steps)?
+        with_module_here(project, &guests, &steps)?
     } else {
-        in_lab(project, &guests, &steps)?
+        in_lab(project, WITHOUT, &guests, &steps)?;
+        if kvm_works(project)? {
+            steps.say("this machine's own KVM works: the same kernels as VMs inside it, without QEMU");
+            on_this_machine(project, &guests)?;
+        } else {
+            in_lab(project, WITH, &guests, &steps)?;
+        }
     }
     steps.say("done");
     Ok(())
 }
 
-fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
-    let host = kernels::fetch(project, Flavour::Cloud)?;
-    let module = build::module_for(project, &host)?;
+/// Whether VMs run inside the KVM of this machine: not whether there is a `/dev/kvm`.
+fn kvm_works(project: &Project) -> Result<bool> {
+    let sh = project.shell()?;
     let command = build::command(project)?;
-    steps.say("built: the core, the module, the blanket command");
-    let mut payload = Payload::new(project, &host, Hardware::Virtio, INSTANCE)?;
-    payload.module(&module);
-    payload.program(&command)?;
+    let report = cmd!(sh, "{command} doctor --json")
+        .quiet()
+        .ignore_status()
+        .ignore_stderr()
+        .read()?;
+    let report: serde_json::Value = serde_json::from_str(&report).context("blanket doctor")?;
+    Ok(report["facts"]["kvm"]["state"] == "works")
+}
+
+fn in_lab(project: &Project, cpu: &str, guests: &[Kernel], steps: &Steps) -> Result<()> {
+    let host = kernels::fetch(project, Flavour::Cloud)?;
+    let inside_kvm = qemu::has_svm(cpu);
+    let mut payload = Payload::new(project, &host, Hardware::Virtio, cpu)?;
+    if !inside_kvm {
+        payload.module(&build::module_for(project, &host)?);
+    }
+    payload.program(&build::command(project)?)?;
+    steps.say(if inside_kvm {
+        "an instance with nested virtualization, on which Blanket needs no module:"
+    } else {
+        "built: the core, the module, the blanket command"
+    });
     for guest in guests {
         payload.guest_kernel(guest);
     }
@@ -75,12 +101,16 @@ fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
         format!("/guest/vmlinuz-{}", guest.name).into()
     });
     payload.archive.text("root/demo.sh", 0o644, SCRIPT);
+    let unload = if inside_kvm {
+        ""
+    } else {
+        " && rmmod blanket && ! test -e /dev/blanket"
+    };
     payload.command(&format!(
-        "KERNELS='{kernels}' MKINITRD=lab-initrd sh /root/demo.sh && rmmod blanket && \
-         ! test -e /dev/blanket"
+        "KERNELS='{kernels}' MKINITRD=lab-initrd sh /root/demo.sh{unload}"
     ));
     let machine = Machine {
-        cpu: INSTANCE.into(),
+        cpu: cpu.into(),
         hardware: Hardware::Virtio,
         kernel: host,
         memory: "2G".into(),
@@ -103,7 +133,11 @@ fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut out)?;
     drop(out);
     if outcome.end == End::Exit(0) && outcome.complaints == 0 {
-        steps.say("VMs ended, module unloaded, instance powered off");
+        steps.say(if inside_kvm {
+            "VMs ended, instance powered off"
+        } else {
+            "VMs ended, module unloaded, instance powered off"
+        });
         outcome.discard();
         return Ok(());
     }
@@ -119,7 +153,7 @@ fn in_lab(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     }
 }
 
-fn here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
+fn with_module_here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     let sh = project.shell()?;
     ensure!(
         cmd!(sh, "id -u").quiet().read()? == "0",
@@ -133,14 +167,7 @@ fn here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
         headers.display()
     );
     let module = build::module(project, &fs::canonicalize(headers)?)?;
-    let command = build::command(project)?;
-    steps.say("built: the core, the module, the blanket command");
-    let dir = project.out_dir("demo")?;
-    fs::write(dir.join("demo.sh"), SCRIPT)?;
-    let initrd = dir.join("initrd.img");
-    initramfs::guest(project, None, &Files::new())?.write(&initrd)?;
-    let mkinitrd = dir.join("mkinitrd");
-    fs::write(&mkinitrd, HERE_INITRD)?;
+    steps.say("built: the core, the module");
     let loaded = Path::new("/dev/blanket").exists();
     if !loaded {
         cmd!(sh, "insmod {module}")
@@ -149,13 +176,31 @@ fn here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
             .context("the module does not load here")?;
         steps.say("module loaded");
     }
+    let result = on_this_machine(project, guests);
+    if !loaded {
+        cmd!(sh, "rmmod blanket").quiet().run()?;
+        steps.say("module unloaded");
+    }
+    result
+}
+
+/// Runs the demo's script on this machine, with what `blanket` finds here.
+fn on_this_machine(project: &Project, guests: &[Kernel]) -> Result<()> {
+    let sh = project.shell()?;
+    let command = build::command(project)?;
+    let dir = project.out_dir("demo")?;
+    let script = dir.join("demo.sh");
+    fs::write(&script, SCRIPT)?;
+    let initrd = dir.join("initrd.img");
+    initramfs::guest(project, None, &Files::new())?.write(&initrd)?;
+    let mkinitrd = dir.join("mkinitrd");
+    fs::write(&mkinitrd, HERE_INITRD)?;
     let path = format!(
         "{}:{}",
         command.parent().unwrap_or(Path::new("/")).display(),
         std::env::var("PATH").unwrap_or_default()
     );
-    let script = dir.join("demo.sh");
-    let result = cmd!(sh, "sh {script}")
+    cmd!(sh, "sh {script}")
         .env("PATH", path)
         .env("KERNELS", pairs(guests, |guest| guest.vmlinuz.clone()))
         .env(
@@ -163,12 +208,8 @@ fn here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
             format!("sh {} {}", mkinitrd.display(), initrd.display()),
         )
         .quiet()
-        .run();
-    if !loaded {
-        cmd!(sh, "rmmod blanket").quiet().run()?;
-        steps.say("module unloaded");
-    }
-    result.context("the demo's script failed")
+        .run()
+        .context("the demo's script failed")
 }
 
 /// As `lab-initrd`, with the base archive's path as its first argument.

@@ -67,6 +67,9 @@ pub enum Error {
     /// Guest-physical addresses are not translated by hardware.
     #[error("KVM works without nested paging here ({0})")]
     NoNestedPaging(String),
+    /// Some other KVM.
+    #[error("what answers at /dev/kvm is neither kvm_amd nor kvm_intel")]
+    UnknownKind,
     /// A VM with our memory does not fit the CPU's addresses.
     #[error("the VM needs {needed} bits of physical addresses, the CPU gives {given}")]
     PhysicalBits {
@@ -311,9 +314,7 @@ fn nested_paging() -> Result<(), Error> {
             };
         }
     }
-    Err(Error::NoNestedPaging(
-        "neither kvm_amd nor kvm_intel is what answers at /dev/kvm".into(),
-    ))
+    Err(Error::UnknownKind)
 }
 
 impl Hypervisor for Kvm {
