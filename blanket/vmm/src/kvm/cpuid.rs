@@ -178,3 +178,104 @@ fn scale(khz: u64) -> (u32, i8) {
     let shift = shift.unwrap_or(0);
     (u32::try_from(scaled(shift)).unwrap_or(u32::MAX), shift)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: Option<u32>, [eax, ebx, ecx, edx]: Regs) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index: index.unwrap_or(0),
+            flags: index.map_or(0, |_| KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }
+
+    /// A CPU with everything, and components of XSAVE that guests do not get.
+    fn host() -> Vec<kvm_cpuid_entry2> {
+        let all = u32::MAX;
+        vec![
+            entry(0, None, [0x20, 1, 2, 3]),
+            entry(1, None, [0x800f12, all, all, all]),
+            entry(7, Some(0), [2, all, all, all]),
+            entry(0xd, Some(0), [0x2e7, 2696, 2696, 0]),
+            entry(0xd, Some(1), [0xf, 0, 0, 0]),
+            entry(0xd, Some(2), [256, 576, 0, 0]),
+            entry(0xd, Some(9), [8, 2688, 0, 0]),
+            entry(KVM_FEATURES, None, [all, 0, 0, 0]),
+            entry(0x8000_0000, None, [0x8000_0021, 1, 2, 3]),
+            entry(0x8000_0001, None, [0x800f12, 0, all, all]),
+            entry(0x8000_0008, None, [0x3030, all, all, all]),
+        ]
+    }
+
+    fn find(table: &CpuId, leaf: u32, subleaf: u32) -> Regs {
+        table
+            .as_slice()
+            .iter()
+            .find(|e| e.function == leaf && (!indexed(e) || e.index == subleaf))
+            .map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
+    }
+
+    #[test]
+    fn programs_and_kernel_see_one_profile() {
+        let cpuid = Cpuid::new(host(), 2_000_000).expect("a good CPU");
+        assert!(cpuid.smep && cpuid.smap && cpuid.xsave());
+        assert_eq!((cpuid.xcr0_mask, cpuid.physical_bits), (0xe7, 0x30));
+        let table = cpuid.for_vcpu(3).expect("it fits");
+        let policy = Policy {
+            vcpu_id: 3,
+            ..cpuid.policy
+        };
+        // The core answers from what KVM supports, by the same policy.
+        let core = cpuid.for_core();
+        let hardware = |leaf, subleaf| {
+            core.iter()
+                .find(|e| e.leaf == leaf && (e.subleaf == subleaf || e.subleaf == CPUID_ANY))
+                .map_or([0; 4], |e| e.regs)
+        };
+        for (leaf, subleaf) in [(0, 0), (1, 0), (7, 0), (0xd, 0), (0xd, 2), (0xd, 9), (0x8000_0001, 0)] {
+            let mut kernel = policy.leaf(leaf, subleaf, hardware(leaf, subleaf));
+            match leaf {
+                1 => kernel[2] |= L1_ECX_CORE,
+                7 => kernel[1] |= L7_EBX_SMEP | L7_EBX_SMAP,
+                _ => {}
+            }
+            assert_eq!(find(&table, leaf, subleaf), kernel, "leaf {leaf:#x}.{subleaf}");
+        }
+        let [_, b, c, d] = find(&table, BASE, 0);
+        assert_eq!([b, c, d], blanket_abi::xen::cpuid::SIGNATURE);
+        assert_eq!(find(&table, 1, 0)[1] >> 24, 3, "APIC id");
+        assert_eq!(find(&table, 0xd, 9), [0; 4], "PKRU is not the guest's");
+    }
+
+    #[test]
+    fn what_the_core_needs_is_missed() {
+        let without = |leaf| {
+            let host = host().into_iter().filter(|e| e.function != leaf).collect();
+            Cpuid::new(host, 1_000_000)
+        };
+        assert!(matches!(without(KVM_FEATURES), Err(Error::Lacks("kvmclock"))));
+        assert!(matches!(without(0x8000_0001), Err(Error::Cpuid(_))));
+        let without_xsave = without(0xd).expect("works without XSAVE");
+        assert!(!without_xsave.xsave());
+    }
+
+    #[test]
+    fn pvclock_scale_is_right() {
+        for khz in [1, 32_000, 1_000_000, 2_399_998, 4_294_967, 10_000_000] {
+            let (mul, shift) = scale(khz);
+            assert!(mul >= 1 << 31 || shift == 31 || shift == -31, "{khz}: {mul} {shift}");
+            let ticks = 1u128 << 40;
+            let shifted = if shift >= 0 { ticks << shift } else { ticks >> -shift };
+            let ns = shifted * u128::from(mul) >> 32;
+            let exact = ticks * 1_000_000 / u128::from(khz);
+            assert!(ns.abs_diff(exact) <= exact >> 28, "{khz}: {ns} {exact}");
+        }
+    }
+}

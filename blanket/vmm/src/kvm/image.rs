@@ -120,3 +120,44 @@ fn header(bytes: &[u8]) -> Option<ImageHeader> {
         smap_end: word(96)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every word of a header that contradicts the rest is found.
+    #[test]
+    fn bad_headers_are_refused() {
+        let good = super::super::space::tests::image();
+        for (at, value) in [
+            (0, 1),
+            (8, 1),
+            (16, 0x1800),
+            (24, 0x9000),
+            (32, 0x7000),
+            (40, u64::MAX),
+            (48, 1 << 40),
+            (56, 0x9000),
+            (72, 0x1000),
+            (88, 0x9000),
+            (96, 0x2000),
+        ] {
+            let mut bytes = good.bytes.to_vec();
+            bytes[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
+            assert!(Image::parse(bytes.leak()).is_err(), "word at {at}");
+        }
+        assert!(matches!(
+            Image::parse(&good.bytes[..50]),
+            Err(Error::BadImage(_))
+        ));
+    }
+
+    #[test]
+    fn a_smap_site_without_its_nop_is_refused() {
+        let good = super::super::space::tests::image();
+        let mut bytes = good.bytes.to_vec();
+        bytes[0x2100] = 0x90;
+        let image = Image::parse(bytes.leak()).expect("the header is good");
+        assert!(matches!(image.with_smap(), Err(Error::BadImage(_))));
+    }
+}

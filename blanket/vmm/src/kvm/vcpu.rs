@@ -188,7 +188,6 @@ impl KvmVcpu {
                 s.efer,
             );
         }
-        report.push_str(&self.vm.space.debug(self.id).unwrap_or_default());
         Exit::Crash(Crash {
             kind: CrashKind::Core,
             report,
