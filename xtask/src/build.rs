@@ -316,12 +316,12 @@ fn static_binaries(
         build = build.env("BLANKET_CORE_IMAGE", image);
     }
     build
-    // A directory for each set of flags, or cargo would build all anew each time.
-    .env("CARGO_TARGET_DIR", &target)
-    .env("CARGO_ENCODED_RUSTFLAGS", flags)
-    .quiet()
-    .run()
-    .with_context(|| format!("cannot build {}", names.join(", ")))?;
+        // A directory for each set of flags, or cargo would build all anew each time.
+        .env("CARGO_TARGET_DIR", &target)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags)
+        .quiet()
+        .run()
+        .with_context(|| format!("cannot build {}", names.join(", ")))?;
     let (built, kept) = (
         target.join(HOST_TARGET).join("release"),
         project.out_dir("bin")?,

@@ -239,6 +239,15 @@ fn single() -> Vec<Case> {
             ..Case::default()
         }),
         kvm(Case {
+            name: "kvm-memory-moves".into(),
+            timeout: 600,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/kvm-memory-moves.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        }),
+        kvm(Case {
             name: "kvm-shadow-paging".into(),
             timeout: 900,
             work: Work::Instance {

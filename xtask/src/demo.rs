@@ -57,7 +57,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     } else {
         in_lab(project, WITHOUT, &guests, &steps)?;
         if kvm_works(project)? {
-            steps.say("this machine's own KVM works: the same kernels as VMs inside it, without QEMU");
+            steps.say(
+                "this machine's own KVM works: the same kernels as VMs inside it, without QEMU",
+            );
             on_this_machine(project, &guests)?;
         } else {
             in_lab(project, WITH, &guests, &steps)?;

@@ -110,7 +110,10 @@ impl Machine {
         for flag in ["-smap"].into_iter().chain(self.icount.then_some("-erms")) {
             // A case that wants the feature says so.
             let wanted = format!("+{}", &flag[1..]);
-            if !cpu.split(',').any(|option| option == flag || option == wanted) {
+            if !cpu
+                .split(',')
+                .any(|option| option == flag || option == wanted)
+            {
                 cpu.push(',');
                 cpu.push_str(flag);
             }
@@ -137,6 +140,10 @@ impl Machine {
             ]);
         } else {
             let accel = match accelerator {
+                // With a thread for each CPU, QEMU's SVM writes through translations
+                // that KVM has had flushed: when the instance's kernel moves a VM's
+                // pages, the VM or the instance dies (docs/testing.md).
+                Accelerator::Tcg if has_svm(&self.cpu) => "tcg,thread=single",
                 Accelerator::Tcg => "tcg,thread=multi",
                 Accelerator::Kvm => "kvm",
             };

@@ -253,12 +253,7 @@ struct Started {
 }
 
 /// Leaves the terminal of the process that started us.
-fn become_background(
-    registry: &Registry,
-    entry: &Entry,
-    console: &str,
-    host: &str,
-) -> Result<()> {
+fn become_background(registry: &Registry, entry: &Entry, console: &str, host: &str) -> Result<()> {
     // Fails only for a leader of a process group, who has no terminal to leave.
     let _ = rustix::process::setsid();
     let log = registry.log(&entry.name);

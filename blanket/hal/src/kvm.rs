@@ -27,10 +27,7 @@ fn has(hal: &Hal, feature: u32) -> bool {
 
 /// What a vCPU tells its APIC and KVM before its first use of either.
 pub fn start(hal: &Hal) {
-    cpu::wrmsr(
-        msr::X2APIC_SVR,
-        SVR_ENABLE | u64::from(vector::SPURIOUS),
-    );
+    cpu::wrmsr(msr::X2APIC_SVR, SVR_ENABLE | u64::from(vector::SPURIOUS));
     cpu::wrmsr(msr::X2APIC_TPR, 0);
     cpu::wrmsr(
         msr::X2APIC_LVT_TIMER,

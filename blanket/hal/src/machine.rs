@@ -3,11 +3,11 @@
 use crate::cpu::{self, msr};
 use crate::entry::{self, FAST};
 use blanket_abi::device::Switch;
+use blanket_abi::kvm::Pv;
 use blanket_abi::layout::{
     GFN_INFO, POOL, POOL_GFNS, POOL_INFO, POOL_PTES, VCPU, VCPU_STRIDE, WINDOW, WINDOW_PTES, sel,
     vcpu as area,
 };
-use blanket_abi::kvm::Pv;
 use blanket_abi::{Gfn, PAGE_SIZE, Va};
 use blanket_core::machine::{Cpu, Host as _, Memory, Words};
 use blanket_core::mmu::{GfnInfo, PoolInfo};

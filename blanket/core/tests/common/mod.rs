@@ -18,7 +18,9 @@ mod world;
 #[allow(unused_imports, reason = "not every test program looks")]
 pub use world::{Reached, World};
 
-use blanket_abi::device::{Boot, COUNTERS, Dtr, EXIT_REASONS, RUN_DATA, Switch, VmPage, crash, exit, host};
+use blanket_abi::device::{
+    Boot, COUNTERS, Dtr, EXIT_REASONS, RUN_DATA, Switch, VmPage, crash, exit, host,
+};
 use blanket_abi::{Gfn, Va};
 use blanket_core::machine::{Cpu, Host, Memory, Words};
 use blanket_core::mmu::Mmu;

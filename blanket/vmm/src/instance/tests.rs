@@ -112,7 +112,10 @@ fn a_guest_that_prints_and_powers_off() {
     );
     assert!(matches!(end, End::Poweroff), "{end:?}");
     assert_eq!(instance.console().history(), b"early\r\nlate\r\n");
-    assert_eq!(instance.stats().expect("fake").expect("kept").vm.guest_ns, 5);
+    assert_eq!(
+        instance.stats().expect("fake").expect("kept").vm.guest_ns,
+        5
+    );
     assert!(matches!(
         instance.stop(Duration::ZERO),
         Err(StopError::Ended)

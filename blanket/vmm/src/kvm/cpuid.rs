@@ -8,7 +8,9 @@ use blanket_abi::cpuid::{MAX_BASIC, MAX_EXTENDED, MAX_XEN, Policy, Regs, needs_h
 use blanket_abi::device::{CPUID_ANY, CPUID_MAX, CpuidEntry};
 use blanket_abi::kvm::feature;
 use blanket_abi::xen::cpuid::BASE;
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 
 use super::{Error, refused};
 
@@ -79,7 +81,11 @@ impl Cpuid {
         let (tsc_mul, tsc_shift) = scale(tsc_khz);
         let xsave = c & 1 << 26 != 0;
         this.policy = Policy {
-            xcr0_mask: if xsave { this.host(0xd, 0)[0].into() } else { 0 },
+            xcr0_mask: if xsave {
+                this.host(0xd, 0)[0].into()
+            } else {
+                0
+            },
             osxsave: xsave,
             tsc_khz: u32::try_from(tsc_khz).unwrap_or(u32::MAX),
             tsc_mul,
@@ -132,8 +138,7 @@ impl Cpuid {
                 _ => 1,
             };
             for subleaf in 0..subleaves {
-                let [eax, ebx, mut ecx, edx] =
-                    policy.leaf(leaf, subleaf, self.host(leaf, subleaf));
+                let [eax, ebx, mut ecx, edx] = policy.leaf(leaf, subleaf, self.host(leaf, subleaf));
                 let mut ebx = ebx;
                 match (leaf, subleaf) {
                     (1, _) => ecx |= L1_ECX_CORE,
@@ -239,14 +244,26 @@ mod tests {
                 .find(|e| e.leaf == leaf && (e.subleaf == subleaf || e.subleaf == CPUID_ANY))
                 .map_or([0; 4], |e| e.regs)
         };
-        for (leaf, subleaf) in [(0, 0), (1, 0), (7, 0), (0xd, 0), (0xd, 2), (0xd, 9), (0x8000_0001, 0)] {
+        for (leaf, subleaf) in [
+            (0, 0),
+            (1, 0),
+            (7, 0),
+            (0xd, 0),
+            (0xd, 2),
+            (0xd, 9),
+            (0x8000_0001, 0),
+        ] {
             let mut kernel = policy.leaf(leaf, subleaf, hardware(leaf, subleaf));
             match leaf {
                 1 => kernel[2] |= L1_ECX_CORE,
                 7 => kernel[1] |= L7_EBX_SMEP | L7_EBX_SMAP,
                 _ => {}
             }
-            assert_eq!(find(&table, leaf, subleaf), kernel, "leaf {leaf:#x}.{subleaf}");
+            assert_eq!(
+                find(&table, leaf, subleaf),
+                kernel,
+                "leaf {leaf:#x}.{subleaf}"
+            );
         }
         let [_, b, c, d] = find(&table, BASE, 0);
         assert_eq!([b, c, d], blanket_abi::xen::cpuid::SIGNATURE);
@@ -260,7 +277,10 @@ mod tests {
             let host = host().into_iter().filter(|e| e.function != leaf).collect();
             Cpuid::new(host, 1_000_000)
         };
-        assert!(matches!(without(KVM_FEATURES), Err(Error::Lacks("kvmclock"))));
+        assert!(matches!(
+            without(KVM_FEATURES),
+            Err(Error::Lacks("kvmclock"))
+        ));
         assert!(matches!(without(0x8000_0001), Err(Error::Cpuid(_))));
         let without_xsave = without(0xd).expect("works without XSAVE");
         assert!(!without_xsave.xsave());
@@ -270,10 +290,17 @@ mod tests {
     fn pvclock_scale_is_right() {
         for khz in [1, 32_000, 1_000_000, 2_399_998, 4_294_967, 10_000_000] {
             let (mul, shift) = scale(khz);
-            assert!(mul >= 1 << 31 || shift == 31 || shift == -31, "{khz}: {mul} {shift}");
+            assert!(
+                mul >= 1 << 31 || shift == 31 || shift == -31,
+                "{khz}: {mul} {shift}"
+            );
             let ticks = 1u128 << 40;
-            let shifted = if shift >= 0 { ticks << shift } else { ticks >> -shift };
-            let ns = shifted * u128::from(mul) >> 32;
+            let shifted = if shift >= 0 {
+                ticks << shift
+            } else {
+                ticks >> -shift
+            };
+            let ns = (shifted * u128::from(mul)) >> 32;
             let exact = ticks * 1_000_000 / u128::from(khz);
             assert!(ns.abs_diff(exact) <= exact >> 28, "{khz}: {ns} {exact}");
         }

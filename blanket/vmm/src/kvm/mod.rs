@@ -53,7 +53,9 @@ const CORE_SLOT: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no device.
-    #[error("/dev/kvm does not exist: this machine offers no virtualization, or its kvm module is not loaded")]
+    #[error(
+        "/dev/kvm does not exist: this machine offers no virtualization, or its kvm module is not loaded"
+    )]
     NoDevice,
     /// The device is there and not for this user.
     #[error("no permission to open /dev/kvm")]
@@ -186,7 +188,11 @@ impl Kvm {
         let tsc_khz = tsc_khz(&kvm)?;
         let cpuid = Cpuid::of_host(&kvm, tsc_khz)?;
         let most = kvm.get_max_vcpus().min(kvm.get_max_vcpu_id());
-        let xsave = if cpuid.xcr0_mask == 0 { 0 } else { features::XSAVE };
+        let xsave = if cpuid.xcr0_mask == 0 {
+            0
+        } else {
+            features::XSAVE
+        };
         let info = Info {
             api: API_VERSION,
             max_vcpus: u32::try_from(most).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
@@ -218,12 +224,7 @@ impl Kvm {
         given.join(", ")
     }
 
-    fn create_vm(
-        &self,
-        domain: &Domain,
-        vcpus: u32,
-        pool_limit: u64,
-    ) -> Result<Arc<KvmVm>, Error> {
+    fn create_vm(&self, domain: &Domain, vcpus: u32, pool_limit: u64) -> Result<Arc<KvmVm>, Error> {
         let pool = match pool_limit {
             0 => 1024 + domain.frames / 16,
             limit => limit.min(MAX_POOL),
@@ -249,7 +250,12 @@ impl Kvm {
         }
         let fd = self.kvm.create_vm().map_err(refused("create a VM"))?;
         // User space has no interrupt controllers to route from.
-        enable(&fd, KVM_CAP_SPLIT_IRQCHIP, 0, "split its interrupt controller")?;
+        enable(
+            &fd,
+            KVM_CAP_SPLIT_IRQCHIP,
+            0,
+            "split its interrupt controller",
+        )?;
         let api = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
         enable(&fd, KVM_CAP_X2APIC_API, api.into(), "use x2APIC ids")?;
         let ram = domain

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{
-    Boot, COUNTERS, CPUID_MAX, CpuidEntry, EXIT_REASONS, RUN_DATA, STUB_STRIDE, Switch, VmPage, host, pending,
+    Boot, COUNTERS, CPUID_MAX, CpuidEntry, EXIT_REASONS, RUN_DATA, STUB_STRIDE, Switch, VmPage,
+    host, pending,
 };
 use blanket_abi::kvm::RAM_BASE;
 use blanket_abi::layout::{
@@ -60,7 +61,7 @@ const POOL_GFNS_SIZE: u64 = 2048;
 
 const _: () = assert!(size_of::<Switch>() as u64 <= TSS && GDT_PAGES * PAGE_SIZE == 0xf000);
 const _: () = assert!(size_of::<VmPage>() as u64 <= PAGE_SIZE);
-const _: () = assert!(TSS + TSS_LIMIT as u64 + 1 <= area::HW_SIZE);
+const _: () = assert!(TSS + (TSS_LIMIT as u64) < area::HW_SIZE);
 
 /// What a VM's core memory is made for.
 pub struct Plan<'a> {
@@ -184,7 +185,10 @@ impl Space {
 
     fn put_bytes(&self, at: u64, bytes: &[u8]) -> Result<(), Error> {
         let at = usize::try_from(at).map_err(Error::memory)?;
-        let slice = self.region.get_slice(at, bytes.len()).map_err(Error::memory)?;
+        let slice = self
+            .region
+            .get_slice(at, bytes.len())
+            .map_err(Error::memory)?;
         slice.write_slice(bytes, 0).map_err(Error::memory)
     }
 
@@ -224,7 +228,7 @@ impl Space {
             if word & entry::P == 0 {
                 let user = if slot == SLOT_M2P { entry::US } else { 0 };
                 // D too: through the recursive entry, tables are leaves.
-                word = self.base + self.pages(1)?
+                word = (self.base + self.pages(1)?)
                     | entry::P
                     | entry::RW
                     | entry::A
@@ -244,7 +248,7 @@ impl Space {
             let at = va + done * PAGE_SIZE;
             let run = (512 - index(at, 1)).min(count - done);
             let entries: Vec<u64> = (done..done + run)
-                .map(|page| address + page * PAGE_SIZE | flags)
+                .map(|page| (address + page * PAGE_SIZE) | flags)
                 .collect();
             let table = self.leaf_table(at)?;
             self.put(table + index(at, 1) * 8, &entries)?;
@@ -353,16 +357,15 @@ impl Space {
     }
 
     fn fill_gdt(&self, gdt: u64, tss: u64) -> Result<(), Error> {
-        let descriptor = |selector: u16, words: &[u64]| self.put(gdt + u64::from(selector & !7), words);
+        let descriptor =
+            |selector: u16, words: &[u64]| self.put(gdt + u64::from(selector & !7), words);
         descriptor(sel::CORE_CS, &[0x00af_9b00_0000_ffff])?;
         descriptor(sel::CORE_SS, &[0x00cf_9300_0000_ffff])?;
         descriptor(sel::GUEST_CS32, &[0x00cf_fb00_0000_ffff])?;
         descriptor(sel::GUEST_SS, &[0x00cf_f300_0000_ffff])?;
         descriptor(sel::GUEST_CS64, &[0x00af_fb00_0000_ffff])?;
-        let low = u64::from(TSS_LIMIT)
-            | (tss & 0xff_ffff) << 16
-            | 0x8b << 40
-            | (tss >> 24 & 0xff) << 56;
+        let low =
+            u64::from(TSS_LIMIT) | (tss & 0xff_ffff) << 16 | 0x8b << 40 | (tss >> 24 & 0xff) << 56;
         descriptor(sel::CORE_TSS, &[low, tss >> 32])
     }
 
@@ -403,7 +406,10 @@ impl Space {
                 .map(|word| word.store(value, Ordering::Relaxed))
         };
         let entries = u32::try_from(plan.cpuid.len()).map_err(Error::memory)?;
-        self.put(field(offset_of!(VmPage, boot)), &boot_words(&plan.domain.boot))?;
+        self.put(
+            field(offset_of!(VmPage, boot)),
+            &boot_words(&plan.domain.boot),
+        )?;
         self.put(field(offset_of!(VmPage, nr_frames)), &[plan.domain.frames])?;
         half(offset_of!(VmPage, nr_vcpus), plan.vcpus)?;
         // The core takes more as it needs them: `kvm::grow_pool` of the hal.
@@ -484,7 +490,11 @@ impl Space {
         } else {
             0
         };
-        let vcpu = if (owner as usize) < self.switches.len() { owner } else { 0 };
+        let vcpu = if (owner as usize) < self.switches.len() {
+            owner
+        } else {
+            0
+        };
         let at = self.switch_field(vcpu, offset_of!(Switch, pending))?;
         let before = self.half(at)?.fetch_or(pending::RAISED, Ordering::SeqCst);
         // Who set the bit first has sent an interrupt, or is about to.
@@ -659,7 +669,10 @@ pub(super) mod tests {
         let pages = |from: u64, count: u64| (0..count).map(move |n| from + n * PAGE_SIZE);
         for (gfn, va) in (0..).zip(pages(WINDOW, frames)) {
             let found = space.walk(va);
-            assert_eq!(found, Some((RAM_BASE + gfn * PAGE_SIZE, true, false, false)));
+            assert_eq!(
+                found,
+                Some((RAM_BASE + gfn * PAGE_SIZE, true, false, false))
+            );
             // The same entry, as one of the array.
             assert!(space.walk(WINDOW_PTES + gfn * 8).is_some_and(|e| !e.1));
             seen += 1;
@@ -688,7 +701,11 @@ pub(super) mod tests {
             (5, true, false),
         ] {
             let found = space.walk(IMAGE + page * PAGE_SIZE).expect("image");
-            assert_eq!((found.1, found.2, found.3), (rw, false, exec), "page {page}");
+            assert_eq!(
+                (found.1, found.2, found.3),
+                (rw, false, exec),
+                "page {page}"
+            );
         }
         for id in 0..u64::from(VCPUS) {
             let at = VCPU + id * VCPU_STRIDE;
@@ -700,7 +717,10 @@ pub(super) mod tests {
             assert_eq!(Some(entry), space.walk(IMAGE + 0x1000));
             assert!(space.walk(at + area::PV).is_some_and(|e| e.1 && !e.2));
         }
-        assert_eq!(space.walk(VCPU + u64::from(VCPUS) * VCPU_STRIDE + area::HW), None);
+        assert_eq!(
+            space.walk(VCPU + u64::from(VCPUS) * VCPU_STRIDE + area::HW),
+            None
+        );
         assert!(seen == frames && end <= bytes);
     }
 
@@ -726,14 +746,24 @@ pub(super) mod tests {
     fn events_are_raised_once_until_they_are_seen() {
         let (space, _) = space(false);
         assert_eq!(space.raise(5).expect("a port"), Some(0));
-        assert_eq!(space.raise(70).expect("a port"), None, "an interrupt is on its way");
+        assert_eq!(
+            space.raise(70).expect("a port"),
+            None,
+            "an interrupt is on its way"
+        );
         assert!(matches!(space.raise(4096), Err(Error::NoPort(4096))));
         // Bound to vCPU 2, whose pending word is another one.
         let owners = space.vm_page + offset_of!(VmPage, port_vcpu) as u64;
-        space.word(owners + 8).expect("inside").store(2 << 8, Ordering::Relaxed);
+        space
+            .word(owners + 8)
+            .expect("inside")
+            .store(2 << 8, Ordering::Relaxed);
         assert_eq!(space.raise(9).expect("a port"), Some(2));
         // A number that no vCPU has is not followed.
-        space.word(owners + 16).expect("inside").store(0xff, Ordering::Relaxed);
+        space
+            .word(owners + 16)
+            .expect("inside")
+            .store(0xff, Ordering::Relaxed);
         assert_eq!(space.raise(16).expect("a port"), None);
     }
 

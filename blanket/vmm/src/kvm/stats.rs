@@ -88,7 +88,8 @@ fn counters(file: &File) -> Option<Vec<(String, u64)>> {
         file.read_exact_at(&mut name, at + 16).ok()?;
         name.truncate(name.iter().position(|&byte| byte == 0)?);
         let mut value = [0; 8];
-        file.read_exact_at(&mut value, data + u64::from(offset)).ok()?;
+        file.read_exact_at(&mut value, data + u64::from(offset))
+            .ok()?;
         all.push((String::from_utf8(name).ok()?, u64::from_le_bytes(value)));
     }
     Some(all)

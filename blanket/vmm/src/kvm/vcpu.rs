@@ -99,7 +99,8 @@ impl KvmVcpu {
             limit: 4095,
             ..Default::default()
         };
-        fd.set_sregs(&sregs).map_err(refused("take our registers"))?;
+        fd.set_sregs(&sregs)
+            .map_err(refused("take our registers"))?;
         fd.set_regs(&kvm_regs {
             rip: IMAGE + header.start,
             rsp: base + area::HW - 64,
