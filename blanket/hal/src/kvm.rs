@@ -36,10 +36,10 @@ pub fn start(hal: &Hal) {
     let page = hal.switch().pv_address;
     cpu::wrmsr(msr::SYSTEM_TIME, page | 1);
     if has(hal, feature::PV_EOI) {
-        cpu::wrmsr(msr::PV_EOI, page + PV_EOI | 1);
+        cpu::wrmsr(msr::PV_EOI, (page + PV_EOI) | 1);
     }
     if has(hal, feature::STEAL_TIME) {
-        cpu::wrmsr(msr::STEAL_TIME, page + PV_STEAL | 1);
+        cpu::wrmsr(msr::STEAL_TIME, (page + PV_STEAL) | 1);
     }
 }
 
@@ -72,7 +72,7 @@ pub fn exit(hal: &Hal, reason: u32, args: [u64; 4]) -> i64 {
     match reason {
         exit::INTR => interrupt(hal, args[0] as u8),
         exit::IDLE => idle(hal),
-        exit::KICK => each(args[0], |id| send(id)),
+        exit::KICK => each(args[0], send),
         exit::DEADLINE => set_deadline(hal),
         exit::FLUSH => return flush(hal, args[0]),
         exit::POOL => return grow_pool(hal, args[0]),

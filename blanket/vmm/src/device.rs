@@ -4,7 +4,6 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -18,6 +17,7 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_
 use crate::builder::{Domain, GuestMemory};
 use crate::hypervisor::{Crash, Exit, Hypervisor, Kick, Machine, Vcpu, within_limits};
 use crate::kvm;
+use crate::shared_page::SharedPage;
 
 /// Where the module's device is.
 pub const PATH: &str = "/dev/blanket";
@@ -253,52 +253,31 @@ impl Machine for DeviceVm {
     }
 }
 
-/// The page that a vCPU shares with the module.
-struct RunPage {
-    run: NonNull<Run>,
-}
-
-const RUN_MAP: usize = 4096;
-const _: () = assert!(size_of::<Run>() <= RUN_MAP);
-
-// SAFETY: the pointer is to a mapping that lives as long as the value. Fields
-// other than `immediate_exit` are read only by the thread that runs the vCPU,
-// after the module has written them; `immediate_exit` is accessed atomically.
-unsafe impl Send for RunPage {}
-// SAFETY: as above.
-unsafe impl Sync for RunPage {}
+/// The page that a vCPU shares with the module. Fields other than `immediate_exit`
+/// are read only by the thread that runs the vCPU, after the module has written them;
+/// `immediate_exit` is accessed atomically.
+struct RunPage(SharedPage<Run>);
 
 impl RunPage {
     fn map(fd: &OwnedFd) -> Result<Self, Error> {
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let address = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                RUN_MAP,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                fd,
-                0,
-            )
-        };
-        address
-            .ok()
-            .and_then(|address| NonNull::new(address.cast::<Run>()))
-            .map(|run| Self { run })
-            .ok_or_else(|| refused("share a vCPU's page"))
+        SharedPage::map(fd)
+            .map(Self)
+            .map_err(|source| Error::Refused {
+                what: "share a vCPU's page",
+                source,
+            })
     }
 
     fn immediate_exit(&self) -> &AtomicU32 {
         // SAFETY: the field is an aligned u32 inside of the mapping, which lives as
         // long as `self`; nobody accesses it but through atomics.
-        unsafe { AtomicU32::from_ptr(&raw mut (*self.run.as_ptr()).immediate_exit) }
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) }
     }
 
     /// What the module wrote before it returned. The module does not write while
     /// its vCPU is not in RUN, so this is stable.
     fn exit(&self, vcpu: u32) -> Result<Exit, Error> {
-        let run = self.run.as_ptr();
+        let run = self.0.as_ptr();
         // SAFETY: all reads are inside of the mapping; integers have no invalid
         // values. Volatile, because the writer is not this program.
         let (reason, arg, length) = unsafe {
@@ -331,14 +310,6 @@ impl RunPage {
             }),
             reason => return Err(Error::UnknownExit { vcpu, reason }),
         })
-    }
-}
-
-impl Drop for RunPage {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map`, and no reference into it is left.
-        // It cannot fail for a whole mapping.
-        let _ = unsafe { rustix::mm::munmap(self.run.as_ptr().cast(), RUN_MAP) };
     }
 }
 

@@ -13,6 +13,7 @@ pub mod instance;
 pub mod kernel;
 pub mod kvm;
 pub mod ring;
+mod shared_page;
 mod sync;
 pub mod vm;
 pub mod xenstore;

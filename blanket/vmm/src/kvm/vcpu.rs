@@ -3,7 +3,6 @@
 use std::fmt::Write as _;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -18,6 +17,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use super::{Error, KvmVm, refused, space};
 use crate::device;
 use crate::hypervisor::{Crash, CrashKind, Exit, Kick, Vcpu};
+use crate::shared_page::SharedPage;
 
 /// CR0: PG, AM, WP, NE, ET, MP, PE.
 const CR0: u64 = 0x8005_0033;
@@ -250,52 +250,19 @@ impl Vcpu for KvmVcpu {
 }
 
 /// A second mapping of the page that a vCPU shares with KVM, for other threads: they
-/// touch one byte of it, which KVM reads when it enters.
-struct StopPage {
-    run: NonNull<kvm_run>,
-}
-
-/// KVM's own mapping is longer; what lies behind the first page is not used here.
-const STOP_MAP: usize = 4096;
-const _: () = assert!(size_of::<kvm_run>() <= STOP_MAP);
-
-// SAFETY: the pointer is to a mapping that lives as long as the value, and the one
-// byte that is accessed through it is accessed atomically.
-unsafe impl Send for StopPage {}
-// SAFETY: as above.
-unsafe impl Sync for StopPage {}
+/// touch one byte of it, atomically, which KVM reads when it enters.
+struct StopPage(SharedPage<kvm_run>);
 
 impl StopPage {
     fn map(fd: &VcpuFd) -> Result<Self, Error> {
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
         // SAFETY: the descriptor is open for as long as this borrow.
-        let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let address = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                STOP_MAP,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                borrowed,
-                0,
-            )
-        };
-        let address = address.map_err(|source| Error::Refused {
-            what: "share a vCPU's page",
-            source: source.into(),
-        })?;
-        NonNull::new(address.cast::<kvm_run>())
-            .map(|run| Self { run })
-            .ok_or(Error::NoMemory("share a vCPU's page"))
-    }
-}
-
-impl Drop for StopPage {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map`, and no reference into it is left.
-        // It cannot fail for a whole mapping.
-        let _ = unsafe { rustix::mm::munmap(self.run.as_ptr().cast(), STOP_MAP) };
+        let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        SharedPage::map(fd)
+            .map(Self)
+            .map_err(|source| Error::Refused {
+                what: "share a vCPU's page",
+                source,
+            })
     }
 }
 
@@ -303,7 +270,7 @@ impl Kick for StopPage {
     fn stop(&self) {
         // SAFETY: a byte inside of the mapping, which lives as long as `self`; this
         // program accesses it through this atomic only.
-        unsafe { AtomicU8::from_ptr(&raw mut (*self.run.as_ptr()).immediate_exit) }
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) }
             .store(1, Ordering::Release);
     }
 }
