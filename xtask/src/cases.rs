@@ -408,6 +408,21 @@ fn matrix() -> Vec<Case> {
 /// All cases.
 pub fn cases() -> Vec<Case> {
     let mut cases = single();
+    let also_in_kvm = ["two-guests", "stress-ng", "memory-128M", "memory-1G"];
+    let inside: Vec<Case> = cases
+        .iter()
+        .filter(|case| also_in_kvm.contains(&case.name.as_str()))
+        .map(|case| {
+            kvm(Case {
+                name: format!("kvm-{}", case.name),
+                timeout: case.timeout * 2,
+                // One of them in each run, the others when there is time.
+                long: case.name != "two-guests",
+                ..case.clone()
+            })
+        })
+        .collect();
+    cases.extend(inside);
     cases.extend(matrix());
     cases
 }
