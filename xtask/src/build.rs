@@ -23,6 +23,13 @@ const CORE_RUSTFLAGS: &[&str] = &[
     "-Cforce-frame-pointers=no",
 ];
 
+/// Compiler flags of a kernel of ours: it lies in the top 2 GiB.
+const KERNEL_RUSTFLAGS: &[&str] = &[
+    "-Crelocation-model=static",
+    "-Ccode-model=kernel",
+    "-Cno-redzone=yes",
+];
+
 const CORE_TARGET: &str = "x86_64-unknown-none";
 const HOST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -89,6 +96,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         for program in guest_programs(project)? {
             println!("{}", program.display());
         }
+        println!("{}", hostile_kernel(project)?.display());
     }
     Ok(())
 }
@@ -97,21 +105,54 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
 pub fn core(project: &Project) -> Result<PathBuf> {
     let _lock = project.lock("core")?;
     let sh = project.shell()?;
+    let elf = freestanding(
+        project,
+        "blanket-image",
+        "blanket/image/link.ld",
+        CORE_RUSTFLAGS,
+    )?;
+    let dir = project.out_dir("core")?;
+    let (fresh, bin) = (dir.join("blanket-core.new"), dir.join("blanket-core.bin"));
+    cmd!(sh, "objcopy -O binary {elf} {fresh}").quiet().run()?;
+    copy_if_changed(&fresh, &bin)?;
+    copy_if_changed(&elf, &dir.join("blanket-core.elf"))?;
+    Ok(bin)
+}
+
+/// Builds the hostile kernel of the tests, an ELF file.
+pub fn hostile_kernel(project: &Project) -> Result<PathBuf> {
+    let _lock = project.lock("core")?;
+    let elf = freestanding(
+        project,
+        "hostile",
+        "tests/guest/hostile/link.ld",
+        KERNEL_RUSTFLAGS,
+    )?;
+    let to = project.out_dir("bin")?.join("hostile");
+    copy_if_changed(&elf, &to)?;
+    Ok(to)
+}
+
+/// Builds a package for no operating system, linked by `script`; the ELF file.
+fn freestanding(
+    project: &Project,
+    package: &str,
+    script: &str,
+    rustflags: &[&str],
+) -> Result<PathBuf> {
+    let sh = project.shell()?;
     let cargo = project.cargo();
-    let script = project.root.join("blanket/image/link.ld");
+    let script = project.root.join(script);
     let text = fs::read(&script).with_context(|| format!("cannot read {}", script.display()))?;
     let mut hash = DefaultHasher::new();
     text.hash(&mut hash);
-    let mut flags: Vec<String> = CORE_RUSTFLAGS
-        .iter()
-        .map(|flag| (*flag).to_owned())
-        .collect();
+    let mut flags: Vec<String> = rustflags.iter().map(|flag| (*flag).to_owned()).collect();
     flags.push(format!("-Clink-arg=-T{}", script.display()));
     // Cargo does not know that the linker reads this file.
     flags.push(format!("--cfg=linker_script=\"{:x}\"", hash.finish()));
     let mut build = cmd!(
         sh,
-        "{cargo} build --quiet -p blanket-image --profile core --target {CORE_TARGET}"
+        "{cargo} build --quiet -p {package} --profile core --target {CORE_TARGET}"
     );
     if let CoreToolchain::BuildStd = CoreToolchain::find(project, &sh)? {
         // Only core and alloc are built; Debian's compiler is a stable one, and
@@ -125,17 +166,12 @@ pub fn core(project: &Project) -> Result<PathBuf> {
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .quiet()
         .run()
-        .context("cannot build the core image")?;
-    let elf = project
+        .with_context(|| format!("cannot build {package}"))?;
+    Ok(project
         .cargo_target
         .join(CORE_TARGET)
-        .join("core/blanket-image");
-    let dir = project.out_dir("core")?;
-    let (fresh, bin) = (dir.join("blanket-core.new"), dir.join("blanket-core.bin"));
-    cmd!(sh, "objcopy -O binary {elf} {fresh}").quiet().run()?;
-    copy_if_changed(&fresh, &bin)?;
-    copy_if_changed(&elf, &dir.join("blanket-core.elf"))?;
-    Ok(bin)
+        .join("core")
+        .join(package))
 }
 
 /// How to compile for a target without an operating system.

@@ -238,6 +238,8 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         }),
+        hostile("hostile"),
+        kvm(hostile("kvm-hostile")),
         kvm(Case {
             name: "kvm-memory-moves".into(),
             timeout: 600,
@@ -286,6 +288,19 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
     ]
+}
+
+/// A kernel that attacks the core, beside a VM that works.
+fn hostile(name: &str) -> Case {
+    Case {
+        name: name.into(),
+        timeout: 600,
+        work: Work::Instance {
+            script: include_str!("../../tests/lab-scripts/hostile.sh"),
+            guests: vec![Flavour::Cloud],
+        },
+        ..Case::default()
+    }
 }
 
 /// The same case inside the instance's KVM.

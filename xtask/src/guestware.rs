@@ -22,6 +22,7 @@ pub fn programs(project: &Project) -> Result<Files> {
             .to_string_lossy();
         files.insert(format!("bin/{name}"), program.clone());
     }
+    files.insert("bin/hostile".into(), build::hostile_kernel(project)?);
     Ok(files)
 }
 

@@ -1,0 +1,40 @@
+//! A PV kernel that attacks the core it runs on: random and adversarial hypercalls,
+//! page tables, descriptors, return frames, events, grants and instructions, from a
+//! seed on its command line. One file for each family of attacks.
+//!
+//! What may come of it is an error, a fault, or the end of this VM by the core's own
+//! decision (exit code 4 of `blanket run`). What may not: the core finding its own
+//! state wrong (7), or anything at all happening to the host and to other VMs.
+//!
+//! Command line: `seed=N steps=N`. Last line of its console, if it gets there:
+//! `HOSTILE seed=N steps=N hypercalls=N faults=N`.
+#![cfg_attr(target_os = "none", no_std, no_main)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "random numbers are cut to what is wanted"
+)]
+
+#[cfg(target_os = "none")]
+mod descriptors;
+#[cfg(target_os = "none")]
+mod events;
+#[cfg(target_os = "none")]
+mod hypercalls;
+#[cfg(target_os = "none")]
+mod instructions;
+#[cfg(target_os = "none")]
+mod kernel;
+#[cfg(target_os = "none")]
+mod rng;
+#[cfg(target_os = "none")]
+mod tables;
+
+#[cfg(not(target_os = "none"))]
+fn main() {
+    eprintln!(
+        "hostile is a kernel: `cargo xtask build` makes it, `./x test --only hostile` runs it"
+    );
+    std::process::exit(2);
+}
