@@ -324,8 +324,15 @@ fn start(
     payload.write(&dir.join("initramfs"))?;
     let disk = File::create(dir.join("disk.img"))?;
     disk.set_len(256 << 20)?;
+    // KVM on QEMU's SVM injects an interrupt twice now and then when it has to map a
+    // page in between; the fewer pages move, the fewer VMs die of it (docs/testing.md).
+    let still = if has_svm(&machine.cpu) {
+        "transparent_hugepage=never "
+    } else {
+        ""
+    };
     let append = format!(
-        "console=ttyS0 tsc=reliable panic=-1 oops=panic quiet LAB_NODE={} LAB_NONCE={nonce} {}",
+        "console=ttyS0 tsc=reliable panic=-1 oops=panic quiet LAB_NODE={} LAB_NONCE={nonce} {still}{}",
         machine.node, machine.append
     );
     // QEMU must not outlive us, however we end.

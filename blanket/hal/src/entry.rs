@@ -163,6 +163,12 @@ core_fault:
     push_all
     cld
     mov rdi, rsp
+    # In the few instructions between the guest's stack and ours?
+    mov rax, rsp
+    movabs rcx, {VCPU}
+    sub rax, rcx
+    cmp rax, {AREAS}
+    jae wrong_stack
     movabs rax, offset blanket_core_fault
     call rax
     # 0: go on at the changed RIP. Otherwise: a trap frame to handle as an entry.
@@ -178,6 +184,18 @@ core_fault:
     movabs rax, offset blanket_trap
     call rax
     jmp blanket_return
+
+    # The stack is the guest's, and what names the vCPU is the GDT.
+wrong_stack:
+    sub rsp, 16
+    sgdt [rsp + 6]
+    mov rsi, [rsp + 8]
+    and rsi, -{STRIDE}
+    lea rsp, [rsi + {HW} - {FRAME} - 64]
+    and rsp, -16
+    movabs rax, offset blanket_wrong_stack
+    call rax
+    ud2
 
     # Vectors with a stack of their own (#DB, NMI, #DF, #MC). From the guest: move
     # the frame to the main stack and go on as always. From ring 0: note it.
@@ -486,6 +504,8 @@ blanket_leave:
     "#,
     BASE = const layout::IMAGE,
     CLAC = const SMAP_CLAC,
+    VCPU = const layout::VCPU,
+    AREAS = const layout::MAX_VCPUS as u64 * VCPU_STRIDE,
     HW = const area::HW,
     STRIDE = const VCPU_STRIDE,
     FRAME = const size_of::<TrapFrame>(),

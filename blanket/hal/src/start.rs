@@ -224,6 +224,27 @@ extern "C" fn blanket_core_fault(f: *mut TrapFrame) -> u64 {
     )
 }
 
+/// A fault in ring 0 while the stack was not ours: between `syscall` and the first
+/// look at the vCPU, or right before `sysret`. Nothing may fault there.
+#[unsafe(no_mangle)]
+extern "C" fn blanket_wrong_stack(f: *const TrapFrame, area: u64) -> ! {
+    // SAFETY: the entry code built the frame where the CPU had just pushed to, and
+    // found the area by the GDT that is loaded.
+    let (frame, hal) = unsafe { (*f, Hal::containing(area)) };
+    die(
+        &hal,
+        format_args!(
+            "vector {} (error {:#x}, cr2 {:#x}) in the core at {:#x}, rflags {:#x}, on the guest's stack {:#x}\n",
+            frame.vector,
+            frame.error,
+            hal.cr2(),
+            frame.rip,
+            frame.rflags,
+            frame.rsp
+        ),
+    )
+}
+
 fn find_fixup(rip: u64) -> Option<u64> {
     // SAFETY: the linker script bounds the table, an array of pairs.
     let table = unsafe {

@@ -161,7 +161,7 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
                 rip,
                 selector(rng, KERNEL_CS & !3),
                 rng.next(),
-                if rng.once_in(3) {
+                if rng.once_in(16) {
                     rng.address(k)
                 } else {
                     stack
