@@ -179,6 +179,30 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
         Case {
+            name: "failures".into(),
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/failures.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            expect: vec![Expect::Line("FAILURES-OK")],
+            ..Case::default()
+        },
+        Case {
+            name: "failures-no-nx".into(),
+            cpu: "EPYC,-svm,-nx",
+            work: Work::Instance {
+                script: "! test -e /dev/blanket && dmesg | grep 'blanket: cannot run here' && \
+                         blanket doctor",
+                guests: vec![],
+            },
+            expect: vec![
+                Expect::Exit(1),
+                Expect::Line("cannot run here"),
+                Expect::Line("lacks nx"),
+            ],
+            ..Case::default()
+        },
+        Case {
             name: "two-guests".into(),
             timeout: 240,
             work: Work::Instance {
