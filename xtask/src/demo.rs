@@ -23,10 +23,11 @@ pub struct Args {
     here: bool,
 }
 
-const SCRIPT: &str = include_str!("../../tests/lab-scripts/demo.sh");
+/// What is shown: in the lab, on a machine itself, and on a bare Debian by `package`.
+pub const SCRIPT: &str = include_str!("../../tests/lab-scripts/demo.sh");
 
 /// Kernels of the two VMs.
-const GUESTS: [Flavour; 2] = [Flavour::Cloud, Flavour::Generic];
+pub const GUESTS: [Flavour; 2] = [Flavour::Cloud, Flavour::Generic];
 
 /// Prints what is being done and how long the whole has taken so far.
 struct Steps(Instant);
@@ -169,7 +170,7 @@ fn here(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
 }
 
 /// As `lab-initrd`, with the base archive's path as its first argument.
-const HERE_INITRD: &str = r#"dir=$(mktemp -d)
+pub const HERE_INITRD: &str = r#"dir=$(mktemp -d)
 cp "$2" $dir/cmd
 cat "$1"
 cd $dir && echo cmd | busybox cpio -o -H newc 2>/dev/null
