@@ -115,6 +115,10 @@ impl Default for Guest {
 /// What every combination of the matrix runs: processes, memory, time, CPUs.
 const BASICS: &str = include_str!("../../tests/lab-scripts/basics.sh");
 
+/// Two thousand programs, four at a time; each must have run with its argument.
+const FORK_EXEC: &str = "seq 1 2000 >/tmp/numbers && \
+     xargs -n 1 -P 4 /bin/echo </tmp/numbers | sort -n | cmp - /tmp/numbers";
+
 /// Cases that are about one thing each.
 fn single() -> Vec<Case> {
     vec![
@@ -211,6 +215,7 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
+        guest("fork-exec", 600, 2, FORK_EXEC),
         guest("stress", 600, 2, "N=20 sh /tests/stress.sh"),
         Case {
             stress_ng: true,
