@@ -12,6 +12,7 @@
 #include <linux/module.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/version.h>
 #include <linux/vmalloc.h>
 #include <asm/cpufeature.h>
 #include <asm/fpu/types.h>
@@ -19,6 +20,9 @@
 #include <asm/processor.h>
 #include <asm/special_insns.h>
 #include <asm/tsc.h>
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 16, 0)
+#include <asm/cpuid/api.h>
+#endif
 #include "internal.h"
 #include "build_id.h"
 

@@ -44,11 +44,19 @@
  */
 #include <linux/linkage.h>
 #include <linux/objtool.h>
+#include <linux/version.h>
 #include <asm/asm.h>
 #include <asm/msr-index.h>
 #include <asm/nospec-branch.h>
 #include <asm/unwind_hints.h>
 #include "blanket.h"
+
+/* Kernels before 5.18 know nothing of indirect branch tracking. */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 18, 0)
+#include <asm/ibt.h>
+#else
+#define ENDBR
+#endif
 
 /* Frame of the callers of both halves: six pushed registers, return address. */
 #define FRAME_CFA 56

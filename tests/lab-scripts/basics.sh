@@ -19,8 +19,8 @@ while [ $n -lt 100 ]; do /bin/true || fail "exec $n"; n=$((n + 1)); done
 
 # Memory keeps what is written to it, on all CPUs at once. Five files that take a
 # third of what is free.
-mib=$(awk '/^MemAvailable/ { m = int($2 / 1024 / 15); print m < 1 ? 1 : m > 16 ? 16 : m }' /proc/meminfo)
-dd if=/dev/urandom of=/tmp/data bs=1M count=$mib 2>/dev/null
+mib=$(awk '/^MemAvailable/ { m = int($2 / 1024 / 15); print (m < 1 ? 1 : (m > 16 ? 16 : m)) }' /proc/meminfo)
+dd if=/dev/urandom of=/tmp/data bs=1M count=$mib 2>/dev/null || fail "no file of $mib MiB"
 sum=$(md5sum </tmp/data)
 for copy in 1 2 3 4; do cp /tmp/data /tmp/data$copy & done
 wait

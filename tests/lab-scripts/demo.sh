@@ -5,6 +5,7 @@
 #   MKINITRD command that prints a VM's initramfs with a script in it
 set -e
 dir=$(mktemp -d)
+cr=$(printf '\r')
 now() { read -r up _ </proc/uptime; echo "$up"; }
 since() { echo "$(now) $1" | awk '{ printf "%.2f", $1 - $2 }'; }
 say() { echo "  [$(now) s] $*"; }
@@ -56,13 +57,15 @@ for pair in $KERNELS; do
         echo "$name ended $code" >&4
     ) &
     (
-        tr -d '\r' <$dir/$name.pipe | while read -r line; do
+        # No filter in between: one that collects its output would hold back lines.
+        while read -r line; do
+            line=${line%"$cr"}
             echo "$line" >>$dir/$name.log
             case $line in
             GUEST-READY*) echo "$name ready $line" >&4 ;;
             WORK*) echo "$name work ${line#WORK }" >&4 ;;
             esac
-        done
+        done <$dir/$name.pipe
     ) &
     count=$((count + 1))
 done

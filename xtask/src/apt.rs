@@ -153,6 +153,11 @@ impl<'a> Apt<'a> {
     }
 }
 
+/// The mirror that this machine uses for Debian.
+pub fn mirror() -> Result<String> {
+    Ok(host_mirrors()?.0)
+}
+
 /// The mirrors that this machine uses for Debian 12 and its security updates,
 /// from its own apt sources in either format.
 fn host_mirrors() -> Result<(String, String)> {

@@ -126,6 +126,10 @@ impl Default for Guest {
 /// What every combination of the matrix runs: processes, memory, time, CPUs.
 const BASICS: &str = include_str!("../../tests/lab-scripts/basics.sh");
 
+/// Two thousand programs, four at a time; each must have run with its argument.
+const FORK_EXEC: &str = "seq 1 2000 >/tmp/numbers && \
+     xargs -n 1 -P 4 /bin/echo </tmp/numbers | sort -n | cmp - /tmp/numbers";
+
 /// Cases that are about one thing each.
 fn single() -> Vec<Case> {
     vec![
@@ -204,6 +208,30 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
         Case {
+            name: "failures".into(),
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/failures.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            expect: vec![Expect::Line("FAILURES-OK")],
+            ..Case::default()
+        },
+        Case {
+            name: "failures-no-nx".into(),
+            cpu: "EPYC,-svm,-nx",
+            work: Work::Instance {
+                script: "! test -e /dev/blanket && dmesg | grep 'blanket: cannot run here' && \
+                         blanket doctor",
+                guests: vec![],
+            },
+            expect: vec![
+                Expect::Exit(1),
+                Expect::Line("cannot run here"),
+                Expect::Line("lacks nx"),
+            ],
+            ..Case::default()
+        },
+        Case {
             name: "two-guests".into(),
             timeout: 240,
             work: Work::Instance {
@@ -212,6 +240,7 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
+        guest("fork-exec", 600, 2, FORK_EXEC),
         guest("stress", 600, 2, "N=20 sh /tests/stress.sh"),
         Case {
             stress_ng: true,

@@ -28,10 +28,11 @@ pub struct Args {
 const WITHOUT: &str = "EPYC,-svm";
 const WITH: &str = "EPYC";
 
-const SCRIPT: &str = include_str!("../../tests/lab-scripts/demo.sh");
+/// What is shown: in the lab, on a machine itself, and on a bare Debian by `package`.
+pub const SCRIPT: &str = include_str!("../../tests/lab-scripts/demo.sh");
 
 /// Kernels of the two VMs.
-const GUESTS: [Flavour; 2] = [Flavour::Cloud, Flavour::Generic];
+pub const GUESTS: [Flavour; 2] = [Flavour::Cloud, Flavour::Generic];
 
 /// Prints what is being done and how long the whole has taken so far.
 struct Steps(Instant);
@@ -215,7 +216,7 @@ fn on_this_machine(project: &Project, guests: &[Kernel]) -> Result<()> {
 }
 
 /// As `lab-initrd`, with the base archive's path as its first argument.
-const HERE_INITRD: &str = r#"dir=$(mktemp -d)
+pub const HERE_INITRD: &str = r#"dir=$(mktemp -d)
 cp "$2" $dir/cmd
 cat "$1"
 cd $dir && echo cmd | busybox cpio -o -H newc 2>/dev/null

@@ -8,6 +8,7 @@ mod apt;
 mod bench;
 mod build;
 mod cases;
+mod compile_check;
 mod demo;
 mod guestware;
 mod initramfs;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::build;
+use crate::demo;
 use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour};
 use crate::lab::Payload;
@@ -251,7 +252,13 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
             .archive
             .copy(&format!("packages/{name}"), 0o644, package);
     }
-    payload.guest_kernel(&kernel);
+    for flavour in demo::GUESTS {
+        payload.guest_kernel(&kernels::fetch(project, flavour)?);
+    }
+    payload.archive.text("demo/demo.sh", 0o644, demo::SCRIPT);
+    payload
+        .archive
+        .text("demo/mkinitrd", 0o644, demo::HERE_INITRD);
     let script = "echo VM-WORKS\n";
     payload.guest_initrd(&initramfs::guest(project, Some(script), &Files::new())?)?;
     payload.command(TRY_OUT);
@@ -300,8 +307,8 @@ done
 for dir in proc sys dev dev/pts; do mount -o bind /$dir /mnt/$dir; done
 mount -t tmpfs run /mnt/run
 mkdir /mnt/run/it
-cp -r /packages /guest /mnt/run/it/
-rm -r /packages /guest
+cp -r /packages /guest /demo /mnt/run/it/
+rm -r /packages /guest /demo
 ! [ -e /mnt/usr/bin/cargo ]
 export DEBIAN_FRONTEND=noninteractive
 chroot /mnt sh -c 'apt-get -q install -y /run/it/packages/*.deb'
@@ -311,26 +318,29 @@ chroot /mnt blanket run --kernel /run/it/guest/vmlinuz --initrd /run/it/guest/in
 cat /tmp/out
 grep -q VM-WORKS /tmp/out
 [ -e /mnt/usr/share/man/man1/blanket.1.gz ]
+# The demo's script by Debian's own shell and programs, as `./x demo --here` runs it.
+chroot /mnt env KERNELS='cloud=/run/it/guest/vmlinuz-cloud generic=/run/it/guest/vmlinuz-generic' \
+    MKINITRD='sh /run/it/demo/mkinitrd /run/it/guest/initrd.img' sh /run/it/demo/demo.sh
 chroot /mnt apt-get -q remove -y blanket blanket-dkms
 ! grep -q '^blanket ' /proc/modules
 umount /mnt/run /mnt/dev/pts /mnt/dev /mnt/sys /mnt/proc /mnt
 "#;
 
-/// A disk image of a minimal Debian 12 that has what the packages depend on, so
-/// that the instance needs no network.
+/// A disk image of a minimal Debian 12 that has what the packages depend on and
+/// what the demo's script runs, so that the instance needs no network.
 fn bare_debian(project: &Project, release: &str) -> Result<PathBuf> {
     setup::install_missing(project, &["mmdebstrap", "e2fsprogs"])?;
     let _lock = project.lock("bare-debian")?;
     let dir = project.out_dir("package")?;
     let (disk, mark) = (dir.join("bare-debian.img"), dir.join("bare-debian.for"));
-    if fs::read_to_string(&mark).is_ok_and(|made_for| made_for == release) {
+    let include = format!("dkms,linux-headers-{release},gcc-12,kmod,passwd,busybox-static");
+    if fs::read_to_string(&mark).is_ok_and(|made_for| made_for == include) {
         return Ok(disk);
     }
     eprintln!("package: making a minimal Debian 12");
     let sh = project.shell()?;
     let (tar, tree) = (dir.join("bare-debian.tar"), dir.join("bare-debian"));
     let sources = project.out_dir("apt/etc")?.join("sources.list");
-    let include = format!("dkms,linux-headers-{release},gcc-12,kmod,passwd");
     cmd!(
         sh,
         "mmdebstrap --quiet --variant=minbase --include={include} bookworm {tar} {sources}"
@@ -346,6 +356,6 @@ fn bare_debian(project: &Project, release: &str) -> Result<PathBuf> {
         .run()?;
     fs::remove_dir_all(&tree)?;
     fs::remove_file(&tar)?;
-    fs::write(&mark, release)?;
+    fs::write(&mark, include)?;
     Ok(disk)
 }

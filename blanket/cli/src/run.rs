@@ -1,7 +1,7 @@
 //! `blanket run`.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
 use std::process::{Command, ExitCode, Stdio};
@@ -168,9 +168,18 @@ fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> Ex
 
 /// A file that cannot be read is better named before anything is started.
 fn readable(what: &str, path: &std::path::Path) -> Result<()> {
-    File::open(path)
-        .map(drop)
-        .with_context(|| format!("{what} {}", path.display()))
+    let Err(error) = File::open(path) else {
+        return Ok(());
+    };
+    let next = match error.kind() {
+        ErrorKind::NotFound => format!("give the path of a file that exists with --{what}"),
+        ErrorKind::PermissionDenied => {
+            format!("sudo chmod +r {}, or run blanket as root", path.display())
+        }
+        _ => return Err(error).with_context(|| format!("{what} {}", path.display())),
+    };
+    let error = anyhow::Error::new(error).context(format!("{what} {}", path.display()));
+    Err(exit::hint(&error, next))
 }
 
 /// The first signal asks the guest to power off, the second one ends the VM.

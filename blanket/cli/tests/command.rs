@@ -35,7 +35,11 @@ fn files_that_are_missing_are_named_before_anything_else() {
     let directory = tempfile::tempdir().expect("a directory");
     let missing = blanket(directory.path(), &["run", "--kernel", "/no/kernel"]);
     assert_eq!(missing.status.code(), Some(1));
-    assert!(text(&missing.stderr).contains("/no/kernel"));
+    let error = text(&missing.stderr);
+    assert!(
+        error.contains("/no/kernel") && error.contains("--kernel"),
+        "{error}"
+    );
     let arguments = ["run", "--kernel", "/dev/null", "--initrd", "/no/initrd"];
     let missing = blanket(directory.path(), &arguments);
     assert!(text(&missing.stderr).contains("/no/initrd"));

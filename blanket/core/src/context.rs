@@ -705,6 +705,7 @@ impl<M: Machine> Context<'_, M> {
                 .map_or(0, |w| w.load(SeqCst));
             if info & 0xffff != 0 && info & 0xff00 == 0 && self.v.event.address != 0 {
                 self.count(counter::UPCALL);
+                self.note_upcall();
                 let handler = self.v.event.address;
                 self.bounce(handler, true, None);
             }

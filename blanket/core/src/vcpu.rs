@@ -279,6 +279,8 @@ pub struct Vcpu {
     pub poll_until: u64,
     /// When this vCPU last sent an IPI to itself, and how many it sent in a row.
     pub self_ipi: (u64, u32),
+    /// RIP and RSP where the last upcall began.
+    pub upcall_place: (u64, u64),
     /// An IPI to itself that is held back, and until when.
     pub held_ipi: Option<(u32, u64)>,
     /// An NMI was delivered and not returned from.
@@ -339,6 +341,7 @@ impl Vcpu {
             periodic: NEVER,
             poll_until: NEVER,
             self_ipi: (0, 0),
+            upcall_place: (0, 0),
             held_ipi: None,
             nmi_blocked: false,
             // Odd: no version is.

@@ -444,3 +444,83 @@ fn areas_that_cannot_be_are_refused() {
     }
     assert_eq!(w.call(0, nr::VCPU_OP, &[vcpu::IS_UP, 1, 0]), -2);
 }
+
+// ---- IPIs to oneself ----
+
+fn set_byte(w: &World, field: u64, to: u8) {
+    w.m.bytes(w.setup.shared_info())[field as usize].store(to, SeqCst);
+}
+
+/// What a guest does in an upcall before it calls the handlers.
+fn handled(w: &World, port: u64) {
+    set_byte(w, vcpu_info::PENDING, 0);
+    clear(w, port);
+}
+
+/// Binds an IPI of vCPU 0 and unmasks it.
+fn own_ipi(w: &mut World) -> u64 {
+    let at = w.m.arg_words(0, &[0]);
+    assert_eq!(w.call(0, nr::EVENT_CHANNEL_OP, &[op::BIND_IPI, at]), 0);
+    let port = w.m.words_at(at, 1)[0] >> 32;
+    let at = w.m.arg_words(0, &[port]);
+    assert_eq!(w.call(0, nr::EVENT_CHANNEL_OP, &[op::UNMASK, at]), 0);
+    port
+}
+
+/// A handler that sends an IPI to its own vCPU, as PREEMPT_RT's RCU does, and takes
+/// `handler` ns from the send to its return. Answers how many upcalls came before
+/// the interrupted code ran.
+fn upcalls_in_a_row(w: &mut World, port: u64, handler: u64) -> u32 {
+    const PLACE: u64 = 0xffff_ffff_8120_0005;
+    let stack = w.regs[0].rsp;
+    for upcalls in 0..100 {
+        set_byte(w, vcpu_info::MASK, 1);
+        let at = w.m.arg_words(0, &[port]);
+        assert_eq!(w.call(0, nr::EVENT_CHANNEL_OP, &[op::SEND, at]), 0);
+        w.m.tsc.set(w.m.tsc.get() + handler);
+        w.regs[0].rip = PLACE;
+        w.regs[0].rsp = stack;
+        set_byte(w, vcpu_info::MASK, 0);
+        reenter(w);
+        if w.regs[0].rip == PLACE {
+            assert!(!fired(w, port));
+            return upcalls;
+        }
+        assert_eq!(w.regs[0].rip, EVENT);
+        handled(w, port);
+    }
+    panic!("nothing but upcalls, with {handler} ns for each");
+}
+
+#[test]
+fn ipis_to_oneself_let_other_code_run_however_slow_their_handler_is() {
+    for handler in [1_000, 90_000, 110_000, 1_000_000, 5_000_000] {
+        let (mut w, _) = world();
+        let port = own_ipi(&mut w);
+        let first = upcalls_in_a_row(&mut w, port, handler);
+        assert!(first >= 15, "{first}: two or three are no row");
+        // It is late, and not lost.
+        w.m.tsc.set(w.m.tsc.get() + 10_000_000);
+        reenter(&mut w);
+        assert_eq!(w.regs[0].rip, EVENT, "after {handler} ns");
+        handled(&w, port);
+        // What goes on like that is stopped earlier.
+        assert!(upcalls_in_a_row(&mut w, port, handler) <= first);
+    }
+}
+
+#[test]
+fn ipis_to_oneself_from_code_that_gets_on_are_there_at_once() {
+    let (mut w, _) = world();
+    let port = own_ipi(&mut w);
+    for n in 0..1000 {
+        let at = w.m.arg_words(0, &[port]);
+        assert_eq!(w.call(0, nr::EVENT_CHANNEL_OP, &[op::SEND, at]), 0);
+        w.m.tsc.set(w.m.tsc.get() + 1_000);
+        w.regs[0].rip = 0xffff_ffff_8120_0000 + n % 7;
+        set_byte(&w, vcpu_info::MASK, 0);
+        reenter(&mut w);
+        assert_eq!(w.regs[0].rip, EVENT, "send {n}");
+        handled(&w, port);
+    }
+}

@@ -15,11 +15,15 @@ use blanket_abi::{Gfn, Va};
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 
-/// IPIs of a vCPU to itself that count as one row, and how long the next one is
-/// held back, ns.
-const SELF_IPI_NS: u64 = 100_000;
-/// Length of a row after which they are held back.
+/// IPIs of a vCPU to itself, while what they interrupt gets nowhere, after which
+/// the next one is held back.
 const SELF_IPI_ROW: u32 = 16;
+/// A pause that ends a row, ns.
+const SELF_IPI_PAUSE_NS: u64 = 10_000_000;
+/// How long an IPI is held back, ns, and how often that is doubled while nothing
+/// else runs: on a slow or busy host the handler alone may take longer.
+const SELF_IPI_NS: u64 = 100_000;
+const SELF_IPI_DOUBLINGS: u32 = 6;
 
 /// Operands that one grant_table_op may have.
 const OPERANDS_MAX: u64 = 512;
@@ -120,28 +124,40 @@ impl<M: Machine> Context<'_, M> {
     /// sends itself an irq_work from the very upcall that handles the last one, and
     /// would never come to run anything else (mended in Linux 6.16, "rcu: Fix
     /// rcu_read_unlock() deadloop due to IRQ work"). After a row of such sends the
-    /// next one is late.
+    /// next one is late. What makes a row is that nothing else runs in between, not
+    /// how fast they follow each other: that is the host's load as well.
     fn hold_self_ipi(&mut self, port: u32) -> bool {
         let bound = self.vm.ports.port(port);
         if bound.binding != Binding::Ipi || bound.vcpu != self.v.id {
             return false;
         }
+        if let Some((held, _)) = self.v.held_ipi {
+            return held == port;
+        }
         let now = self.now();
         let (last, row) = self.v.self_ipi;
-        let row = if now.saturating_sub(last) < SELF_IPI_NS {
+        let row = if now.saturating_sub(last) < SELF_IPI_PAUSE_NS {
             row + 1
         } else {
             0
         };
         self.v.self_ipi = (now, row);
-        match self.v.held_ipi {
-            Some((held, _)) => held == port,
-            None if row >= SELF_IPI_ROW => {
-                self.v.held_ipi = Some((port, now + SELF_IPI_NS));
-                self.arm();
-                true
-            }
-            None => false,
+        let Some(over) = row.checked_sub(SELF_IPI_ROW) else {
+            return false;
+        };
+        let wait = SELF_IPI_NS << over.min(SELF_IPI_DOUBLINGS);
+        self.v.held_ipi = Some((port, now + wait));
+        self.arm();
+        true
+    }
+
+    /// An upcall begins: if it interrupts another place than the last one did, the
+    /// vCPU has got on, and a row of its IPIs to itself counts less.
+    pub(crate) fn note_upcall(&mut self) {
+        let place = (self.f.rip, self.f.rsp);
+        if place != self.v.upcall_place {
+            self.v.upcall_place = place;
+            self.v.self_ipi.1 /= 2;
         }
     }
 

@@ -75,7 +75,8 @@ pub enum Error {
     MemorySize(u64),
     /// The domain does not fit.
     #[error(
-        "{} MiB of memory are too little: the kernel, its page tables{} need at least {} MiB",
+        "{} MiB of memory are too little: the kernel, its page tables{} need at least {} MiB; \
+         give it more with --memory",
         given >> 20,
         if *initrd > 0 { format!(" and the initrd of {} MiB", initrd.div_ceil(1 << 20)) }
         else { String::new() },
@@ -102,7 +103,11 @@ pub enum Error {
     #[error("the kernel asks for an impossible layout: {0}")]
     Kernel(String),
     /// The host gave no memory.
-    #[error("cannot get {} MiB of memory from the host: {source}", size >> 20)]
+    #[error(
+        "cannot get {} MiB of memory from the host: {source}; \
+         give the VM less with --memory, or end other programs",
+        size >> 20
+    )]
     HostMemory {
         /// Bytes.
         size: u64,

@@ -30,10 +30,10 @@ pub enum ErrorKind {
         limit: usize,
     },
     /// Neither a bzImage nor an ELF file.
-    #[error("is not a Linux kernel: {0}")]
+    #[error("is not a Linux kernel: {0}; give the vmlinuz of a distribution, or an ELF vmlinux")]
     NotAKernel(&'static str),
     /// It was a kernel once, but its contents contradict each other.
-    #[error("is corrupt: {0}")]
+    #[error("is corrupt: {0}; fetch the file again")]
     Corrupt(String),
     /// The compression is not one that this program unpacks.
     #[error(
