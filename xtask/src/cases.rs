@@ -280,7 +280,6 @@ fn single() -> Vec<Case> {
         kvm(hostile("kvm-hostile")),
         kvm(Case {
             name: "kvm-memory-moves".into(),
-            // Shows a fault of the emulator more often than not, see docs/testing.md.
             long: true,
             timeout: 600,
             work: Work::Instance {

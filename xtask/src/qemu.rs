@@ -140,9 +140,7 @@ impl Machine {
             ]);
         } else {
             let accel = match accelerator {
-                // With a thread for each CPU, QEMU's SVM writes through translations
-                // that KVM has had flushed: when the instance's kernel moves a VM's
-                // pages, the VM or the instance dies (docs/testing.md).
+                // With a thread for each CPU the instance died once (docs/testing.md).
                 Accelerator::Tcg if has_svm(&self.cpu) => "tcg,thread=single",
                 Accelerator::Tcg => "tcg,thread=multi",
                 Accelerator::Kvm => "kvm",
@@ -324,8 +322,7 @@ fn start(
     payload.write(&dir.join("initramfs"))?;
     let disk = File::create(dir.join("disk.img"))?;
     disk.set_len(256 << 20)?;
-    // KVM on QEMU's SVM injects an interrupt twice now and then when it has to map a
-    // page in between; the fewer pages move, the fewer VMs die of it (docs/testing.md).
+    // Once an instance's kernel panicked while pages of a VM inside its KVM moved.
     let still = if has_svm(&machine.cpu) {
         "transparent_hugepage=never "
     } else {
