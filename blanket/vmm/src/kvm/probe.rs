@@ -71,6 +71,7 @@ blanket_probe_end:
     "#
 );
 
+// SAFETY: the two labels of the assembly above.
 unsafe extern "C" {
     static blanket_probe_start: u8;
     static blanket_probe_end: u8;

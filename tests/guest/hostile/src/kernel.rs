@@ -128,6 +128,8 @@ hostile_trap:
     STACK = const STACK_PAGES * 4096,
 );
 
+// SAFETY: labels of the assembly above, functions with the signatures given;
+// `hostile_trap` is only ever named, never called.
 unsafe extern "C" {
     fn hostile_attempt(function: unsafe extern "C" fn(*mut u8), argument: *mut u8) -> u64;
     pub fn hostile_trap();
