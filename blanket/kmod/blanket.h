@@ -209,7 +209,7 @@ struct blanket_vm_page {
 	__u8 time_flags;
 	__u16 pad;
 	__u32 tsc_mul;
-	__u32 pad2;
+	__u32 quirks;
 	__u64 tsc_timestamp;
 	__u64 system_time;
 	__u64 wall_sec;
@@ -229,6 +229,9 @@ struct blanket_vm_page {
 
 #define BLANKET_HOST_MODULE	0
 #define BLANKET_HOST_KVM	1
+
+/* What the host does wrong (blanket_vm_page.quirks); 0 under the module. */
+#define BLANKET_QUIRK_INTERRUPTS_TWICE 1
 
 /* Only inside KVM. */
 struct blanket_cpuid_entry {

@@ -221,6 +221,9 @@ mount -t tmpfs run /run
 hostname node$LAB_NODE
 ip link set lo up
 for module in $(cat /lab/modules); do insmod $module; done
+# What KVM could not enter, it shows: for the log of a case that fails.
+dump=/sys/module/kvm_amd/parameters/dump_invalid_vmcb
+if [ -e $dump ]; then echo 1 >$dump; fi
 if [ -e /sys/class/net/eth0 ]; then
     ip addr add 10.77.0.$LAB_NODE/24 dev eth0
     ip link set eth0 up

@@ -279,8 +279,8 @@ pub struct VmPage {
     pub pad: u16,
     /// pvclock multiplier.
     pub tsc_mul: AtomicU32,
-    /// Padding.
-    pub pad2: u32,
+    /// What the host does wrong, bits of [`quirk`]. 0 under the module.
+    pub quirks: u32,
     /// TSC at `system_time`.
     pub tsc_timestamp: AtomicU64,
     /// Guest system time, ns.
@@ -322,6 +322,12 @@ pub mod host {
     pub const MODULE: u32 = 0;
     /// A KVM VM, in which the core is alone at CPL 0.
     pub const KVM: u32 = 1;
+}
+
+/// Bits of [`VmPage::quirks`].
+pub mod quirk {
+    /// An interrupt may be delivered again, at any time until the next exit of the VM.
+    pub const INTERRUPTS_TWICE: u32 = 1;
 }
 
 /// An answer of CPUID, in the table that the core uses inside KVM.

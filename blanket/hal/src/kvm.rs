@@ -4,7 +4,7 @@
 
 use crate::cpu;
 use crate::machine::{Hal, at};
-use blanket_abi::device::{CPUID_ANY, CPUID_MAX, CpuidEntry, exit, pending};
+use blanket_abi::device::{CPUID_ANY, CPUID_MAX, CpuidEntry, exit, pending, quirk};
 use blanket_abi::kvm::{
     EXIT_PORT, PREEMPTED, PREEMPTED_FLUSH, PV_EOI, PV_STEAL, PV_WALL, feature, msr, vector,
 };
@@ -106,6 +106,10 @@ pub fn interrupt(hal: &Hal, which: u8) {
     // Bit 0 is KVM's word that it needs none.
     if hal.pv().eoi.swap(0, Ordering::Relaxed) & 1 == 0 {
         cpu::wrmsr(msr::X2APIC_EOI, 0);
+    }
+    if hal.vm_page().quirks & quirk::INTERRUPTS_TWICE != 0 {
+        // Always an exit of the VM.
+        core::hint::black_box(core::arch::x86_64::__cpuid(0));
     }
 }
 

@@ -252,7 +252,7 @@ impl FakeMachine {
             time_flags: AtomicU8::new(1),
             pad: 0,
             tsc_mul: AtomicU32::new(1 << 31),
-            pad2: 0,
+            quirks: 0,
             tsc_timestamp: AtomicU64::new(0),
             system_time: AtomicU64::new(0),
             wall_sec: AtomicU64::new(1_700_000_000),

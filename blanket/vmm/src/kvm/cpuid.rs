@@ -5,7 +5,7 @@
 //! this KVM supports, plus the few bits that KVM must see for the core's own sake.
 
 use blanket_abi::cpuid::{MAX_BASIC, MAX_EXTENDED, MAX_XEN, Policy, Regs, needs_hardware};
-use blanket_abi::device::{CPUID_ANY, CPUID_MAX, CpuidEntry};
+use blanket_abi::device::{CPUID_ANY, CPUID_MAX, CpuidEntry, quirk};
 use blanket_abi::kvm::feature;
 use blanket_abi::xen::cpuid::BASE;
 use kvm_bindings::{
@@ -25,6 +25,23 @@ const L7_EBX_SMEP: u32 = 1 << 7;
 const L7_EBX_SMAP: u32 = 1 << 20;
 /// Features that the core has a use for.
 const FEATURES: u32 = feature::CLOCK | feature::STEAL_TIME | feature::PV_EOI | feature::TLB_FLUSH;
+
+/// What is wrong with the virtualization of the CPU that this program runs on.
+///
+/// QEMU's emulator names itself in the hypervisor leaf (`target/i386/cpu.c`); its SVM
+/// delivers interrupts twice (see `docs/kvm-host.md`).
+pub fn quirks() -> u32 {
+    let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+    if [leaf.ebx, leaf.ecx, leaf.edx]
+        .map(u32::to_le_bytes)
+        .as_flattened()
+        == b"TCGTCGTCGTCG"
+    {
+        quirk::INTERRUPTS_TWICE
+    } else {
+        0
+    }
+}
 
 /// What KVM supports on this machine.
 #[derive(Clone, Debug)]

@@ -237,6 +237,7 @@ impl Kvm {
             xcr0_mask: self.cpuid.xcr0_mask,
             tsc_khz: self.info.tsc_khz,
             features: self.cpuid.features,
+            quirks: cpuid::quirks(),
             smap: self.cpuid.smap,
             cpuid: &self.cpuid.for_core(),
         })?;

@@ -79,6 +79,8 @@ pub struct Plan<'a> {
     pub tsc_khz: u64,
     /// KVM's features that the core may use.
     pub features: u32,
+    /// What this KVM does wrong, bits of [`blanket_abi::device::quirk`].
+    pub quirks: u32,
     /// The core runs with SMAP.
     pub smap: bool,
     /// CPUID as the core sees it.
@@ -421,6 +423,7 @@ impl Space {
         self.put(field(offset_of!(VmPage, hole)), hole)?;
         half(offset_of!(VmPage, host), host::KVM)?;
         half(offset_of!(VmPage, kvm_features), plan.features)?;
+        half(offset_of!(VmPage, quirks), plan.quirks)?;
         half(offset_of!(VmPage, cpuid_entries), entries)
     }
 
@@ -621,6 +624,7 @@ pub(super) mod tests {
             xcr0_mask: 7,
             tsc_khz: 1_000_000,
             features: 0,
+            quirks: 0,
             smap,
             cpuid: &[],
         });
