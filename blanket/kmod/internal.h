@@ -71,6 +71,7 @@ struct blanket_vcpu {
 
 struct blanket_vm {
 	struct kref ref;
+	u64 serial;			/* no other VM has had it, not 0 */
 	struct mm_struct *mm;		/* compared only; holds an mm_count */
 	u64 user_addr;
 	u64 nr_frames;
@@ -129,6 +130,11 @@ enum hrtimer_restart blanket_timer_fn(struct hrtimer *timer);
 /* time.c */
 void blanket_clock_init(struct blanket_vm *vm);
 void blanket_clock_refresh(struct blanket_vm *vm);
+
+/* speculation.c */
+void blanket_speculation_init(void);
+void blanket_speculation_enter(const struct blanket_vm *vm);
+void blanket_speculation_to_user(void);
 
 /* switch.S */
 asmlinkage void blanket_world_switch(struct blanket_switch *sw);

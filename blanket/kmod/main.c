@@ -382,6 +382,7 @@ static int __init blanket_init(void)
 	err = check_host() ?: check_image() ?: load_shared();
 	if (err)
 		return err;
+	blanket_speculation_init();
 	err = misc_register(&device);
 	if (err)
 		free_shared();

@@ -410,6 +410,7 @@ static u32 enter(struct blanket_vcpu *vcpu)
 	save_watchpoints(&host);
 	swap_msrs_in(sw, &host);
 	fpu_in(vcpu, &host);
+	blanket_speculation_enter(vcpu->vm);
 
 	blanket_world_switch(sw);
 
@@ -551,6 +552,7 @@ long blanket_vcpu_run(struct blanket_vcpu *vcpu)
 	if (!mutex_trylock(&vcpu->run_mutex))
 		return -EBUSY;
 	ret = run(vcpu);
+	blanket_speculation_to_user();
 	mutex_unlock(&vcpu->run_mutex);
 	return ret;
 }

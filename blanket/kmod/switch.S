@@ -160,6 +160,12 @@ SYM_INNER_LABEL(blanket_world_exit, SYM_L_GLOBAL)
 	movq	SW_HOST_CR3(%rdi), %rax
 	movq	%rax, %cr3
 
+	/*
+	 * The guest's calls left return addresses, some of them where the host has its
+	 * kernel. If the host fills the buffer when it changes tasks, it must be filled.
+	 */
+	FILL_RETURN_BUFFER %rax, RSB_CLEAR_LOOPS, X86_FEATURE_RSB_CTXSW
+
 	popq	%r15
 	popq	%r14
 	popq	%r13

@@ -375,6 +375,8 @@ static int vm_build(struct blanket_vm *vm)
 	return 0;
 }
 
+static atomic64_t serials;
+
 struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 {
 	struct blanket_vm *vm;
@@ -388,6 +390,7 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	if (!vm)
 		return ERR_PTR(-ENOMEM);
 	kref_init(&vm->ref);
+	vm->serial = atomic64_inc_return(&serials);
 	mutex_init(&vm->lock);
 	INIT_LIST_HEAD(&vm->pages);
 	mmgrab(current->mm);

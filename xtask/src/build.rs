@@ -119,6 +119,11 @@ pub fn core(project: &Project) -> Result<PathBuf> {
     Ok(bin)
 }
 
+/// Builds the core and answers with its ELF file, for its symbols.
+pub fn core_elf(project: &Project) -> Result<PathBuf> {
+    Ok(core(project)?.with_extension("elf"))
+}
+
 /// Builds the hostile kernel of the tests, an ELF file.
 pub fn hostile_kernel(project: &Project) -> Result<PathBuf> {
     let _lock = project.lock("core")?;

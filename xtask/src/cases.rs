@@ -31,6 +31,8 @@ pub struct Case {
     pub stress_ng: bool,
     /// Seconds until the case is a failure.
     pub timeout: u64,
+    /// Somebody injects NMIs into it ([`crate::nmi`]).
+    pub nmis: bool,
     /// What runs in it.
     pub work: Work,
     /// What must hold for the output, beside exit code 0 and a silent kernel log.
@@ -105,6 +107,7 @@ impl Default for Case {
             adapter: Adapter::Module,
             stress_ng: false,
             timeout: 180,
+            nmis: false,
             work: Work::Guest(Guest::default()),
             expect: Vec::new(),
         }
@@ -183,6 +186,18 @@ fn single() -> Vec<Case> {
             timeout: 900,
             work: Work::Instance {
                 script: include_str!("../../tests/lab-scripts/compare-abi.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            ..Case::default()
+        },
+        Case {
+            name: "nmi-everywhere".into(),
+            nmis: true,
+            // One CPU, which the debugger steps.
+            smp: 1,
+            timeout: 600,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/nmi.sh"),
                 guests: vec![Flavour::Cloud],
             },
             ..Case::default()

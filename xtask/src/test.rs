@@ -1,6 +1,7 @@
 //! `test`: style, unit tests, the ABI check, then whole systems in the lab.
 
 use std::collections::VecDeque;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -9,11 +10,13 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::abi_check;
+use crate::build;
 use crate::cases::{self, Adapter, Case, Expect, Guest, Work};
 use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels;
 use crate::lab::{Payload, find_command, find_module};
+use crate::nmi;
 use crate::package;
 use crate::project::Project;
 use crate::qemu::{self, End, Machine, Outcome};
@@ -420,12 +423,52 @@ impl<'a> Bench<'a> {
             append: case.append.into(),
             node: 1,
             group: None,
-            extra: Vec::new(),
+            extra: if case.nmis {
+                NMI_LINES.map(str::to_owned).to_vec()
+            } else {
+                Vec::new()
+            },
         };
         let timeout = Duration::from_secs(case.timeout);
-        qemu::run(project, &[machine], &payload.archive, timeout, output)
+        if !case.nmis {
+            return qemu::run(project, &[machine], &payload.archive, timeout, output);
+        }
+        let dir = qemu::run_dir(project)?;
+        let talk = UnixListener::bind(dir.join("script"))?;
+        let addresses = nmi::core_addresses(&build::core_elf(project)?)?;
+        std::thread::scope(|scope| {
+            let injector = scope.spawn(|| {
+                let (script, _) = talk.accept()?;
+                nmi::everywhere(&dir, script, addresses)
+            });
+            let run = qemu::run_in(
+                project,
+                dir.clone(),
+                &[machine],
+                &payload.archive,
+                timeout,
+                output,
+            );
+            // In case QEMU has never called.
+            let _ = UnixStream::connect(dir.join("script"));
+            match injector.join() {
+                Ok(injected) => injected.and(run),
+                Err(_) => bail!("the injector of NMIs panicked"),
+            }
+        })
     }
 }
+
+/// QEMU's options for [`nmi::everywhere`]: a debugger's door, and a third serial
+/// line that calls it, with an interrupt of its own.
+const NMI_LINES: [&str; 6] = [
+    "-gdb",
+    "unix:gdb,server=on,wait=off",
+    "-chardev",
+    "socket,id=script,path=script,server=off",
+    "-device",
+    "isa-serial,chardev=script,index=2,irq=5",
+];
 
 struct Report {
     passed: bool,

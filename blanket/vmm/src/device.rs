@@ -178,6 +178,7 @@ impl Hypervisor for Device {
         pool_limit: u64,
     ) -> Result<Arc<dyn Machine>, Error> {
         within_limits(&self.info, domain, vcpus)?;
+        ask_for_branch_barriers();
         let address = domain
             .memory
             .get_host_address(GuestAddress(0))
@@ -207,6 +208,30 @@ impl Hypervisor for Device {
             _memory: Arc::clone(&domain.memory),
         }))
     }
+}
+
+/// Has the host's kernel set a barrier of branch predictors whenever it changes from
+/// this thread to a program's or back, also for the threads that this one starts. What
+/// a guest trains is its VMM's, for the kernel.
+///
+/// `Documentation/userspace-api/spec_ctrl.rst` and `include/uapi/linux/prctl.h`; the
+/// `libc` crate does not have these.
+fn ask_for_branch_barriers() {
+    const PR_SET_SPECULATION_CTRL: libc::c_int = 53;
+    const PR_SPEC_INDIRECT_BRANCH: libc::c_ulong = 1;
+    const PR_SPEC_DISABLE: libc::c_ulong = 1 << 2;
+    let none: libc::c_ulong = 0;
+    // A host that refuses has no such barrier, or its administrator has decided.
+    // SAFETY: the call takes numbers.
+    let _ = unsafe {
+        libc::prctl(
+            PR_SET_SPECULATION_CTRL,
+            PR_SPEC_INDIRECT_BRANCH,
+            PR_SPEC_DISABLE,
+            none,
+            none,
+        )
+    };
 }
 
 struct DeviceVm {
