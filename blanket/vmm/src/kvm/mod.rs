@@ -411,6 +411,8 @@ impl Machine for Handle {
             frames: frames.sum(),
             pool: self.0.space.pool_pages()?,
             guest_ns: 0,
+            revocations: 0,
+            revoked: 0,
         })
     }
 
