@@ -10,7 +10,7 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	2
+#define BLANKET_API_VERSION	3
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
@@ -94,6 +94,7 @@
 #define BLANKET_VCPU_STRIDE	0x80000ULL
 #define BLANKET_VM_PAGE		0xffff808030000000ULL
 #define BLANKET_CPUID_TABLE	(BLANKET_VM_PAGE + 0x1000)
+#define BLANKET_REVOKED		0xffff808038000000ULL
 #define BLANKET_GFN_INFO	0xffff808040000000ULL
 #define BLANKET_POOL_INFO	0xffff809000000000ULL
 #define BLANKET_POOL_GFNS	0xffff80a000000000ULL
@@ -101,6 +102,7 @@
 #define BLANKET_WINDOW_PTES	(BLANKET_WINDOW + (511ULL << 30))
 #define BLANKET_POOL		0xffff818000000000ULL
 #define BLANKET_POOL_PTES	(BLANKET_POOL + (511ULL << 30))
+#define BLANKET_REVOKED_BLOCK	4096
 #define BLANKET_GFN_INFO_SIZE	16
 #define BLANKET_POOL_INFO_SIZE	24
 #define BLANKET_POOL_GFNS_SIZE	2048
@@ -181,6 +183,8 @@ struct blanket_vm_stats {
 	__u64 frames;
 	__u64 pool;
 	__u64 guest_ns;
+	__u64 revocations;
+	__u64 revoked;
 };
 
 #define BLANKET_IOC		0xb7
@@ -196,6 +200,7 @@ struct blanket_vm_stats {
 
 #define BLANKET_RAISED_WORDS	64
 #define BLANKET_PORT_VCPUS	2048
+#define BLANKET_REVOKED_WORDS	64
 #define BLANKET_TIME_STABLE	1
 
 struct blanket_vm_page {
@@ -225,6 +230,8 @@ struct blanket_vm_page {
 	__u32 kvm_features;
 	__u32 cpuid_entries;
 	__u32 cpuid_faults;
+	__u64 revocations;
+	__u64 revoked[BLANKET_REVOKED_WORDS];
 };
 
 #define BLANKET_HOST_MODULE	0

@@ -7,7 +7,9 @@
 #include <linux/kref.h>
 #include <linux/list.h>
 #include <linux/mm.h>
+#include <linux/mmu_notifier.h>
 #include <linux/mutex.h>
+#include <linux/spinlock.h>
 #include <linux/types.h>
 #include <linux/wait.h>
 #include "blanket.h"
@@ -83,6 +85,14 @@ struct blanket_vm {
 	u64 *l3[HOLE_SLOTS];
 	struct blanket_vm_page *page;
 	atomic64_t frames;		/* guest frames in the window */
+	/* What follows is frames.c's. */
+	struct mmu_interval_notifier notifier;
+	bool follows;			/* the notifier is in place */
+	spinlock_t frames_lock;		/* the window's leaf entries, what they imply */
+	atomic_t gate;			/* not 0: no vCPU enters the core world */
+	wait_queue_head_t gate_open;
+	atomic64_t revocations;		/* times that the gate was shut */
+	u64 revoked;			/* frames taken back; under frames_lock */
 	struct blanket_clock clock;
 	struct blanket_vcpu *vcpus[BLANKET_MAX_VCPUS];
 };
@@ -118,13 +128,20 @@ void blanket_tables_free(struct blanket_vm *vm);
 struct page *blanket_page(struct blanket_vm *vm, gfp_t extra);
 int blanket_map(struct blanket_vm *vm, u64 va, struct page *page, u64 flags);
 int blanket_map_new(struct blanket_vm *vm, u64 va, u64 size, u64 flags);
-int blanket_window_init(struct blanket_vm *vm);
+u64 *blanket_leaf(struct blanket_vm *vm, u64 va, gfp_t extra);
+u64 *blanket_entry(struct blanket_vm *vm, u64 va);
 long blanket_pool_grow(struct blanket_vm *vm, u64 pages);
+
+/* frames.c */
+int blanket_window_init(struct blanket_vm *vm);
+int blanket_frames_follow(struct blanket_vm *vm);
+void blanket_frames_forget(struct blanket_vm *vm);
 long blanket_frame(struct blanket_vm *vm, u64 gfn);
 
 /* run.c */
 long blanket_vcpu_run(struct blanket_vcpu *vcpu);
 void blanket_kick(struct blanket_vcpu *vcpu, u32 pending);
+void blanket_wait_out(struct blanket_vm *vm, u64 mask, const struct blanket_vcpu *self);
 enum hrtimer_restart blanket_timer_fn(struct hrtimer *timer);
 
 /* time.c */

@@ -147,6 +147,8 @@ static long get_stats(struct blanket_vm *vm, void __user *to)
 	}
 	stats->frames = atomic64_read(&vm->frames);
 	stats->pool = READ_ONCE(vm->page->pool_pages);
+	stats->revocations = atomic64_read(&vm->revocations);
+	stats->revoked = READ_ONCE(vm->revoked);
 	stats->guest_ns = mul_u64_u64_div_u64(ticks, NSEC_PER_MSEC, tsc_khz);
 	ret = copy_to_user(to, stats, sizeof(*stats)) ? -EFAULT : 0;
 	kfree(stats);

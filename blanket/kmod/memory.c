@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 /*
- * The tables of a VM's hole, its shadow pool, and the frames of its memory.
+ * The tables of a VM's hole, and its shadow pool.
  *
  * Entries are only ever added while a VM lives, each by one store under
  * vm->lock; vCPUs walk the tables meanwhile. A CPU does not cache the absence
- * of a translation, so nothing has to be flushed.
+ * of a translation, so nothing has to be flushed. The window's leaf entries are
+ * another matter: frames.c.
  */
 #include <linux/io.h>
 #include <linux/mm.h>
@@ -12,8 +13,6 @@
 #include <linux/slab.h>
 #include "internal.h"
 
-/* Frames that one FRAME exit brings in. */
-#define FRAME_BLOCK 16
 /* Pages that one POOL exit adds at most. */
 #define POOL_BATCH 512
 /* L3 index of the recursive entry of the window and the pool. */
@@ -67,7 +66,7 @@ int blanket_tables_init(struct blanket_vm *vm)
 }
 
 /* The leaf entry for an address, with its tables made. Under vm->lock. */
-static u64 *leaf(struct blanket_vm *vm, u64 va, gfp_t extra)
+u64 *blanket_leaf(struct blanket_vm *vm, u64 va, gfp_t extra)
 {
 	unsigned int slot = index_at(va, 4) - BLANKET_HOLE_FIRST_SLOT;
 	unsigned int level;
@@ -98,26 +97,11 @@ static u64 *leaf(struct blanket_vm *vm, u64 va, gfp_t extra)
 
 int blanket_map(struct blanket_vm *vm, u64 va, struct page *page, u64 flags)
 {
-	u64 *entry = leaf(vm, va, 0);
+	u64 *entry = blanket_leaf(vm, va, 0);
 
 	if (!entry)
 		return -ENOMEM;
 	smp_store_release(entry, page_to_phys(page) | flags);
-	return 0;
-}
-
-/* The window's tables for every frame, all leaf entries absent. */
-int blanket_window_init(struct blanket_vm *vm)
-{
-	u64 gfn;
-
-	for (gfn = 0; gfn < vm->nr_frames; gfn += 512) {
-		if (!leaf(vm, BLANKET_WINDOW + gfn * PAGE_SIZE, 0))
-			return -ENOMEM;
-		if (fatal_signal_pending(current))
-			return -EINTR;
-		cond_resched();
-	}
 	return 0;
 }
 
@@ -158,7 +142,7 @@ long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
 	while (added < pages) {
 		u64 nr = have + added;
 		u64 gfns = BLANKET_POOL_GFNS + nr * BLANKET_POOL_GFNS_SIZE;
-		u64 *entry = leaf(vm, gfns & PAGE_MASK, soft);
+		u64 *entry = blanket_leaf(vm, gfns & PAGE_MASK, soft);
 		struct page *page;
 
 		if (!entry)
@@ -169,7 +153,7 @@ long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
 				break;
 			smp_store_release(entry, page_to_phys(page) | MAP_RW);
 		}
-		entry = leaf(vm, BLANKET_POOL + nr * PAGE_SIZE, soft);
+		entry = blanket_leaf(vm, BLANKET_POOL + nr * PAGE_SIZE, soft);
 		page = entry ? blanket_page(vm, soft) : NULL;
 		if (!page)
 			break;
@@ -182,11 +166,10 @@ long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
 	return added ? added : -ENOMEM;
 }
 
-/* The leaf entry of a guest frame; the window's tables exist from the start. */
-static u64 *window_entry(struct blanket_vm *vm, u64 gfn)
+/* The leaf entry for an address whose tables exist, or NULL. */
+u64 *blanket_entry(struct blanket_vm *vm, u64 va)
 {
-	u64 va = BLANKET_WINDOW + gfn * PAGE_SIZE;
-	u64 *table = vm->l3[SLOT_WINDOW];
+	u64 *table = vm->l3[index_at(va, 4) - BLANKET_HOLE_FIRST_SLOT];
 	unsigned int level;
 
 	for (level = 3; level > 1; level--) {
@@ -200,76 +183,13 @@ static u64 *window_entry(struct blanket_vm *vm, u64 gfn)
 }
 
 /*
- * Brings in the frames of the block around @gfn that are still absent, as far
- * as they follow each other. Pins without the lock, then installs under it:
- * where another vCPU was faster, its frame stays and ours is dropped.
+ * Everything goes: the VM has no descriptor left, so no CPU uses its tables. The
+ * guest's frames are not ours; the window only names them.
  */
-long blanket_frame(struct blanket_vm *vm, u64 gfn)
-{
-	struct page *pages[FRAME_BLOCK];
-	u64 first, end, at;
-	int want, got, i;
-
-	if (gfn >= vm->nr_frames)
-		return -EINVAL;
-	first = round_down(gfn, FRAME_BLOCK);
-	end = min(first + FRAME_BLOCK, vm->nr_frames);
-	/* The run of absent frames that contains gfn. */
-	for (at = gfn; at > first; at--)
-		if (READ_ONCE(*window_entry(vm, at - 1)) & ENTRY_P)
-			break;
-	first = at;
-	for (at = gfn + 1; at < end; at++)
-		if (READ_ONCE(*window_entry(vm, at)) & ENTRY_P)
-			break;
-	want = at - first;
-
-	got = pin_user_pages_fast(vm->user_addr + first * PAGE_SIZE, want,
-				  FOLL_WRITE | FOLL_LONGTERM, pages);
-	if (got < (int)(gfn - first) + 1) {
-		/* Something before it cannot be had; that is not gfn's fault. */
-		if (got > 0)
-			unpin_user_pages(pages, got);
-		first = gfn;
-		got = pin_user_pages_fast(vm->user_addr + gfn * PAGE_SIZE, 1,
-					  FOLL_WRITE | FOLL_LONGTERM, pages);
-		if (got < 1)
-			return got < 0 ? got : -EFAULT;
-	}
-
-	mutex_lock(&vm->lock);
-	for (i = 0; i < got; i++) {
-		u64 *entry = window_entry(vm, first + i);
-
-		if (*entry & ENTRY_P) {
-			unpin_user_page(pages[i]);
-			continue;
-		}
-		smp_store_release(entry, page_to_phys(pages[i]) | MAP_RW);
-		atomic64_inc(&vm->frames);
-	}
-	mutex_unlock(&vm->lock);
-	return 0;
-}
-
-/* Everything goes: the VM has no descriptor left, so no CPU uses its tables. */
 void blanket_tables_free(struct blanket_vm *vm)
 {
 	struct page *page, *next;
-	u64 gfn;
 
-	if (vm->l3[SLOT_WINDOW] && atomic64_read(&vm->frames)) {
-		for (gfn = 0; gfn < vm->nr_frames; gfn++) {
-			u64 *entry = window_entry(vm, gfn);
-
-			if (entry && (*entry & ENTRY_P)) {
-				page = pfn_to_page((*entry & ENTRY_FRAME) >> PAGE_SHIFT);
-				unpin_user_pages_dirty_lock(&page, 1, true);
-			}
-			if (!(gfn & 511))
-				cond_resched();
-		}
-	}
 	list_for_each_entry_safe(page, next, &vm->pages, lru) {
 		list_del(&page->lru);
 		__free_page(page);

@@ -106,14 +106,14 @@ static void kick_mask(struct blanket_vcpu *self, u64 mask)
 
 /*
  * Returns when each vCPU of the mask has been out of the core world after the
- * call began: every entry loads CR3 anew.
+ * call began: every entry loads CR3 anew. @self is left out. Waits with interrupts
+ * on, but does not sleep.
  */
-static void flush_mask(struct blanket_vcpu *self, u64 mask)
+void blanket_wait_out(struct blanket_vm *vm, u64 mask, const struct blanket_vcpu *self)
 {
-	struct blanket_vm *vm = self->vm;
 	unsigned int id;
 
-	/* The core's table changes before the reads of vcpu->cpu. */
+	/* The core's table changes, or the gate, before the reads of vcpu->cpu. */
 	smp_mb();
 	for (id = 0; id < vm->nr_vcpus; id++) {
 		int cpu;
@@ -394,7 +394,7 @@ static u32 enter(struct blanket_vcpu *vcpu)
 	WRITE_ONCE(vcpu->cpu, smp_processor_id());
 	/* See the head of this file. */
 	smp_mb();
-	if (need_resched() || wants_user(current)) {
+	if (need_resched() || wants_user(current) || atomic_read(&vcpu->vm->gate)) {
 		WRITE_ONCE(vcpu->cpu, -1);
 		local_irq_enable();
 		kernel_fpu_end();
@@ -504,7 +504,7 @@ static bool handle(struct blanket_vcpu *vcpu, u32 reason)
 		kick_mask(vcpu, arg);
 		return false;
 	case BLANKET_EXIT_FLUSH:
-		flush_mask(vcpu, arg);
+		blanket_wait_out(vcpu->vm, arg, vcpu);
 		return false;
 	case BLANKET_EXIT_POOL:
 		sw->ret = blanket_pool_grow(vcpu->vm, arg);
@@ -534,6 +534,8 @@ static long run(struct blanket_vcpu *vcpu)
 		if (wants_user(current) || READ_ONCE(vcpu->run->immediate_exit))
 			return -EINTR;
 		cond_resched();
+		/* The host takes frames back (frames.c); that does not take long. */
+		wait_event(vm->gate_open, !atomic_read(&vm->gate));
 		arm_timer(vcpu);
 		blanket_clock_refresh(vm);
 		reason = enter(vcpu);

@@ -321,6 +321,7 @@ void blanket_vm_destroy(struct blanket_vm *vm)
 {
 	unsigned int i;
 
+	blanket_frames_forget(vm);
 	for (i = 0; i < vm->nr_vcpus; i++)
 		if (vm->vcpus[i])
 			vcpu_destroy(vm->vcpus[i]);
@@ -359,6 +360,7 @@ static int vm_build(struct blanket_vm *vm)
 			      PAGE_ALIGN(frames * BLANKET_GFN_INFO_SIZE), MAP_RW) ?:
 	      blanket_map_new(vm, BLANKET_POOL_INFO,
 			      PAGE_ALIGN(vm->pool_limit * BLANKET_POOL_INFO_SIZE), MAP_RW) ?:
+	      blanket_map_new(vm, BLANKET_REVOKED, PAGE_ALIGN(DIV_ROUND_UP(frames, 8)), MAP_RW) ?:
 	      blanket_window_init(vm);
 	for (id = 0; !err && id < vm->nr_vcpus; id++)
 		err = vcpu_create(vm, id);
@@ -372,7 +374,7 @@ static int vm_build(struct blanket_vm *vm)
 		if (added < 0)
 			return added;
 	}
-	return 0;
+	return blanket_frames_follow(vm);
 }
 
 static atomic64_t serials;
@@ -392,6 +394,8 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	kref_init(&vm->ref);
 	vm->serial = atomic64_inc_return(&serials);
 	mutex_init(&vm->lock);
+	spin_lock_init(&vm->frames_lock);
+	init_waitqueue_head(&vm->gate_open);
 	INIT_LIST_HEAD(&vm->pages);
 	mmgrab(current->mm);
 	vm->mm = current->mm;

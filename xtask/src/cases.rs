@@ -27,6 +27,8 @@ pub struct Case {
     pub icount: bool,
     /// What VMs run on. The module is loaded for VMs under it, and only then.
     pub adapter: Adapter,
+    /// Modules of the instance's kernel that it loads, where that has them.
+    pub modules: &'static [&'static str],
     /// Whether instance and VM have stress-ng.
     pub stress_ng: bool,
     /// Seconds until the case is a failure.
@@ -105,6 +107,7 @@ impl Default for Case {
             memory: "2G",
             icount: false,
             adapter: Adapter::Module,
+            modules: &[],
             stress_ng: false,
             timeout: 180,
             nmis: false,
@@ -293,15 +296,51 @@ fn single() -> Vec<Case> {
         }),
         hostile("hostile"),
         kvm(hostile("kvm-hostile")),
-        kvm(Case {
-            name: "kvm-memory-moves".into(),
+        Case {
             long: true,
-            timeout: 600,
+            expect: vec![Expect::Line("taken back ")],
+            ..memory_moves("memory-moves")
+        },
+        Case {
+            long: true,
+            timeout: 1200,
             work: Work::Instance {
-                script: include_str!("../../tests/lab-scripts/kvm-memory-moves.sh"),
+                script: concat!(
+                    "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
+                    include_str!("../../tests/lab-scripts/hostile.sh")
+                ),
                 guests: vec![Flavour::Cloud],
             },
+            ..hostile("hostile-memory-moves")
+        },
+        memory_taken("memory-taken", TAKEN_SAMPLE),
+        Case {
+            long: true,
+            timeout: 3600,
+            ..memory_taken("memory-taken-soak", TAKEN_SOAK)
+        },
+        Case {
+            long: true,
+            host: Flavour::Cloud612,
+            ..memory_taken("memory-taken-6.12", TAKEN_SAMPLE)
+        },
+        Case {
+            name: "memory-merged".into(),
+            long: true,
+            timeout: 900,
+            work: Work::Instance {
+                script: include_str!("../../tests/lab-scripts/memory-merged.sh"),
+                guests: vec![Flavour::Cloud],
+            },
+            expect: vec![
+                Expect::Line("taken back "),
+                Expect::Line("MiB saved by merging"),
+            ],
             ..Case::default()
+        },
+        kvm(Case {
+            long: true,
+            ..memory_moves("kvm-memory-moves")
         }),
         kvm(Case {
             name: "kvm-shadow-paging".into(),
@@ -375,6 +414,47 @@ fn guest(name: &str, timeout: u64, vcpus: u32, script: &'static str) -> Case {
             script,
             ..Guest::default()
         }),
+        ..Case::default()
+    }
+}
+
+/// `memory-taken.sh` with its arguments before it.
+macro_rules! memory_taken_script {
+    ($arguments:literal) => {
+        concat!(
+            $arguments,
+            "\n",
+            include_str!("../../tests/lab-scripts/memory-taken.sh")
+        )
+    };
+}
+const TAKEN_SAMPLE: &str = memory_taken_script!("LIMIT=100M CPUS=2 MIB=12 ROUNDS=1");
+const TAKEN_SOAK: &str = memory_taken_script!("LIMIT=100M CPUS=4 MIB=12 ROUNDS=10");
+
+/// The host takes a VM's memory: it moves and swaps it.
+fn memory_taken(name: &str, script: &'static str) -> Case {
+    Case {
+        name: name.into(),
+        // zram's own, and what it compresses with: 6.1's default, then 6.12's.
+        modules: &["zram", "lzo_rle", "lz4"],
+        timeout: 900,
+        work: Work::Instance {
+            script,
+            guests: vec![Flavour::Cloud],
+        },
+        expect: vec![Expect::Line("taken back ")],
+        ..Case::default()
+    }
+}
+
+fn memory_moves(name: &str) -> Case {
+    Case {
+        name: name.into(),
+        timeout: 900,
+        work: Work::Instance {
+            script: include_str!("../../tests/lab-scripts/memory-moves.sh"),
+            guests: vec![Flavour::Cloud],
+        },
         ..Case::default()
     }
 }

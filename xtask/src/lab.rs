@@ -273,6 +273,8 @@ rm -r $dir
 pub struct Payload {
     /// The archive so far.
     pub archive: Initramfs,
+    /// Modules of its kernel that init loads.
+    modules: Vec<&'static str>,
 }
 
 impl Payload {
@@ -282,18 +284,38 @@ impl Payload {
         let mut archive = Initramfs::with_busybox(project)?;
         archive.text("init", 0o755, INIT);
         archive.text("bin/lab-initrd", 0o755, LAB_INITRD);
-        let mut this = Self { archive };
+        let mut this = Self {
+            archive,
+            modules: Vec::new(),
+        };
         let mut modules = hardware.modules().to_vec();
         modules.extend(qemu::has_svm(cpu).then_some("kvm_amd"));
         this.modules(project, kernel, &modules)?;
         Ok(this)
     }
 
+    /// Has init load these modules as well.
+    pub fn more_modules(
+        &mut self,
+        project: &Project,
+        kernel: &Kernel,
+        names: &[&'static str],
+    ) -> Result<()> {
+        let all = [&self.modules, names].concat();
+        self.modules(project, kernel, &all)
+    }
+
     /// Has init load these modules of `kernel`, and what they depend on, instead
     /// of those named before.
-    pub fn modules(&mut self, project: &Project, kernel: &Kernel, names: &[&str]) -> Result<()> {
+    pub fn modules(
+        &mut self,
+        project: &Project,
+        kernel: &Kernel,
+        names: &[&'static str],
+    ) -> Result<()> {
+        self.modules = names.to_vec();
         let mut list = String::new();
-        for file in kernel.modules(names)? {
+        for file in kernel.modules(&self.modules)? {
             let name = file
                 .file_name()
                 .context("a module without a name")?

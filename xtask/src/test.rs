@@ -383,6 +383,7 @@ impl<'a> Bench<'a> {
         let project = self.project;
         let kernel = kernels::fetch(project, case.host)?;
         let mut payload = Payload::new(project, &kernel, case.hardware, case.cpu)?;
+        payload.more_modules(project, &kernel, case.modules)?;
         if case.adapter == Adapter::Module {
             let built = find_module(project, &kernel, true)?.context("the module is gone")?;
             payload.module(&built);

@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicI8, AtomicU8, AtomicU32, AtomicU64};
 
 /// Version of everything in this module. The VMM, the core and the module must
 /// agree on it exactly.
-pub const API_VERSION: u32 = 2;
+pub const API_VERSION: u32 = 3;
 
 /// `'B' << 8`, the ioctl type.
 const IOC: u32 = 0xb7 << 8;
@@ -218,6 +218,10 @@ pub struct VmStats {
     pub pool: u64,
     /// Nanoseconds spent in the core world.
     pub guest_ns: u64,
+    /// Times that the host took frames back.
+    pub revocations: u64,
+    /// Frames that the host took back.
+    pub revoked: u64,
 }
 
 /// Number of counters that the core keeps for each vCPU.
@@ -314,6 +318,14 @@ pub struct VmPage {
     pub cpuid_entries: u32,
     /// Nonzero: CPUID faults at CPL 3, so the core answers the guest's programs too.
     pub cpuid_faults: u32,
+    /// Counts up whenever the host takes frames back. It changes only while no vCPU
+    /// is in the core world. Always 0 inside KVM.
+    pub revocations: AtomicU64,
+    /// Bit per block of [`crate::layout::REVOKED_BLOCK`] frames in which some were
+    /// taken back whose leaves the core has not removed yet. Which ones is said by
+    /// the bits at [`crate::layout::REVOKED`]. The module sets bits while no vCPU is
+    /// in the core world, the core clears them.
+    pub revoked: [AtomicU64; 64],
 }
 
 /// Values of [`VmPage::host`].

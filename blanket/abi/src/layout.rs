@@ -36,6 +36,11 @@ pub const VCPU_STRIDE: u64 = 0x8_0000;
 pub const VM_PAGE: u64 = 0xffff_8080_3000_0000;
 /// CPUID as the host gives it ([`crate::device::CpuidEntry`]); only inside KVM.
 pub const CPUID_TABLE: u64 = VM_PAGE + 0x1000;
+/// Bit per frame of the VM: the host took it back, and its leaves are still there
+/// ([`crate::device::VmPage::revoked`]); only under the module.
+pub const REVOKED: u64 = 0xffff_8080_3800_0000;
+/// Frames of one block of [`REVOKED`].
+pub const REVOKED_BLOCK: u64 = 4096;
 /// Array of per-gfn records, one for each frame of the VM.
 pub const GFN_INFO: u64 = 0xffff_8080_4000_0000;
 /// Bytes of a per-gfn record.

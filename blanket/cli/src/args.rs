@@ -109,6 +109,9 @@ pub struct Run {
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,
+    /// Let the host merge pages of the memory with equal ones of other VMs (KSM)
+    #[arg(long)]
+    pub mergeable: bool,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,

@@ -229,6 +229,7 @@ mod tests {
             cmdline: "quiet".into(),
             on_reboot: OnReboot::Exit,
             verbose: false,
+            mergeable: false,
             pool_limit: 0,
         };
         let fake = Fake::new(|_, id| {

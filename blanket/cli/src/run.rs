@@ -58,6 +58,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
             args::OnReboot::Exit => OnReboot::Exit,
         },
         verbose: run.verbose_core,
+        mergeable: run.mergeable,
         pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
     };
     let console = Console::new().context("cannot make a console")?;

@@ -26,6 +26,12 @@ pub struct Stats {
     pub shadow_pages: u64,
     /// Nanoseconds that vCPUs spent in the guest.
     pub guest_ns: u64,
+    /// Times that the host took guest memory back, under the module.
+    #[serde(default)]
+    pub revocations: u64,
+    /// Frames that it took.
+    #[serde(default)]
+    pub revoked_frames: u64,
 }
 
 fn exit_name(reason: u32) -> Option<&'static str> {
@@ -123,6 +129,8 @@ impl From<Counters> for Stats {
             frames: raw.frames,
             shadow_pages: raw.pool,
             guest_ns: raw.guest_ns,
+            revocations: raw.revocations,
+            revoked_frames: raw.revoked,
             ..Self::default()
         };
         for (reason, &count) in (0u32..).zip(&raw.exits) {
@@ -163,6 +171,13 @@ impl fmt::Display for Stats {
             )?;
         }
         writeln!(f, "guest memory   {} MiB present", mib(self.frames))?;
+        if self.revocations > 0 {
+            writeln!(
+                f,
+                "taken back     {} frames in {} revocations",
+                self.revoked_frames, self.revocations
+            )?;
+        }
         writeln!(
             f,
             "shadow memory  {} pages ({} MiB)",
@@ -203,6 +218,8 @@ mod tests {
             frames: 512,
             pool: 3,
             guest_ns: 1_234_567_890,
+            revocations: 9,
+            revoked: 11,
         };
         raw.exits[exit::SEND as usize] = 7;
         raw.exits[31] = 1;
@@ -222,7 +239,9 @@ mod tests {
         assert_eq!(stats.counters["counter-63"], 2);
         let text = stats.to_string();
         assert!(
-            text.contains("1.234 s") && text.contains("2 MiB present"),
+            text.contains("1.234 s")
+                && text.contains("2 MiB present")
+                && text.contains("11 frames in 9 revocations"),
             "{text}"
         );
         let json = serde_json::to_string(&stats).expect("plain data");

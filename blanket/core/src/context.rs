@@ -1,5 +1,6 @@
 //! One vCPU at work: the context that every handler runs in.
 
+use crate::arrive::Rounds;
 use crate::machine::Machine;
 use crate::mmu::{Access, Fault, Mmu, Need};
 use crate::vcpu::{Fast, NEVER, Place, State, TrapFrame, Vcpu, rflags};
@@ -146,6 +147,7 @@ impl<M: Machine> Context<'_, M> {
         self.publish_fast_counters();
         self.vm.epochs.leave(self.v.id);
         let ret = self.m.exit(reason, args);
+        self.arrive();
         self.load_root();
         ret
     }
@@ -357,14 +359,14 @@ impl<M: Machine> Context<'_, M> {
     #[inline]
     pub fn copy_in(&mut self, va: Va, to: &mut [u8]) -> Result<(), i64> {
         Self::guest_range(va, to.len())?;
-        // Each round fills one missing translation; a copy spans few pages.
-        for _ in 0..16 {
+        let mut rounds = Rounds::new(self.v.revocations);
+        loop {
             match self.m.copy_from_guest(va, to) {
                 Ok(()) => return Ok(()),
                 Err(at) => self.resolve(at, false)?,
             }
+            rounds.next(self.v.revocations)?;
         }
-        Err(errno::EFAULT)
     }
 
     /// Copies to the guest's present address space.
@@ -374,13 +376,14 @@ impl<M: Machine> Context<'_, M> {
     #[inline]
     pub fn copy_out(&mut self, va: Va, from: &[u8]) -> Result<(), i64> {
         Self::guest_range(va, from.len())?;
-        for _ in 0..16 {
+        let mut rounds = Rounds::new(self.v.revocations);
+        loop {
             match self.m.copy_to_guest(va, from) {
                 Ok(()) => return Ok(()),
                 Err(at) => self.resolve(at, true)?,
             }
+            rounds.next(self.v.revocations)?;
         }
-        Err(errno::EFAULT)
     }
 
     /// Reads `N` words from the guest.

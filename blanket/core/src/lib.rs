@@ -23,6 +23,7 @@ extern crate std;
 
 pub use blanket_abi::cpuid;
 
+mod arrive;
 pub mod context;
 pub mod emulate;
 pub mod evtchn;

@@ -17,7 +17,8 @@ pub type Words = [AtomicU64; 512];
 /// guest virtual addresses of the address space that is loaded.
 pub trait Memory {
     /// The frame's words, or `None` while the host has not given the frame.
-    /// `gfn` must be below the VM's frame count.
+    /// `gfn` must be below the VM's frame count. The host takes frames back only
+    /// while no vCPU is in the core world: what is here stays until [`Host::exit`].
     fn frame(&self, gfn: Gfn) -> Option<&Words>;
     /// The same frame as bytes.
     fn frame_bytes(&self, gfn: Gfn) -> Option<&[AtomicU8; 4096]>;
@@ -27,6 +28,12 @@ pub trait Memory {
     fn pool(&self, page: u32) -> &Words;
     /// Host-frame bits of a pool page.
     fn pool_pte(&self, page: u32) -> u64;
+    /// Bit per frame of block `block` ([`REVOKED_BLOCK`] frames) of the VM: the host
+    /// took it back, and its leaves are still there. All zero unless the block's bit
+    /// in [`VmPage::revoked`] is set.
+    ///
+    /// [`REVOKED_BLOCK`]: blanket_abi::layout::REVOKED_BLOCK
+    fn revoked(&self, block: usize) -> &[AtomicU64; 64];
     /// The array that says which gfn each entry of a leaf shadow maps.
     fn gfns(&self, page: u32) -> &[AtomicU32; 512];
     /// Copies from the guest's current address space; `va` must have passed

@@ -293,6 +293,9 @@ pub struct Vcpu {
     pub check_timers: bool,
     /// Steps of the present hypercall since the world was left.
     pub work: u32,
+    /// What the host has taken back as far as this vCPU has followed it
+    /// (`VmPage::revocations`).
+    pub revocations: u64,
 }
 
 impl Vcpu {
@@ -349,6 +352,7 @@ impl Vcpu {
             decoded: [None; 2],
             check_timers: true,
             work: 0,
+            revocations: 0,
         }
     }
 }

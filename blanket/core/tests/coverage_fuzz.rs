@@ -208,13 +208,19 @@ fn step(w: &mut World, op: &Op) {
 }
 
 /// Runs `ops` until the guest ends; how many were done, or what is broken.
-fn run(ops: &[Op], la57: bool, mut seen: impl FnMut(&World, &Op)) -> Result<usize, String> {
+fn run(
+    ops: &[Op],
+    la57: bool,
+    thief: u64,
+    mut seen: impl FnMut(&World, &Op),
+) -> Result<usize, String> {
     let (mut w, _) = fuzz::start(Setup {
         vcpus: VCPUS,
         la57,
         ..Setup::default()
     });
     let vm = w.vm;
+    w.m.thief.set(thief);
     w.m.set_hook(move |_, e| {
         if e.reason == exit::IDLE {
             // Whatever it waits for: somebody brings it up and sends an NMI.
@@ -248,8 +254,8 @@ proptest! {
     #![proptest_config(fuzz::cases(150))]
 
     #[test]
-    fn no_guest_breaks_the_core(ops in prop::collection::vec(op(), 1..60), la57: bool) {
-        if let Err(e) = run(&ops, la57, |_, _| ()) {
+    fn no_guest_breaks_the_core(ops in prop::collection::vec(op(), 1..60), la57: bool, thief: Option<u64>) {
+        if let Err(e) = run(&ops, la57, thief.unwrap_or(0), |_, _| ()) {
             return Err(TestCaseError::fail(e));
         }
     }
@@ -265,7 +271,7 @@ fn the_generator_reaches_most_calls() {
             .new_tree(&mut runner)
             .expect("a value")
             .current();
-        done += run(&ops, false, |w, op| {
+        done += run(&ops, false, 0, |w, op| {
             if let Op::Call {
                 vcpu,
                 call,

@@ -398,8 +398,10 @@ proptest! {
         ops in prop::collection::vec(tidy(), 1..80),
         pool in 24u32..80,
         la57: bool,
+        thief: Option<u64>,
     ) {
         let mut t = Tidies::new(pool, la57);
+        t.w.m.thief.set(thief.unwrap_or(0));
         for op in &ops {
             t.w.m.log.borrow_mut().clear();
             t.step(op);

@@ -5,8 +5,8 @@ use crate::entry::{self, FAST};
 use blanket_abi::device::Switch;
 use blanket_abi::kvm::Pv;
 use blanket_abi::layout::{
-    GFN_INFO, POOL, POOL_GFNS, POOL_INFO, POOL_PTES, VCPU, VCPU_STRIDE, WINDOW, WINDOW_PTES, sel,
-    vcpu as area,
+    GFN_INFO, POOL, POOL_GFNS, POOL_INFO, POOL_PTES, REVOKED, REVOKED_BLOCK, VCPU, VCPU_STRIDE,
+    WINDOW, WINDOW_PTES, sel, vcpu as area,
 };
 use blanket_abi::{Gfn, PAGE_SIZE, Va};
 use blanket_core::machine::{Cpu, Host as _, Memory, Words};
@@ -156,7 +156,7 @@ impl Memory for Hal {
     #[inline]
     fn frame(&self, gfn: Gfn) -> Option<&Words> {
         // SAFETY: a present window entry maps a frame of this VM that stays until
-        // the core has agreed to its revocation; all access is atomic.
+        // the core world is left (frames.c of the module); all access is atomic.
         Self::bytes_present(gfn).then(|| unsafe { at(WINDOW + gfn.base()) })
     }
     #[inline]
@@ -184,6 +184,12 @@ impl Memory for Hal {
         // SAFETY: as for `pool`.
         unsafe { at::<AtomicU64>(POOL_PTES + u64::from(page) * 8) }.load(Ordering::Relaxed)
             & pte::FRAME
+    }
+    #[inline]
+    fn revoked(&self, block: usize) -> &[AtomicU64; 64] {
+        // SAFETY: the module maps a bit for every frame of the VM, in whole pages,
+        // and alone notes blocks: the logic asks for none that was not noted.
+        unsafe { at(REVOKED + block as u64 * (REVOKED_BLOCK / 8)) }
     }
     #[inline]
     fn gfns(&self, page: u32) -> &[AtomicU32; 512] {

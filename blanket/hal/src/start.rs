@@ -106,6 +106,7 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
     unsafe {
         with_context(&hal, vm, |c| {
             // The world was entered with some other root than the guest's.
+            c.arrive();
             vm.epochs.enter(c.v.id);
             c.reset_cpu();
             if first {

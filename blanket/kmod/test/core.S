@@ -5,7 +5,8 @@
  *   0  every exit in turn, then SHUTDOWN with what was counted
  *   1  CPL 3 until RAISE(0)
  *   2  boot.rip KICK round trips, then SHUTDOWN (for counting instructions)
- * Other vCPUs run at CPL 3 until RAISE(0).
+ * Other vCPUs run at CPL 3 until RAISE(0). It does not look at frames that the host takes
+ * back: for a host with memory to spare.
  */
 #include "../blanket.h"
 

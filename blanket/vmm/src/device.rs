@@ -194,13 +194,19 @@ impl Hypervisor for Device {
             flags: 0,
             boot: domain.boot,
         };
-        // SAFETY: CREATE_VM reads size_of::<CreateVm>() bytes of its argument. The
-        // memory that it names is kept mapped by `memory` below; the module itself
-        // tolerates that it goes away.
-        let fd = unsafe { ioctl_with_ref(&self.file, CREATE_VM.into(), &request) };
-        if fd < 0 {
-            return Err(refused("create a VM"));
-        }
+        let fd = loop {
+            // SAFETY: CREATE_VM reads size_of::<CreateVm>() bytes of its argument. The
+            // memory that it names is kept mapped by `memory` below; the module itself
+            // tolerates that it goes away.
+            let fd = unsafe { ioctl_with_ref(&self.file, CREATE_VM.into(), &request) };
+            // A signal may come while the kernel takes its locks.
+            let again = io::Error::last_os_error().kind() == io::ErrorKind::Interrupted;
+            match fd {
+                0.. => break fd,
+                _ if again => {}
+                _ => return Err(refused("create a VM")),
+            }
+        };
         // SAFETY: the module returned a new descriptor that nobody else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Arc::new(DeviceVm {
@@ -268,6 +274,8 @@ impl Machine for DeviceVm {
             frames: 0,
             pool: 0,
             guest_ns: 0,
+            revocations: 0,
+            revoked: 0,
         };
         // SAFETY: GET_STATS writes at most size_of::<VmStats>() bytes to its
         // argument, for which every bit pattern is valid.

@@ -39,6 +39,8 @@ pub struct Spec {
     pub on_reboot: OnReboot,
     /// Have the core report every hypercall that it refuses.
     pub verbose: bool,
+    /// The host may merge pages of the VM's memory with others'.
+    pub mergeable: bool,
     /// Most pages of shadow memory; 0 = the module's default.
     pub pool_limit: u64,
 }
@@ -190,6 +192,7 @@ impl Instance {
                 memory: spec.memory,
                 cmdline: spec.cmdline.clone(),
                 verbose: spec.verbose,
+                mergeable: spec.mergeable,
             };
             builder::build(&kernel, initrd.as_deref(), &config)?
         };

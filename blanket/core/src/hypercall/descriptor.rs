@@ -53,6 +53,10 @@ impl<M: Machine> Context<'_, M> {
         for i in 0..entries.max(before) {
             self.breathe(1);
             let gfn = gdt[(i / 512) as usize % 14];
+            // The host may have had the frame back since the last entry.
+            if i < entries && self.word(gfn, 0).is_none() && self.need_frame(gfn).is_err() {
+                return;
+            }
             let raw = if i < entries {
                 self.word(gfn, u64::from(i % 512) * 8)
                     .map_or(0, |w| w.load(Relaxed))

@@ -50,6 +50,7 @@ impl<M: Machine> Context<'_, M> {
                 let area = self.runstate_place(Va(va))?;
                 if own {
                     self.v.runstate_area = Some(area);
+                    self.stand();
                     self.publish_runstate();
                 } else {
                     // Linux does it for a vCPU before that is up.
@@ -70,6 +71,7 @@ impl<M: Machine> Context<'_, M> {
                     0 => None,
                     va => Some(self.place(Va(va), 32)?),
                 };
+                self.stand();
                 self.publish_time_now();
                 Ok(0)
             }
@@ -211,6 +213,7 @@ impl<M: Machine> Context<'_, M> {
                 offset: place & 0xfff,
             };
             self.v.runstate_area = Some((first, Gfn(last - 1)));
+            self.stand();
         }
     }
 

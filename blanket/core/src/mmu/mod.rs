@@ -23,6 +23,7 @@
 
 mod audit;
 mod fault;
+mod revoke;
 mod rmap;
 mod shadow;
 mod table;

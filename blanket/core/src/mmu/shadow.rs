@@ -327,21 +327,6 @@ impl Mmu {
         page != 0 && p.state == SHADOW && p.gfn == gfn
     }
 
-    /// Takes every leaf of `gfn` away, so that the host may have the frame back
-    /// once all vCPUs have flushed. Leaves come back by faults.
-    pub fn revoke<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, gfn: Gfn) {
-        let Some(gfn) = (gfn.0 < self.nr_frames()).then(|| gfn32(gfn.0)) else {
-            return;
-        };
-        loop {
-            let loc = self.rmap_any(m, gfn);
-            if loc == 0 {
-                return;
-            }
-            self.leaf_clear(m, ep, loc >> 9, (loc & 511) as usize);
-        }
-    }
-
     /// Drops every shadow; those that a vCPU has loaded as a root stay, empty.
     pub fn drop_all<M: Memory + Host>(&mut self, m: &M, ep: &Epochs) {
         for page in 1..self.fresh {

@@ -12,6 +12,7 @@
 
 pub mod fuzz;
 pub mod guest;
+mod thief;
 pub mod trap;
 mod world;
 
@@ -21,6 +22,7 @@ pub use world::{Reached, World};
 use blanket_abi::device::{
     Boot, COUNTERS, Dtr, EXIT_REASONS, RUN_DATA, Switch, VmPage, crash, exit, host,
 };
+use blanket_abi::layout::REVOKED_BLOCK;
 use blanket_abi::{Gfn, Va};
 use blanket_core::machine::{Cpu, Host, Memory, Words};
 use blanket_core::mmu::Mmu;
@@ -115,11 +117,14 @@ pub struct FakeMachine {
     frames: Vec<Frame>,
     pool: Vec<Box<Words>>,
     names: Vec<[AtomicU32; 512]>,
+    revoked: Vec<[AtomicU64; 64]>,
     pub page: Box<VmPage>,
     switches: Vec<Switch>,
     pub cpus: Vec<FakeCpu>,
     current: Cell<usize>,
     pub tsc: Cell<u64>,
+    /// Not 0: state of a generator of the frames that the host takes back at exits.
+    pub thief: Cell<u64>,
     /// Frames that the host will not give.
     pub refused: RefCell<BTreeSet<u64>>,
     pub log: RefCell<Vec<Exit>>,
@@ -268,6 +273,8 @@ impl FakeMachine {
             kvm_features: 0,
             cpuid_entries: 0,
             cpuid_faults: 0,
+            revocations: AtomicU64::new(0),
+            revoked: [const { AtomicU64::new(0) }; 64],
         });
         Self {
             frames,
@@ -275,11 +282,15 @@ impl FakeMachine {
             names: (0..setup.pool)
                 .map(|_| [const { AtomicU32::new(0) }; 512])
                 .collect(),
+            revoked: (0..setup.frames().div_ceil(REVOKED_BLOCK))
+                .map(|_| [const { AtomicU64::new(0) }; 64])
+                .collect(),
             page,
             switches: (0..setup.vcpus).map(switch).collect(),
             cpus: (0..setup.vcpus).map(|_| FakeCpu::default()).collect(),
             current: Cell::new(0),
             tsc: Cell::new(1_000),
+            thief: Cell::new(0),
             refused: RefCell::default(),
             log: RefCell::default(),
             texts: RefCell::default(),
@@ -553,6 +564,9 @@ impl Memory for FakeMachine {
         );
         (POOL_HFN + u64::from(page)) << 12
     }
+    fn revoked(&self, block: usize) -> &[AtomicU64; 64] {
+        &self.revoked[block]
+    }
     fn gfns(&self, page: u32) -> &[AtomicU32; 512] {
         &self.names[page as usize]
     }
@@ -584,6 +598,10 @@ impl Memory for FakeMachine {
 
 impl Cpu for FakeMachine {
     fn load_root(&self, cr3: u64) {
+        assert!(
+            self.page.revoked.iter().all(|w| w.load(SeqCst) == 0),
+            "a root is loaded while leaves of frames that the host took are there"
+        );
         self.cpu().cr3.set(cr3);
         self.cpu().flush();
         self.cpu().loads.set(self.cpu().loads.get() + 1);
@@ -712,6 +730,7 @@ impl Host for FakeMachine {
             self.hook.borrow_mut().get_or_insert(f);
         }
         let answer = answer.unwrap_or_else(|| self.serve(out));
+        self.steal();
         let sw = self.switch();
         sw.armed.store(sw.deadline.load(Acquire), Release);
         answer

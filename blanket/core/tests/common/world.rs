@@ -2,7 +2,7 @@
 
 use super::{ARGS, ARGS_SIZE, Crash, FakeMachine, Setup, hole};
 use blanket_abi::Va;
-use blanket_abi::device::{Boot, counter};
+use blanket_abi::device::{Boot, counter, exit};
 use blanket_core::context::Context;
 use blanket_core::machine::Host;
 use blanket_core::mmu::{AuditReport, Broken, GfnInfo, Mmu, PoolInfo};
@@ -65,13 +65,18 @@ impl World {
         let i = id as usize;
         self.m.current.set(i);
         let mut v = self.vm.vcpus[i].try_lock().expect("a vCPU runs once");
-        f(&mut Context {
+        let mut c = Context {
             m: &self.m,
             vm: self.vm,
             v: &mut v,
             fast: &mut self.fast[i],
             f: &mut self.regs[i],
-        })
+        };
+        // The host has brought it out of the core world to take frames.
+        if self.m.page.revocations.load(SeqCst) != c.v.revocations {
+            c.exit(exit::INTR, [0; 4]);
+        }
+        f(&mut c)
     }
 
     /// As [`Self::on`] for vCPU 0.
@@ -113,6 +118,8 @@ impl World {
     pub fn try_audit(&self) -> Result<AuditReport, Broken> {
         let roots = self.roots();
         let mut mmu = self.vm.mmu.try_lock().expect("no operation runs");
+        // No vCPU walks the shadows before this is done.
+        while !mmu.revoke_noted(&self.m, &self.vm.epochs) {}
         self.m.check_caches(&mmu);
         mmu.audit(&self.m, &roots)
     }
@@ -131,7 +138,7 @@ impl World {
     /// code would: fault, core, again. No instruction is emulated.
     pub fn try_access(&mut self, id: u32, va: u64, write: bool, fetch: bool) -> Reached {
         for _ in 0..8 {
-            self.switch_to(id);
+            self.on(id, |_| ());
             let error = match self.m.walk(Va(va), write, fetch, true) {
                 Ok((gfn, _)) => return Reached::Frame(gfn),
                 Err(error) => error,

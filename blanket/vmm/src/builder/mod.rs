@@ -23,6 +23,7 @@ use blanket_abi::xen::domid;
 use blanket_abi::xen::grant;
 use blanket_abi::{Gfn, PAGE_SIZE};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{Advice, madvise};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 pub use layout::{FrameRange, Layout};
@@ -52,6 +53,9 @@ pub struct Config {
     pub cmdline: String,
     /// Have the core report every hypercall that it refuses.
     pub verbose: bool,
+    /// Private memory that the host may merge with others' (KSM), instead of a
+    /// memory file.
+    pub mergeable: bool,
 }
 
 /// A domain in memory, ready to be given to the hypervisor.
@@ -114,6 +118,9 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// The host's kernel merges no pages.
+    #[error("the host cannot merge memory ({0}): its kernel has no KSM; run without --mergeable")]
+    NotMergeable(#[source] io::Error),
     /// A write to guest memory failed; a bug in the layout.
     #[error("cannot fill guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
@@ -139,7 +146,7 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     let layout = Layout::plan(kernel, initrd_len, ram_frames)?;
 
     let frames = ram_frames + 1 + GRANT_FRAMES;
-    let memory = allocate(frames * PAGE_SIZE)?;
+    let memory = allocate(frames * PAGE_SIZE, config.mergeable)?;
 
     for segment in kernel.segments() {
         memory.write_slice(kernel.bytes(segment), GuestAddress(segment.paddr))?;
@@ -190,15 +197,24 @@ pub(crate) fn address(frame: Gfn) -> GuestAddress {
     GuestAddress(frame.base())
 }
 
-fn allocate(size: u64) -> Result<GuestMemory, Error> {
+fn allocate(size: u64, mergeable: bool) -> Result<GuestMemory, Error> {
     let size = size.next_multiple_of(FILE_ALIGN);
     let failed = |source| Error::HostMemory { size, source };
-    let fd: OwnedFd =
-        memfd_create("blanket-vm", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
-    ftruncate(&fd, size).map_err(|e| failed(e.into()))?;
     let length = usize::try_from(size).map_err(|e| failed(io::Error::other(e)))?;
-    let region = MmapRegion::from_file(FileOffset::new(File::from(fd), 0), length)
-        .map_err(|e| failed(io::Error::other(e)))?;
+    let region = if mergeable {
+        let region = MmapRegion::new(length).map_err(|e| failed(io::Error::other(e)))?;
+        // SAFETY: the whole of a mapping that was just made. The advice changes nothing
+        // that its users can see.
+        unsafe { madvise(region.as_ptr().cast(), length, Advice::LinuxMergeable) }
+            .map_err(|e| Error::NotMergeable(e.into()))?;
+        region
+    } else {
+        let fd: OwnedFd =
+            memfd_create("blanket-vm", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+        ftruncate(&fd, size).map_err(|e| failed(e.into()))?;
+        MmapRegion::from_file(FileOffset::new(File::from(fd), 0), length)
+            .map_err(|e| failed(io::Error::other(e)))?
+    };
     let region = GuestRegionMmap::new(region, GuestAddress(0))
         .ok_or_else(|| failed(io::Error::other("the region wraps around")))?;
     GuestMemory::from_regions(vec![region]).map_err(|e| failed(io::Error::other(e)))

@@ -6,6 +6,7 @@ use super::check::check;
 use super::*;
 use crate::kernel::{Error as KernelError, Kernel};
 use crate::testing::{Synthetic, bzimage};
+use vm_memory::GuestMemoryBackend as _;
 
 const MIB: u64 = 1 << 20;
 
@@ -14,6 +15,7 @@ fn config(memory: u64, cmdline: &str) -> Config {
         memory,
         cmdline: cmdline.to_owned(),
         verbose: false,
+        mergeable: false,
     }
 }
 
@@ -21,6 +23,33 @@ fn built(kernel: &Kernel, initrd: &[u8], memory: u64, cmdline: &str) -> Domain {
     let domain = build(kernel, Some(initrd), &config(memory, cmdline)).expect("it fits");
     check(&domain, kernel, initrd, memory, cmdline);
     domain
+}
+
+#[test]
+fn mergeable_memory_is_private_and_advised() {
+    let kernel = test_kernel();
+    let config = Config {
+        mergeable: true,
+        ..config(128 * MIB, "quiet")
+    };
+    let domain = match build(&kernel, Some(b"initrd"), &config) {
+        Ok(domain) => domain,
+        // This machine's kernel has no KSM: then there is a word about it.
+        Err(error @ Error::NotMergeable(_)) => {
+            assert!(error.to_string().contains("KSM"));
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    check(&domain, &kernel, b"initrd", 128 * MIB, "quiet");
+    let region = domain.memory.iter().next().expect("a region");
+    let start = format!("{:x}-", region.as_ptr() as usize);
+    let maps = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
+    let (_, mine) = maps.split_once(&start).expect("the mapping");
+    let (_, flags) = mine.split_once("VmFlags:").expect("its flags");
+    let flags = flags.lines().next().unwrap_or_default();
+    assert!(flags.split(' ').any(|flag| flag == "mg"), "{flags}");
+    assert!(!flags.split(' ').any(|flag| flag == "sh"), "{flags}");
 }
 
 /// The kernel of `BLANKET_TEST_KERNEL`, or one made here.

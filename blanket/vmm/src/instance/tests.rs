@@ -29,6 +29,7 @@ fn spec(kernel: &std::path::Path) -> Spec {
         cmdline: String::new(),
         on_reboot: OnReboot::Restart,
         verbose: false,
+        mergeable: false,
         pool_limit: 0,
     }
 }
@@ -521,6 +522,7 @@ fn the_layout_is_what_the_rings_of_this_test_assume() {
         memory: 64 << 20,
         cmdline: String::new(),
         verbose: false,
+        mergeable: false,
     };
     let Layout {
         start_info,

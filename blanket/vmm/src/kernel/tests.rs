@@ -201,6 +201,7 @@ proptest! {
                 memory: 64 << 20,
                 cmdline: String::new(),
                 verbose: false,
+                mergeable: false,
             };
             let _ = crate::builder::build(&kernel, None, &config);
         }

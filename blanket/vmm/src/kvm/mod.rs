@@ -29,7 +29,7 @@ use kvm_bindings::{
     KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
-use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap};
 
 use crate::builder::{Domain, GuestMemory};
 use crate::device;
@@ -375,6 +375,21 @@ impl KvmVm {
 /// What the rest of the program holds of a VM.
 struct Handle(Arc<KvmVm>);
 
+/// Pages of a region that are in memory.
+fn resident(region: &GuestRegionMmap) -> u64 {
+    let length = region.len();
+    let pages = length.div_ceil(PAGE_SIZE);
+    let (Ok(bytes), Ok(count)) = (usize::try_from(length), usize::try_from(pages)) else {
+        return 0;
+    };
+    let mut states = vec![0u8; count];
+    // SAFETY: the region is mapped for as long as it can be named, and mincore(2)
+    // writes one byte for each of its pages.
+    let done = unsafe { libc::mincore(region.as_ptr().cast(), bytes, states.as_mut_ptr()) };
+    let there = states.iter().filter(|state| *state & 1 != 0).count();
+    if done == 0 { there as u64 } else { 0 }
+}
+
 impl Machine for Handle {
     fn vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, device::Error> {
         Ok(Box::new(vcpu::KvmVcpu::new(Arc::clone(&self.0), id)?))
@@ -389,17 +404,15 @@ impl Machine for Handle {
 
     fn stats(&self) -> Result<VmStats, device::Error> {
         let (exits, counters) = self.0.space.counters()?;
-        // Blocks of 512 bytes that the memory's file has.
-        let blocks = self.0.memory.iter().filter_map(|region| {
-            let file = region.file_offset()?.file();
-            std::os::unix::fs::MetadataExt::blocks(&file.metadata().ok()?).into()
-        });
+        let frames = self.0.memory.iter().map(resident);
         Ok(VmStats {
             exits,
             counters,
-            frames: blocks.sum::<u64>() * 512 / PAGE_SIZE,
+            frames: frames.sum(),
             pool: self.0.space.pool_pages()?,
             guest_ns: 0,
+            revocations: 0,
+            revoked: 0,
         })
     }
 

@@ -105,6 +105,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
         memory: MEMORY,
         cmdline: String::new(),
         verbose: false,
+        mergeable: false,
     };
     let domain =
         builder::build(&Kernel::bare(code()), None, &config).map_err(|error| broken(&error))?;

@@ -610,6 +610,7 @@ pub(super) mod tests {
             memory: 32 << 20,
             cmdline: String::new(),
             verbose: false,
+            mergeable: false,
         };
         builder::build(&Kernel::bare(vec![0x90; 64]), None, &config).expect("it fits")
     }

@@ -132,6 +132,8 @@ impl Machine for FakeMachine {
             frames: 3,
             pool: 4,
             guest_ns: 5,
+            revocations: 0,
+            revoked: 0,
         })
     }
 }

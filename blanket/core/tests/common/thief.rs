@@ -1,0 +1,53 @@
+//! A host that takes frames back, as `blanket/kmod/frames.c` does it.
+
+use super::FakeMachine;
+use blanket_abi::layout::REVOKED_BLOCK;
+use std::sync::atomic::Ordering::SeqCst;
+
+impl FakeMachine {
+    /// Takes a frame while no vCPU is in the core world: nobody has translations, and
+    /// the leaves are left to the core.
+    pub fn lose(&self, gfn: u64) {
+        if !self.present(gfn) {
+            return;
+        }
+        self.take(gfn);
+        let block = gfn / REVOKED_BLOCK;
+        let word = (gfn % REVOKED_BLOCK / 64) as usize;
+        self.revoked[block as usize][word].fetch_or(1 << (gfn % 64), SeqCst);
+        self.page.revoked[block as usize / 64].fetch_or(1 << (block % 64), SeqCst);
+        self.page.revocations.fetch_add(1, SeqCst);
+        let vm = self.vm.get().expect("a VM");
+        for (id, cpu) in (0..).zip(&self.cpus) {
+            cpu.flush();
+            if vm.epochs.inside(id) {
+                vm.epochs.enter(id);
+            }
+        }
+    }
+
+    /// Loses what `FakeMachine::thief` likes: frames at one exit of five, and among
+    /// them often the one that the core reaches for at any moment.
+    pub(super) fn steal(&self) {
+        if self.thief.get() == 0 {
+            return;
+        }
+        let next = || {
+            // xorshift64: never 0.
+            let mut x = self.thief.get();
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            self.thief.set(x);
+            x
+        };
+        if next() % 5 == 0 {
+            for _ in 0..next() % 4 {
+                self.lose(next() % self.page.nr_frames);
+            }
+            if next() % 3 == 0 {
+                self.lose(self.page.boot.shared_info);
+            }
+        }
+    }
+}
