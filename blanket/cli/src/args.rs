@@ -54,11 +54,18 @@ pub enum Command {
     },
     /// Show a VM's counters
     Stats {
-        /// The VM
-        name: String,
-        /// Write JSON
-        #[arg(long)]
+        /// The VM; without it, all that run (Prometheus' format only)
+        #[arg(
+            required_unless_present = "format",
+            required_if_eq_any([("format", "text"), ("format", "json")])
+        )]
+        name: Option<String>,
+        /// Write JSON, the same as --format json
+        #[arg(long, conflicts_with = "format")]
         json: bool,
+        /// How they are written
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        format: Option<Format>,
     },
     /// Ask a VM's guest to power off, and wait until it has
     Stop {
@@ -80,6 +87,18 @@ pub enum Command {
         #[command(subcommand)]
         what: Generated,
     },
+}
+
+/// How counters are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    #[default]
+    Text,
+    /// One object
+    Json,
+    /// Prometheus' text format
+    Prometheus,
 }
 
 /// What can be generated.
@@ -306,6 +325,9 @@ mod tests {
             &["blanket", "run", "--kernel", "k", "--cpus", "0"],
             &["blanket", "run", "--kernel", "k", "--memory", "12"],
             &["blanket", "stop"],
+            &["blanket", "stats"],
+            &["blanket", "stats", "--format", "json"],
+            &["blanket", "stats", "a", "--json", "--format", "text"],
             &["blanket", "unknown"],
         ] {
             let error = Arguments::try_parse_from(arguments).expect_err("wrong");

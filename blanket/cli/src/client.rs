@@ -10,8 +10,10 @@ use blanket_vmm::console::RawMode;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+use crate::args::Format;
 use crate::control::{Answer, Info, Request, ask};
 use crate::exit::{hint, output};
+use crate::prometheus;
 use crate::registry::Registry;
 
 /// Ctrl-]: detaches.
@@ -90,16 +92,40 @@ fn duration(seconds: f64) -> String {
 }
 
 /// `blanket stats`.
-pub fn stats(name: &str, json: bool) -> Result<ExitCode> {
-    let stream = Registry::open()?.connect(name)?;
-    let Answer::Stats(stats) = ask(&stream, &Request::Stats).with_context(|| name.to_owned())?
-    else {
-        bail!("{name} answered something else than counters");
+pub fn stats(name: Option<&str>, format: Format) -> Result<ExitCode> {
+    let registry = Registry::open()?;
+    let counters = |name: &str| {
+        let stream = registry.connect(name)?;
+        match ask(&stream, &Request::Stats).with_context(|| name.to_owned())? {
+            Answer::Stats(stats) => Ok(*stats),
+            _ => bail!("{name} answered something else than counters"),
+        }
     };
-    if json {
-        output(&format!("{}\n", serde_json::to_string_pretty(&stats)?))?;
-    } else {
-        output(&stats.to_string())?;
+    let with_info = |name: &str| {
+        let stream = registry.connect(name)?;
+        match ask(&stream, &Request::Info).with_context(|| name.to_owned())? {
+            Answer::Info(info) => Ok((*info, counters(name)?)),
+            _ => bail!("{name} answered something else than what it is"),
+        }
+    };
+    match (name, format) {
+        (Some(name), Format::Text) => output(&counters(name)?.to_string())?,
+        (Some(name), Format::Json) => output(&format!(
+            "{}\n",
+            serde_json::to_string_pretty(&counters(name)?)?
+        ))?,
+        (Some(name), Format::Prometheus) => output(&prometheus::text(&[with_info(name)?]))?,
+        (None, _) => {
+            let mut all = Vec::new();
+            for name in registry.names()? {
+                // One that is just starting or ending has no counters, and is no error.
+                match with_info(&name) {
+                    Ok(vm) => all.push(vm),
+                    Err(error) => tracing::debug!("{name}: {error:#}"),
+                }
+            }
+            output(&prometheus::text(&all))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -6,6 +6,7 @@ mod control;
 mod doctor;
 mod exit;
 mod host;
+mod prometheus;
 mod registry;
 mod run;
 mod stats;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use crate::args::{Arguments, Command};
+use crate::args::{Arguments, Command, Format};
 use crate::exit::Hint;
 
 fn main() -> ExitCode {
@@ -30,7 +31,10 @@ fn main() -> ExitCode {
         Command::Run(run) => run::command(&run),
         Command::Ps { json } => client::ps(json),
         Command::Console { name } => client::console(&name),
-        Command::Stats { name, json } => client::stats(&name, json),
+        Command::Stats { name, json, format } => {
+            let format = if json { Some(Format::Json) } else { format };
+            client::stats(name.as_deref(), format.unwrap_or_default())
+        }
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),
         Command::Generate { what } => generate(&what),
