@@ -10,7 +10,7 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	2
+#define BLANKET_API_VERSION	3
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
@@ -117,6 +117,8 @@
 #define BLANKET_VCPU_GDT	0x30000
 #define BLANKET_VCPU_LDT	0x40000
 #define BLANKET_VCPU_TRANS_GDT	0x50000
+#define BLANKET_VCPU_TRACE	0x60000
+#define BLANKET_VCPU_TRACE_SIZE	0x4000
 
 #ifndef __ASSEMBLER__
 
@@ -191,6 +193,7 @@ struct blanket_vm_stats {
 #define BLANKET_GET_STATS	_IOR(BLANKET_IOC, 4, struct blanket_vm_stats)
 #define BLANKET_RUN		_IO(BLANKET_IOC, 5)
 #define BLANKET_RAISE_VIRQ	_IO(BLANKET_IOC, 6)
+#define BLANKET_TRACE		_IO(BLANKET_IOC, 7)
 
 /* ---- between the module and the core ---- */
 
@@ -225,6 +228,8 @@ struct blanket_vm_page {
 	__u32 kvm_features;
 	__u32 cpuid_entries;
 	__u32 cpuid_faults;
+	__u32 trace;
+	__u32 pad3;
 };
 
 #define BLANKET_HOST_MODULE	0

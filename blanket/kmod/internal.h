@@ -67,6 +67,7 @@ struct blanket_vcpu {
 	int timer_cpu;			/* where the timer was last started */
 	u64 guest_tsc;			/* TSC ticks in the core world */
 	u64 exits[BLANKET_EXIT_REASONS];
+	struct page *trace[BLANKET_VCPU_TRACE_SIZE / PAGE_SIZE];	/* under vm->lock */
 };
 
 struct blanket_vm {
@@ -120,6 +121,7 @@ int blanket_map(struct blanket_vm *vm, u64 va, struct page *page, u64 flags);
 int blanket_map_new(struct blanket_vm *vm, u64 va, u64 size, u64 flags);
 int blanket_window_init(struct blanket_vm *vm);
 long blanket_pool_grow(struct blanket_vm *vm, u64 pages);
+int blanket_trace_init(struct blanket_vcpu *vcpu);
 long blanket_frame(struct blanket_vm *vm, u64 gfn);
 
 /* run.c */

@@ -23,6 +23,13 @@ pub struct Arguments {
     pub command: Command,
 }
 
+/// What `trace` is.
+const TRACE: &str = "\
+Shows the last 256 records of each vCPU: hypercalls, faults and other entries into the core, and what the \
+core asked of its host, with time, place and arguments. Without --follow it switches the trace on if it is \
+off, shows what there is, and leaves it on. System calls and returns that take the core's fast paths are \
+not recorded.";
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -66,6 +73,26 @@ pub enum Command {
         /// How they are written
         #[arg(long, value_enum, value_name = "FORMAT")]
         format: Option<Format>,
+    },
+    /// Record what a VM's guest asks of the core and the core of its host, and show it
+    #[command(long_about = TRACE)]
+    Trace {
+        /// The VM
+        name: String,
+        /// Go on showing new records until Ctrl-C, then leave the trace as it was
+        #[arg(long, short)]
+        follow: bool,
+        /// Switch it off, and show what there is
+        #[arg(long, conflicts_with = "follow")]
+        off: bool,
+        /// Write a line of JSON for each record
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say whether a VM runs this blanket; a running VM cannot change to another one
+    Upgrade {
+        /// The VM
+        name: String,
     },
     /// Ask a VM's guest to power off, and wait until it has
     Stop {
@@ -170,6 +197,9 @@ pub struct Run {
     /// Have every hypercall that is refused reported on the console
     #[arg(long)]
     pub verbose_core: bool,
+    /// Trace it from the start; if the core fails, its report ends with the last records
+    #[arg(long)]
+    pub trace: bool,
     /// Most memory for shadow page tables [default: the module's]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub shadow_memory: Option<u64>,

@@ -1,11 +1,12 @@
 //! The commands that talk to running VMs.
 
 use std::io::{self, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_vmm::console::RawMode;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -128,6 +129,29 @@ pub fn stats(name: Option<&str>, format: Format) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `blanket upgrade`: a VM is bound to the process that made it (`docs/operations.md`
+/// says why), so all there is to do is to see whether it runs this program.
+pub fn upgrade(name: &str) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let Answer::Info(info) = ask(&stream, &Request::Info).with_context(|| name.to_owned())? else {
+        bail!("{name} answered something else than what it is");
+    };
+    let program = |process: &str| {
+        let path = format!("/proc/{process}/exe");
+        let found = std::fs::metadata(&path).with_context(|| format!("cannot look at {path}"))?;
+        Ok::<_, anyhow::Error>((found.dev(), found.ino()))
+    };
+    if program(&info.pid.to_string())? == program("self")? {
+        output(&format!("{name} runs this blanket already\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let error = anyhow!(
+        "{name} runs another blanket, and goes on with it: a running VM cannot change to a new one"
+    );
+    let next = format!("when it suits: blanket stop {name}, then start it again");
+    Err(hint(&error, next))
 }
 
 /// `blanket stop`.

@@ -6,10 +6,12 @@ mod control;
 mod doctor;
 mod exit;
 mod host;
+mod limits;
 mod prometheus;
 mod registry;
 mod run;
 mod stats;
+mod trace;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -35,6 +37,13 @@ fn main() -> ExitCode {
             let format = if json { Some(Format::Json) } else { format };
             client::stats(name.as_deref(), format.unwrap_or_default())
         }
+        Command::Trace {
+            name,
+            follow,
+            off,
+            json,
+        } => trace::command(&name, follow, off, json),
+        Command::Upgrade { name } => client::upgrade(&name),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),
         Command::Generate { what } => generate(&what),

@@ -6,6 +6,7 @@ use crate::vcpu::{Fast, NEVER, Place, State, TrapFrame, Vcpu, rflags};
 use crate::vm::Vm;
 use blanket_abi::device::{counter, crash, exit, pending};
 use blanket_abi::layout::{WINDOW, sel};
+use blanket_abi::trace::kind;
 use blanket_abi::xen::errno;
 use blanket_abi::xen::shared::{self, vcpu_info};
 use blanket_abi::{Gfn, Va};
@@ -138,6 +139,9 @@ impl<M: Machine> Context<'_, M> {
 
     /// Asks the host; unless it answers in place, all translations are fresh then.
     pub fn exit(&mut self, reason: u32, args: [u64; 4]) -> i64 {
+        if self.fast.traced {
+            self.record(kind::EXIT, reason.into(), args);
+        }
         if self.m.in_place(reason) {
             self.v.check_timers |= reason == exit::INTR;
             return self.m.exit(reason, args);
@@ -718,6 +722,7 @@ impl<M: Machine> Context<'_, M> {
     /// Answers what others and the NMI stub asked of this vCPU.
     pub fn take_pending(&mut self) {
         let bits = self.m.switch().pending.swap(0, SeqCst);
+        self.follow_trace();
         if bits & pending::FLUSH != 0 {
             self.load_root();
         }

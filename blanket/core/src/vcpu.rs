@@ -161,6 +161,11 @@ pub struct Fast {
     pub fast_syscalls: u64,
     /// Fast irets taken.
     pub fast_irets: u64,
+    /// Where entries from the guest go, [`crate::machine::Host::trap_entry`]: one of
+    /// two functions, so that a trace that is off costs no test.
+    pub trap: u64,
+    /// The trace is on.
+    pub traced: bool,
 }
 
 /// An entry of the virtual trap table.
@@ -293,6 +298,8 @@ pub struct Vcpu {
     pub check_timers: bool,
     /// Steps of the present hypercall since the world was left.
     pub work: u32,
+    /// Number of the trace's last record.
+    pub trace_number: u64,
 }
 
 impl Vcpu {
@@ -349,6 +356,7 @@ impl Vcpu {
             decoded: [None; 2],
             check_timers: true,
             work: 0,
+            trace_number: 0,
         }
     }
 }

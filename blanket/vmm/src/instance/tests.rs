@@ -30,6 +30,7 @@ fn spec(kernel: &std::path::Path) -> Spec {
         on_reboot: OnReboot::Restart,
         verbose: false,
         pool_limit: 0,
+        trace: false,
     }
 }
 
