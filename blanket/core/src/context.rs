@@ -24,6 +24,10 @@ const BREATH: u32 = 2048;
 /// Looks at a lock, or at another vCPU, before the host is asked to run others.
 const SPINS: u32 = 4096;
 
+/// Pages that the shadow pool grows by. What is added stays, so a small guest should
+/// not be given much more than it needs.
+const POOL_STEP: u64 = 64;
+
 /// Times that one operation may find the shadow pool empty at its limit.
 const POOL_TRIES: u32 = 1000;
 
@@ -236,7 +240,7 @@ impl<M: Machine> Context<'_, M> {
             }
             Need::Flush(mask) => self.flush_vcpus(mask),
             Need::Pool => {
-                if self.exit(exit::POOL, [128, 0, 0, 0]) > 0 {
+                if self.exit(exit::POOL, [POOL_STEP, 0, 0, 0]) > 0 {
                     return;
                 }
                 // At the limit: first what is free but not yet safe, then all. Other
