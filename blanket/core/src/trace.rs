@@ -8,7 +8,7 @@
 use crate::context::Context;
 use crate::machine::Machine;
 use crate::vcpu::entry;
-use blanket_abi::trace::{Record, kind};
+use blanket_abi::trace::{RECORDS, Record, kind};
 use core::sync::atomic::Ordering::Acquire;
 
 impl<M: Machine> Context<'_, M> {
@@ -30,6 +30,18 @@ impl<M: Machine> Context<'_, M> {
         } else {
             let args = [f.error, self.m.cr2(), f.rsp, f.rax];
             self.record(kind::TRAP, f.vector, args);
+        }
+    }
+
+    /// Records the entries of a multicall that is about to begin, as they are now: not
+    /// in its loop, which has nothing to do with a trace. At most as many as a ring holds.
+    #[cold]
+    pub fn trace_multicall(&mut self, list: u64, n: u64) {
+        for i in 0..n.min(RECORDS as u64) {
+            let Ok([op, _, args @ ..]) = self.read_words::<6>(list.wrapping_add(i * 64)) else {
+                return;
+            };
+            self.record(kind::MULTICALL, op, args);
         }
     }
 

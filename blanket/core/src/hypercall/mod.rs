@@ -12,7 +12,6 @@ mod vcpu;
 use crate::context::{Context, Hyper, Text};
 use crate::machine::Machine;
 use blanket_abi::device::{boot_flags, exit};
-use blanket_abi::trace::kind;
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall as nr;
 
@@ -38,10 +37,9 @@ impl<M: Machine> Context<'_, M> {
         let result = if call == nr::MULTICALL {
             self.count(crate::idx(nr::MULTICALL));
             if self.fast.traced {
-                self.multicall::<true>(args[0], args[1])
-            } else {
-                self.multicall::<false>(args[0], args[1])
+                self.trace_multicall(args[0], args[1]);
             }
+            self.multicall(args[0], args[1])
         } else {
             self.dispatch(call, args)
         };
@@ -114,16 +112,13 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// `multicall(entries, n)`: entries of {op, result, args\[6\]} (`public/xen.h`).
-    fn multicall<const TRACED: bool>(&mut self, list: u64, n: u64) -> Hyper {
+    fn multicall(&mut self, list: u64, n: u64) -> Hyper {
         if n > MULTICALL_MAX {
             return Err(errno::EINVAL);
         }
         for i in 0..n {
             let at = list.wrapping_add(i * 64);
             let [op, _, a @ ..] = self.read_words::<8>(at)?;
-            if TRACED {
-                self.record(kind::MULTICALL, op, [a[0], a[1], a[2], a[3]]);
-            }
             let result = self.dispatch(op, a).unwrap_or_else(|e| e);
             self.breathe(1);
             self.write_words(at.wrapping_add(8), [result.cast_unsigned()])?;
