@@ -39,6 +39,10 @@ pub const GET_STATS: u32 = ior(4, size_of::<VmStats>());
 pub const RUN: u32 = IOC | 5;
 /// On a VM: raise a virtual interrupt line of the toolstack on vCPU 0 (argument: VIRQ number).
 pub const RAISE_VIRQ: u32 = IOC | 6;
+/// On a VM: argument 1 switches its trace on, 0 off. The rings are at offsets of
+/// [`crate::layout::vcpu::TRACE_SIZE`] of the VM's descriptor, in the order of the
+/// vCPUs, from the first time that it was on.
+pub const TRACE: u32 = IOC | 7;
 
 /// Answer to [`GET_INFO`].
 #[repr(C)]
@@ -188,6 +192,30 @@ pub mod exit {
     pub const SHUTDOWN: u32 = 18;
     /// The guest cannot go on; `data` is the report, arg 0 one of [`super::crash`].
     pub const CRASH: u32 = 19;
+
+    /// A reason in a word.
+    #[must_use]
+    pub const fn name(reason: u32) -> Option<&'static str> {
+        Some(match reason {
+            INTR => "interrupt",
+            NMI => "nmi",
+            MCE => "machine-check",
+            IDLE => "idle",
+            FRAME => "frame",
+            KICK => "kick",
+            FLUSH => "flush",
+            DEADLINE => "deadline",
+            POOL => "pool",
+            YIELD => "yield",
+            BREATH => "breath",
+            XCR0 => "xcr0",
+            SEND => "send",
+            CONSOLE => "console",
+            SHUTDOWN => "shutdown",
+            CRASH => "crash",
+            _ => return None,
+        })
+    }
 }
 
 /// Why a VM was ended (argument of [`exit::CRASH`]).
@@ -326,6 +354,11 @@ pub struct VmPage {
     /// the bits at [`crate::layout::REVOKED`]. The module sets bits while no vCPU is
     /// in the core world, the core clears them.
     pub revoked: [AtomicU64; 64],
+    /// Nonzero: the core records what it does ([`crate::trace`]). It looks when a bit
+    /// of [`Switch::pending`] makes it look at anything.
+    pub trace: AtomicU32,
+    /// Padding.
+    pub pad3: u32,
 }
 
 /// Values of [`VmPage::host`].

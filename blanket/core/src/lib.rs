@@ -14,6 +14,7 @@
 //! | [`evtchn`], [`grant`] | event channels, grant table |
 //! | [`time`] | pvclock, timers, run-state |
 //! | [`context`] | a vCPU at work: frames, copies, kicks, the way back to the guest |
+//! | [`trace`] | records of entries and exits, while they are wanted |
 //! | [`insn`], [`cpuid`] | decoders and the CPUID policy |
 #![no_std]
 #![forbid(unsafe_code)]
@@ -34,6 +35,7 @@ pub mod machine;
 pub mod mmu;
 pub mod pte;
 pub mod time;
+pub mod trace;
 pub mod trap;
 pub mod vcpu;
 pub mod vm;

@@ -148,8 +148,8 @@ save_and_call:
     cld
     clac_site
     mov rdi, rsp
-    movabs rax, offset blanket_trap
-    call rax
+    # The frame is the topmost thing on the main stack, and the hardware page follows.
+    call qword ptr [rsp + {FRAME} + {F_TRAP}]
     .global blanket_return
 blanket_return:
     pop_all
@@ -191,8 +191,7 @@ core_fault:
     clac_site
     mov rsp, rax
     mov rdi, rax
-    movabs rax, offset blanket_trap
-    call rax
+    call qword ptr [rsp + {FRAME} + {F_TRAP}]
     jmp blanket_return
 
     # The stack is the guest's, and what names the vCPU is the GDT.
@@ -532,6 +531,7 @@ blanket_leave:
     F_KMODE = const FAST + offset_of!(Fast, kernel_mode),
     F_SLOW = const FAST + offset_of!(Fast, slow_iret),
     F_NSYS = const FAST + offset_of!(Fast, fast_syscalls),
+    F_TRAP = const FAST + offset_of!(Fast, trap),
     F_NIRET = const FAST + offset_of!(Fast, fast_irets),
     SS = const sel::GUEST_SS,
     CS = const sel::GUEST_CS64,

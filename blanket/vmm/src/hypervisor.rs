@@ -8,6 +8,7 @@ use blanket_abi::device::{Info, VmStats, crash};
 
 use crate::builder::Domain;
 use crate::device::Error;
+use crate::trace::Record;
 
 /// Makes VMs.
 pub trait Hypervisor: Send + Sync {
@@ -49,6 +50,18 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// What the host refused.
     fn stats(&self) -> Result<VmStats, Error>;
+
+    /// Switches the trace on or off.
+    ///
+    /// # Errors
+    /// The host has no memory for it.
+    fn trace(&self, on: bool) -> Result<(), Error>;
+
+    /// The last records of all vCPUs; none if the trace was never on.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn trace_records(&self) -> Result<Vec<Record>, Error>;
 
     /// What the hypervisor below counts besides; empty where it counts nothing.
     fn host_exits(&self) -> Vec<HostExits> {
