@@ -10,7 +10,7 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	3
+#define BLANKET_API_VERSION	4
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
@@ -43,6 +43,9 @@
 #define BLANKET_CRASH_GUEST	1
 #define BLANKET_CRASH_CORE	2
 #define BLANKET_CRASH_MEMORY	3
+
+/* NMIs of the watchdog that end a visit to the core world. */
+#define BLANKET_WATCH_LIMIT	3
 
 /* Bits of blanket_switch.pending. */
 #define BLANKET_PENDING_KICK	1
@@ -144,6 +147,7 @@ struct blanket_info {
 };
 
 #define BLANKET_BOOT_VERBOSE	(1ULL << 0)
+#define BLANKET_BOOT_INJECT	(1ULL << 1)
 
 struct blanket_boot {
 	__u64 ram_frames;
@@ -295,7 +299,7 @@ struct blanket_switch {
 	__u64 guest_tsc_aux;
 	__u64 guest_dr7;
 	__u32 vcpu_id;
-	__u32 pad;
+	__u32 watch;
 	__u64 exit_entry;
 	__u64 host_self;
 	__u64 pv_address;

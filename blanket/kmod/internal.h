@@ -38,6 +38,7 @@
 #define IST_STACKS	4
 
 struct blanket_vm;
+struct blanket_user;
 
 /* Guest time, see time.c; all under the lock but next_refresh. */
 struct blanket_clock {
@@ -80,6 +81,10 @@ struct blanket_vm {
 	u64 nr_frames;
 	u64 pool_limit;
 	u32 nr_vcpus;
+	struct blanket_user *user;	/* whose VM it is */
+	u64 charged;			/* pages that count as that user's */
+	bool unlimited;			/* and that are not limited */
+	bool watched;			/* holds a reference of the watchdog */
 	bool dead;			/* a vCPU crashed: nothing runs any more */
 	struct mutex lock;		/* tables, pool, fds */
 	struct list_head pages;		/* every single page that the VM owns */
@@ -145,6 +150,23 @@ long blanket_vcpu_run(struct blanket_vcpu *vcpu);
 void blanket_kick(struct blanket_vcpu *vcpu, u32 pending);
 void blanket_wait_out(struct blanket_vm *vm, u64 mask, const struct blanket_vcpu *self);
 enum hrtimer_restart blanket_timer_fn(struct hrtimer *timer);
+
+/* user.c */
+int blanket_user_get(struct blanket_vm *vm);
+bool blanket_charge(struct blanket_vm *vm, u64 pages);
+void blanket_uncharge(struct blanket_vm *vm, u64 pages);
+void blanket_user_put(struct blanket_vm *vm);
+
+/* watch.c */
+struct blanket_visit {
+	u64 count;			/* odd while this CPU is in the core world */
+	struct blanket_switch *sw;	/* of the vCPU that is there */
+};
+DECLARE_PER_CPU(struct blanket_visit, blanket_visit);
+int blanket_watch_init(void);
+void blanket_watch_exit(void);
+int blanket_watch_get(void);
+void blanket_watch_put(void);
 
 /* time.c */
 void blanket_clock_init(struct blanket_vm *vm);

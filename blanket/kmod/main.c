@@ -433,9 +433,15 @@ static int __init blanket_init(void)
 	if (err)
 		return err;
 	blanket_speculation_init();
-	err = misc_register(&device);
+	err = blanket_watch_init();
 	if (err)
-		free_shared();
+		goto free;
+	err = misc_register(&device);
+	if (!err)
+		return 0;
+	blanket_watch_exit();
+free:
+	free_shared();
 	return err;
 }
 module_init(blanket_init);
@@ -443,6 +449,7 @@ module_init(blanket_init);
 static void __exit blanket_exit(void)
 {
 	misc_deregister(&device);
+	blanket_watch_exit();
 	free_shared();
 }
 module_exit(blanket_exit);

@@ -31,10 +31,15 @@ static u64 *table_of(u64 entry)
 /* A zeroed page that lives and is accounted as long as the VM. */
 struct page *blanket_page(struct blanket_vm *vm, gfp_t extra)
 {
-	struct page *page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO | extra);
+	struct page *page;
 
+	if (!blanket_charge(vm, 1))
+		return NULL;
+	page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO | extra);
 	if (page)
 		list_add(&page->lru, &vm->pages);
+	else
+		blanket_uncharge(vm, 1);
 	return page;
 }
 

@@ -412,7 +412,12 @@ static u32 enter(struct blanket_vcpu *vcpu)
 	fpu_in(vcpu, &host);
 	blanket_speculation_enter(vcpu->vm);
 
+	/* See watch.c. */
+	WRITE_ONCE(sw->watch, 0);
+	this_cpu_write(blanket_visit.sw, sw);
+	this_cpu_inc(blanket_visit.count);
 	blanket_world_switch(sw);
+	this_cpu_inc(blanket_visit.count);
 
 	fpu_out(vcpu, &host);
 	swap_msrs_out(&host);

@@ -2,6 +2,7 @@
 /* Making a VM and its vCPUs: everything that is in place before the first RUN. */
 #include <linux/io.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -282,6 +283,9 @@ static int vcpu_create(struct blanket_vm *vm, unsigned int id)
 	init_waitqueue_head(&vcpu->wait);
 	init_timer(vcpu);
 
+	/* What follows, up to the area. */
+	if (!blanket_charge(vm, 6 + (1 << get_order(blanket_host.xsave_size))))
+		return -ENOMEM;
 	vcpu->run = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
 	vcpu->sw = (void *)__get_free_pages(GFP_KERNEL_ACCOUNT | __GFP_ZERO, 1);
 	vcpu->root = (void *)__get_free_pages(GFP_KERNEL_ACCOUNT | __GFP_ZERO, 1);
@@ -324,13 +328,20 @@ void blanket_vm_destroy(struct blanket_vm *vm)
 	unsigned int i;
 
 	blanket_frames_forget(vm);
+	if (vm->watched)
+		blanket_watch_put();
 	for (i = 0; i < vm->nr_vcpus; i++)
 		if (vm->vcpus[i])
 			vcpu_destroy(vm->vcpus[i]);
 	blanket_tables_free(vm);
+	blanket_user_put(vm);
 	mmdrop(vm->mm);
 	kfree(vm);
 }
+
+static bool inject;
+module_param(inject, bool, 0400);
+MODULE_PARM_DESC(inject, "VMs may ask for a core that breaks on purpose (for Blanket's own tests)");
 
 static int check_args(const struct blanket_create_vm *a)
 {
@@ -342,6 +353,9 @@ static int check_args(const struct blanket_create_vm *a)
 		return -EINVAL;
 	if (!PAGE_ALIGNED(a->user_addr))
 		return -EINVAL;
+	/* A core that is broken on purpose may hold a CPU for seconds: root's decision. */
+	if ((a->boot.flags & BLANKET_BOOT_INJECT) && !inject)
+		return -EPERM;
 	if (!access_ok((void __user *)a->user_addr, a->nr_frames * PAGE_SIZE))
 		return -EFAULT;
 	return 0;
@@ -406,6 +420,9 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	vm->nr_vcpus = args->nr_vcpus;
 	vm->pool_limit = args->pool_limit ?: 1024 + args->nr_frames / 16;
 
+	err = blanket_user_get(vm);
+	if (err)
+		goto fail;
 	page = blanket_page(vm, 0);
 	if (!page) {
 		err = -ENOMEM;
@@ -421,6 +438,10 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	vm->page->cpuid_faults = blanket_host.cpuid_msr != 0;
 	blanket_clock_init(vm);
 
+	err = blanket_watch_get();
+	if (err)
+		goto fail;
+	vm->watched = true;
 	err = vm_build(vm);
 	if (!err)
 		return vm;

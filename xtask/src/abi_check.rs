@@ -121,7 +121,7 @@ const HEADER_ONLY: &[&str] = &[
 ];
 
 /// Modules of `device.rs` whose constants only the core and the VMM use.
-const RUST_ONLY: &[&str] = &["counter::"];
+const RUST_ONLY: &[&str] = &["counter::", "inject::"];
 
 /// Names of the header that have a value: object-like macros and enumerators.
 fn header_macros(header: &str) -> BTreeSet<String> {

@@ -116,6 +116,16 @@ pub fn core(project: &Project) -> Result<PathBuf> {
     cmd!(sh, "objcopy -O binary {elf} {fresh}").quiet().run()?;
     copy_if_changed(&fresh, &bin)?;
     copy_if_changed(&elf, &dir.join("blanket-core.elf"))?;
+    // The functions' names, for crash reports.
+    let symbols = cmd!(sh, "nm --demangle --defined-only --numeric-sort {elf}")
+        .quiet()
+        .read()?;
+    let functions: String = symbols
+        .lines()
+        .filter(|line| matches!(line.split(' ').nth(1), Some("t" | "T")))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    write_if_changed(&dir.join("blanket-core.sym"), functions.as_bytes())?;
     Ok(bin)
 }
 
@@ -321,8 +331,17 @@ pub fn command(project: &Project) -> Result<PathBuf> {
 pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
     static_binaries(
         project,
-        &["-p", "abi-test", "-p", "kexec", "-p", "micro"],
-        &["abi-test", "kexec", "micro", "hello"],
+        &[
+            "-p",
+            "abi-test",
+            "-p",
+            "ioctl-fuzz",
+            "-p",
+            "kexec",
+            "-p",
+            "micro",
+        ],
+        &["abi-test", "ioctl-fuzz", "kexec", "micro", "hello"],
         LEAN,
         None,
     )

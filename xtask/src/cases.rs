@@ -341,6 +341,23 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         }),
+        core_failure("core-failure"),
+        kvm(core_failure("kvm-core-failure")),
+        ioctl_fuzz(
+            "ioctl-fuzz",
+            include_str!("../../tests/lab-scripts/ioctl-fuzz.sh"),
+        ),
+        Case {
+            long: true,
+            timeout: 7200,
+            ..ioctl_fuzz(
+                "ioctl-fuzz-long",
+                concat!(
+                    "STEPS=200000 FIRST=100\n",
+                    include_str!("../../tests/lab-scripts/ioctl-fuzz.sh")
+                ),
+            )
+        },
         hostile("hostile"),
         kvm(hostile("kvm-hostile")),
         Case {
@@ -517,6 +534,34 @@ fn observe(name: &str) -> Case {
             guests: vec![Flavour::Cloud],
         },
         expect: vec![Expect::Line("OBSERVE-OK")],
+        ..Case::default()
+    }
+}
+
+/// Programs that hold the device and mean ill, beside a VM that works.
+fn ioctl_fuzz(name: &str, script: &'static str) -> Case {
+    Case {
+        name: name.into(),
+        timeout: 600,
+        work: Work::Instance {
+            script,
+            guests: vec![Flavour::Cloud],
+        },
+        expect: vec![Expect::Line("IOCTL-FUZZ-OK")],
+        ..Case::default()
+    }
+}
+
+/// A core that fails on purpose, beside a VM that works.
+fn core_failure(name: &str) -> Case {
+    Case {
+        name: name.into(),
+        timeout: 600,
+        work: Work::Instance {
+            script: include_str!("../../tests/lab-scripts/core-failure.sh"),
+            guests: vec![Flavour::Cloud],
+        },
+        expect: vec![Expect::Line("CORE-FAILURE-OK")],
         ..Case::default()
     }
 }

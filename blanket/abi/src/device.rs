@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicI8, AtomicU8, AtomicU32, AtomicU64};
 
 /// Version of everything in this module. The VMM, the core and the module must
 /// agree on it exactly.
-pub const API_VERSION: u32 = 3;
+pub const API_VERSION: u32 = 4;
 
 /// `'B' << 8`, the ioctl type.
 const IOC: u32 = 0xb7 << 8;
@@ -129,6 +129,25 @@ pub struct Boot {
 pub mod boot_flags {
     /// Write the core's own log lines for every refused hypercall.
     pub const VERBOSE: u64 = 1 << 0;
+    /// The guest may break the core on purpose ([`super::inject`]). The module
+    /// refuses it unless root has loaded it with `inject=1`.
+    pub const INJECT: u64 = 1 << 1;
+}
+
+/// Faults of the core on purpose, for tests: a hypercall that exists only in VMs
+/// with [`boot_flags::INJECT`].
+pub mod inject {
+    /// Number of the hypercall (`__HYPERVISOR_arch_7` of `public/xen.h`, which no
+    /// x86 guest uses). Argument 0 is one of the following.
+    pub const CALL: u64 = 55;
+    /// A panic.
+    pub const PANIC: u64 = 1;
+    /// A page fault in ring 0.
+    pub const FAULT: u64 = 2;
+    /// A loop without end, with interrupts off and the MMU's lock held.
+    pub const LOOP: u64 = 3;
+    /// A loop without end that lets interrupts in.
+    pub const OPEN_LOOP: u64 = 4;
 }
 
 /// Shared page of a vCPU, mapped by the VMM at offset 0 of the vCPU descriptor.
@@ -392,6 +411,10 @@ pub const CPUID_ANY: u32 = u32::MAX;
 /// Entries that the table at [`crate::layout::CPUID_TABLE`] has room for.
 pub const CPUID_MAX: usize = 4096 / size_of::<CpuidEntry>();
 
+/// NMIs of the watchdog, each taken, during one visit to the core world, at which
+/// the core is in a loop that will not end.
+pub const WATCH_LIMIT: u32 = 3;
+
 /// Flags of [`Switch::pending`].
 pub mod pending {
     /// The vCPU was asked to look at its events.
@@ -494,8 +517,10 @@ pub struct Switch {
     pub guest_dr7: u64,
     /// The vCPU's id.
     pub vcpu_id: u32,
-    /// Padding.
-    pub pad: u32,
+    /// Set before the module's watchdog sends an NMI to a CPU that has not left the
+    /// core world for long: how many it has sent during this visit. The core's NMI
+    /// stub takes it, and gives up at [`WATCH_LIMIT`]. 0 at each entry.
+    pub watch: AtomicU32,
     /// Where the core jumps to leave: module text, mapped in the transition root.
     /// By then it has loaded `trans_cr3`, pushed rbx, rbp, r12, r13, r14, r15 in
     /// this order onto its return address, stored rsp in `core_rsp`, and `rdi`

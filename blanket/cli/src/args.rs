@@ -1,19 +1,31 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use blanket_vmm::console::Sink;
+use blanket_vmm::core_image;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::exit;
+
+/// The program's version, and the core's that it carries.
+static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let core = if core_image::is_present() {
+        core_image::BUILD_ID_TEXT
+    } else {
+        "none"
+    };
+    format!("{} (core {core})", env!("CARGO_PKG_VERSION"))
+});
 
 /// Runs unmodified stock Linux kernels as VMs, on machines without nested
 /// virtualization.
 #[derive(Debug, Parser)]
 #[command(
     name = "blanket",
-    version,
+    version = &**VERSION,
     after_help = "BLANKET_LOG sets what is logged to standard error, for instance \
                   BLANKET_LOG=debug. `blanket doctor` says whether this machine can run VMs."
 )]
@@ -203,6 +215,9 @@ pub struct Run {
     /// Trace it from the start; if the core fails, its report ends with the last records
     #[arg(long)]
     pub trace: bool,
+    /// Let the guest break the core on purpose: for Blanket's own tests
+    #[arg(long, hide = true)]
+    pub inject: bool,
     /// Most memory for shadow page tables [default: the module's]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub shadow_memory: Option<u64>,

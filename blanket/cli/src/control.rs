@@ -294,6 +294,7 @@ mod tests {
             on_reboot: OnReboot::Exit,
             verbose: false,
             mergeable: false,
+            inject: false,
             pool_limit: 0,
             trace: false,
         };

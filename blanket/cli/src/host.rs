@@ -69,6 +69,9 @@ fn module_next(error: &DeviceError) -> Option<String> {
              sudo rmmod blanket && sudo modprobe blanket"
                 .into(),
         ),
+        DeviceError::Quota => {
+            Some("end a VM, or as root: echo N >/sys/module/blanket/parameters/max_vms".into())
+        }
         _ => Some("`blanket doctor` looks for the cause".into()),
     }
 }

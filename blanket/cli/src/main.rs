@@ -3,6 +3,7 @@
 mod args;
 mod client;
 mod control;
+mod crash;
 mod doctor;
 mod exit;
 mod host;

@@ -158,6 +158,11 @@ impl Registry {
         self.directory.join(format!("{name}.log"))
     }
 
+    /// Where the report of a VM that crashed is kept.
+    pub fn crash(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.crash"))
+    }
+
     fn socket(&self, name: &str) -> PathBuf {
         self.directory.join(format!("{name}.sock"))
     }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -23,7 +23,7 @@ use crate::args::{self, Run};
 use crate::exit;
 use crate::registry::{Entry, Registry};
 use crate::stats::Stats;
-use crate::{control, host, limits};
+use crate::{control, crash, host, limits};
 
 /// Set in the environment of the process that `--detach` leaves behind.
 const DETACHED: &str = "BLANKET_DETACHED";
@@ -64,12 +64,28 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         verbose: run.verbose_core,
         mergeable: run.mergeable,
         trace: run.trace,
+        inject: run.inject,
         pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
     };
     let console = Console::new().context("cannot make a console")?;
     let instance = Instance::new(spec, hypervisor, console)?;
-    let (end, stats) = live(run, detached, &registry, entry, listener, &instance)?;
-    Ok(finish(run, &instance, &end, stats))
+    let kept_at = registry.crash(&entry.name);
+    let end = live(run, detached, &registry, entry, listener, &instance)?;
+    let counters = instance.stats().ok().flatten();
+    let kept = match crash::keep(&kept_at, &instance, &end) {
+        Ok(kept) => kept,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            None
+        }
+    };
+    Ok(finish(
+        run,
+        &instance,
+        &end,
+        counters.map(Stats::from),
+        kept,
+    ))
 }
 
 /// From the first boot to the end.
@@ -80,7 +96,7 @@ fn live(
     entry: Entry,
     listener: UnixListener,
     instance: &Arc<Instance>,
-) -> Result<(End, Option<Stats>)> {
+) -> Result<End> {
     let sink = run
         .console
         .clone()
@@ -122,12 +138,17 @@ fn live(
     // Its last output first, then whatever there is to say about the end.
     io.finish();
     drop(entry);
-    let stats = instance.stats().ok().flatten().map(Stats::from);
-    Ok((end?, stats))
+    Ok(end?)
 }
 
 /// Says how it ended.
-fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> ExitCode {
+fn finish(
+    run: &Run,
+    instance: &Instance,
+    end: &End,
+    stats: Option<Stats>,
+    report: Option<PathBuf>,
+) -> ExitCode {
     #[derive(Serialize)]
     struct Summary<'a> {
         name: &'a str,
@@ -135,6 +156,9 @@ fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> Ex
         end: &'a str,
         exit_code: u8,
         detail: Option<String>,
+        /// File with the report of a crash.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        report: Option<PathBuf>,
         boots: u32,
         seconds: f64,
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -145,7 +169,8 @@ fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> Ex
         Ok(signal @ 1..) => 128 | signal,
         _ => exit::code(end),
     };
-    let detail = exit::sentence(end);
+    let core = instance.core_build_id();
+    let detail = exit::sentence(end).map(|text| crash::named(&text, &core));
     if run.json {
         let summary = Summary {
             name: &instance.spec().name,
@@ -153,6 +178,7 @@ fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> Ex
             end: exit::word(end),
             exit_code,
             detail,
+            report,
             boots: instance.boots(),
             seconds: instance.uptime().as_secs_f64(),
             stats: stats.filter(|_| run.stats_on_exit),
@@ -164,6 +190,9 @@ fn finish(run: &Run, instance: &Instance, end: &End, stats: Option<Stats>) -> Ex
     } else {
         if let Some(detail) = detail {
             eprintln!("blanket: {}: {detail}", instance.spec().name);
+        }
+        if let Some(report) = report {
+            eprintln!("  the whole report is in {}", report.display());
         }
         if let Some(stats) = stats.filter(|_| run.stats_on_exit) {
             eprint!("{stats}");
@@ -293,9 +322,9 @@ fn become_background(registry: &Registry, entry: &Entry, console: &str, host: &s
 
 fn boot_hint(error: blanket_vmm::instance::Error) -> anyhow::Error {
     match error {
-        blanket_vmm::instance::Error::Device(error @ DeviceError::NoMemory(_)) => {
-            host::module_hint(error)
-        }
+        blanket_vmm::instance::Error::Device(
+            error @ (DeviceError::NoMemory(_) | DeviceError::Quota),
+        ) => host::module_hint(error),
         other => other.into(),
     }
 }

@@ -30,6 +30,7 @@ pub mod emulate;
 pub mod evtchn;
 pub mod grant;
 pub mod hypercall;
+mod inject;
 pub mod insn;
 pub mod machine;
 pub mod mmu;

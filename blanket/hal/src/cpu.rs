@@ -44,6 +44,15 @@ pub fn write_cr3(root: u64) {
     unsafe { asm!("mov cr3, {}", in(reg) root, options(nostack, preserves_flags)) };
 }
 
+/// The root that is loaded.
+#[inline]
+pub fn cr3() -> u64 {
+    let v;
+    // SAFETY: reading CR3 has no side effect.
+    unsafe { asm!("mov {}, cr3", out(reg) v, options(nomem, nostack, preserves_flags)) };
+    v
+}
+
 /// Address of the last page fault.
 #[inline]
 pub fn cr2() -> u64 {

@@ -239,6 +239,9 @@ ist_entry:
     movabs rax, offset blanket_core_ist
     call rax
     mov rsp, rbp
+    # 1: an NMI of the watchdog, which is answered, and the next must get through.
+    test eax, eax
+    jnz 7f
     # Above: rbp, 9 registers, vector, error, RIP, CS, RFLAGS, RSP, SS.
     mov rdx, [rsp + 80]
     cmp edx, 1
@@ -550,6 +553,8 @@ blanket_leave:
 unsafe extern "C" {
     pub static blanket_entry_start: u8;
     pub static blanket_entry_end: u8;
+    /// End of the text, from the linker script.
+    pub static blanket_text_end: u8;
     pub static blanket_syscall64: u8;
     pub static blanket_syscall32: u8;
     pub static blanket_iret_fast: u8;

@@ -31,6 +31,20 @@ impl Hal {
         unsafe { (&raw mut (*self.raw_switch()).guest_xcr0).write_volatile(val) };
     }
 
+    /// Puts `text` at byte `at` of the data of an exit; how much there was room for.
+    pub(crate) fn put_data(&self, at: usize, text: &[u8]) -> usize {
+        let n = text.len().min(RUN_DATA.saturating_sub(at));
+        if n != 0 {
+            // SAFETY: `data` has RUN_DATA bytes, of which `n` from `at` on are written;
+            // the host reads it only while this vCPU is with it.
+            unsafe {
+                let to = (&raw mut (*self.raw_switch()).data).cast::<u8>().add(at);
+                core::ptr::copy_nonoverlapping(text.as_ptr(), to, n);
+            }
+        }
+        n
+    }
+
     /// Puts an exit into the switch block, lets `leave` take it to the host, and
     /// answers with what the host says.
     pub(crate) fn call(&self, reason: u32, args: [u64; 4], leave: impl FnOnce(*mut Switch)) -> i64 {
@@ -115,13 +129,6 @@ impl Host for Hal {
         unsafe { at(self.trace()) }
     }
     fn set_data(&self, text: &[u8]) -> usize {
-        let n = text.len().min(RUN_DATA);
-        // SAFETY: `data` has RUN_DATA bytes; the host reads it only while this vCPU
-        // is with it.
-        unsafe {
-            let to = (&raw mut (*self.raw_switch()).data).cast::<u8>();
-            core::ptr::copy_nonoverlapping(text.as_ptr(), to, n);
-        }
-        n
+        self.put_data(0, text)
     }
 }

@@ -15,6 +15,7 @@ mod host;
 mod kvm;
 mod machine;
 mod module;
+mod report;
 mod start;
 
 pub use machine::Hal;

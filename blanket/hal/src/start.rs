@@ -4,10 +4,11 @@ use crate::cpu;
 use crate::entry;
 use crate::kvm;
 use crate::machine::Hal;
-use blanket_abi::device::{crash, exit, pending};
+use crate::report::{At, die};
+use blanket_abi::device::{WATCH_LIMIT, exit, pending};
 use blanket_abi::layout::{IMAGE, MAX_VCPUS, VCPU, VCPU_STRIDE, vcpu as area};
-use blanket_core::context::{Context, Text};
-use blanket_core::machine::{Cpu, Host};
+use blanket_core::context::Context;
+use blanket_core::machine::Host;
 use blanket_core::mmu::Mmu;
 use blanket_core::vcpu::{NEVER, State, TrapFrame, Vcpu, entry as reason};
 use blanket_core::vm::Vm;
@@ -167,7 +168,7 @@ fn set_syscall_msrs(hal: &Hal) {
 
 /// An address of the entry section as it is in the image, whichever of its
 /// mappings `rip` is in, and what to add to come back.
-fn canonical_rip(rip: u64) -> (u64, u64) {
+pub fn canonical_rip(rip: u64) -> (u64, u64) {
     let (start, end) = (
         &raw const entry::blanket_entry_start as u64,
         &raw const entry::blanket_entry_end as u64,
@@ -232,18 +233,10 @@ extern "C" fn blanket_core_fault(f: *mut TrapFrame) -> u64 {
     die(
         &hal,
         format_args!(
-            "fault {} (error {:#x}, cr2 {:#x}) in the core at {:#x}, rsp {:#x}, rax {:#x} rcx {:#x} rdx {:#x} rsi {:#x} rdi {:#x}\n",
-            frame.vector,
-            frame.error,
-            hal.cr2(),
-            frame.rip,
-            frame.rsp,
-            frame.rax,
-            frame.rcx,
-            frame.rdx,
-            frame.rsi,
-            frame.rdi
+            "fault {} (error {:#x}) in the core",
+            frame.vector, frame.error
         ),
+        &At::Frame(frame),
     )
 }
 
@@ -257,14 +250,10 @@ extern "C" fn blanket_wrong_stack(f: *const TrapFrame, area: u64) -> ! {
     die(
         &hal,
         format_args!(
-            "vector {} (error {:#x}, cr2 {:#x}) in the core at {:#x}, rflags {:#x}, on the guest's stack {:#x}\n",
-            frame.vector,
-            frame.error,
-            hal.cr2(),
-            frame.rip,
-            frame.rflags,
-            frame.rsp
+            "vector {} (error {:#x}) in the core, on the guest's stack",
+            frame.vector, frame.error
         ),
+        &At::Frame(&frame),
     )
 }
 
@@ -278,20 +267,36 @@ fn find_fixup(rip: u64) -> Option<u64> {
     table.iter().find(|e| e[0] == rip).map(|e| e[1])
 }
 
-/// #DB, NMI, #DF or #MC in ring 0; `at` points at RIP of the interrupted code.
+/// #DB, NMI, #DF or #MC in ring 0; `at` points at RIP of the interrupted code. Returns
+/// 1 if NMIs may come again at once.
 #[unsafe(no_mangle)]
-extern "C" fn blanket_core_ist(vector: u64, at: *const u64) {
+extern "C" fn blanket_core_ist(vector: u64, at: *const u64) -> u64 {
     // Under the core's IDT the TSS is the core's too, so this is its stack.
     // SAFETY: the stack lies in the area of the vCPU that runs here.
     let hal = unsafe { Hal::containing(at as u64) };
     match vector {
         // The module gives them to the host at the next exit, which is before the
         // guest runs on (`prepare_return`).
-        2 => {
-            hal.switch()
-                .pending
-                .fetch_or(pending::NMI, Ordering::SeqCst);
-        }
+        2 => match hal.switch().watch.swap(0, Ordering::SeqCst) {
+            0 => {
+                hal.switch()
+                    .pending
+                    .fetch_or(pending::NMI, Ordering::SeqCst);
+            }
+            // Of the module's watchdog: this CPU runs, and has not left the core.
+            n if n < WATCH_LIMIT => return 1,
+            _ => {
+                // The host's handler lets NMIs in again.
+                hal.switch()
+                    .pending
+                    .fetch_or(pending::NMI, Ordering::SeqCst);
+                die(
+                    &hal,
+                    format_args!("the core is in a loop that does not end"),
+                    &At::Pushed(at),
+                )
+            }
+        },
         18 => {
             hal.switch()
                 .pending
@@ -300,24 +305,13 @@ extern "C" fn blanket_core_ist(vector: u64, at: *const u64) {
         // A debug exception in ring 0 comes from a MOV SS of the guest right
         // before its entry (CVE-2018-8897): the guest loses it.
         1 => cpu::set_dr(6, 0xffff_0ff0),
-        _ => {
-            // SAFETY: the CPU pushed RIP, CS, RFLAGS, RSP there.
-            let (rip, rsp) = unsafe { (*at, *at.add(3)) };
-            die(
-                &hal,
-                format_args!("vector {vector} in the core at {rip:#x}, rsp {rsp:#x}\n"),
-            )
-        }
+        _ => die(
+            &hal,
+            format_args!("vector {vector} in the core"),
+            &At::Pushed(at),
+        ),
     }
-}
-
-/// Ends the VM: the report goes to the VMM.
-fn die(hal: &Hal, args: core::fmt::Arguments<'_>) -> ! {
-    let text = Text::new(args);
-    loop {
-        let n = hal.set_data(text.bytes());
-        hal.exit(exit::CRASH, [crash::CORE, 0, 0, n as u64]);
-    }
+    0
 }
 
 #[panic_handler]
@@ -325,7 +319,11 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
     let here = 0u8;
     // SAFETY: the core runs on a stack in the area of its vCPU.
     let hal = unsafe { Hal::containing(&raw const here as u64) };
-    die(&hal, format_args!("panic in the core: {info}\n"))
+    die(
+        &hal,
+        format_args!("panic in the core: {info}"),
+        &At::Here(&raw const here as u64),
+    )
 }
 
 const _: () = assert!(area::HW.is_power_of_two() && IMAGE < VCPU);

@@ -81,6 +81,9 @@ pub enum Error {
     /// The host has no memory left for this.
     #[error("the host has not enough memory to {0}")]
     NoMemory(&'static str),
+    /// The user has as many VMs as the module allows.
+    #[error("the module `blanket` allows this user no more VMs (its parameter max_vms)")]
+    Quota,
     /// The module refused.
     #[error("the module `blanket` cannot {what}: {source}")]
     Refused {
@@ -106,6 +109,7 @@ fn refused(what: &'static str) -> Error {
     let source = io::Error::last_os_error();
     match source.raw_os_error() {
         Some(libc::ENOMEM) => Error::NoMemory(what),
+        Some(libc::EDQUOT) => Error::Quota,
         _ => Error::Refused { what, source },
     }
 }

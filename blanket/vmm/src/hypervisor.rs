@@ -109,6 +109,23 @@ pub trait Vcpu: Send {
 
     /// The way to make [`Vcpu::run`] return from another thread.
     fn kick(&self) -> Arc<dyn Kick>;
+
+    /// The way to find out whether its core still answers; `None` where the
+    /// hypervisor itself ends a core that does not.
+    fn pulse(&self) -> Option<Arc<dyn Pulse>> {
+        None
+    }
+}
+
+/// Questions to the core of a vCPU that uses its CPU.
+pub trait Pulse: Send + Sync {
+    /// Asks for a sign of life: the core notices while its guest runs, and before.
+    fn ask(&self);
+    /// Whether the last question was answered.
+    fn answered(&self) -> bool;
+    /// The run that a signal interrupts next ends with the report of a core that does
+    /// not answer.
+    fn give_up(&self);
 }
 
 /// Makes a vCPU leave the guest.

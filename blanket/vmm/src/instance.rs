@@ -42,6 +42,8 @@ pub struct Spec {
     pub verbose: bool,
     /// The host may merge pages of the VM's memory with others'.
     pub mergeable: bool,
+    /// The guest may break the core on purpose, for tests.
+    pub inject: bool,
     /// Most pages of shadow memory; 0 = the module's default.
     pub pool_limit: u64,
     /// Trace it from the start.
@@ -202,6 +204,7 @@ impl Instance {
                 cmdline: spec.cmdline.clone(),
                 verbose: spec.verbose,
                 mergeable: spec.mergeable,
+                inject: spec.inject,
             };
             builder::build(&kernel, initrd.as_deref(), &config)?
         };
@@ -388,6 +391,12 @@ impl Instance {
     #[must_use]
     pub fn host(&self) -> &'static str {
         self.hypervisor.name()
+    }
+
+    /// Build id of the core that it runs on.
+    #[must_use]
+    pub fn core_build_id(&self) -> [u8; 32] {
+        self.hypervisor.info().build_id
     }
 
     /// Its identity, kept over reboots.

@@ -7,6 +7,7 @@
 
 pub mod builder;
 pub mod console;
+pub mod core_image;
 pub mod device;
 pub mod hypervisor;
 pub mod instance;
@@ -17,6 +18,7 @@ mod shared_page;
 mod sync;
 pub mod trace;
 pub mod vm;
+mod watch;
 pub mod xenstore;
 
 #[cfg(any(test, feature = "testing"))]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,9 +14,13 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::device;
 use crate::hypervisor::{Crash, Exit, Kick, Machine, Vcpu};
 use crate::sync::lock;
+use crate::watch::{self, Watched};
 
 /// How long the vCPU that knows why a VM died may take to say so.
 const REPORT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often vCPUs are looked at.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 /// The VMM's end of an event channel.
 pub trait Backend: Send + Sync {
@@ -64,6 +69,9 @@ pub enum Failure {
         /// The host's answer.
         source: io::Error,
     },
+    /// The thread that watches the vCPUs could not be started.
+    #[error("cannot start the thread that watches the vCPUs: {0}")]
+    Watch(io::Error),
     /// The module ended the VM and no vCPU said why.
     #[error("the module `blanket` ended the VM without a reason; `dmesg` may tell")]
     Dead,
@@ -84,6 +92,8 @@ struct Shared {
     machine: Arc<dyn Machine>,
     backends: Backends,
     kicks: Vec<Arc<dyn Kick>>,
+    /// Thread ids of the vCPUs; 0 before they run.
+    threads: Vec<AtomicI32>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -98,6 +108,7 @@ struct State {
 pub struct Vm {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    watch: Option<JoinHandle<()>>,
 }
 
 /// Refers to a VM from other threads; does not keep it alive.
@@ -124,13 +135,20 @@ impl Vm {
             machine,
             backends,
             kicks: vcpus.iter().map(|vcpu| vcpu.kick()).collect(),
+            threads: vcpus.iter().map(|_| AtomicI32::new(0)).collect(),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
         let mut vm = Self {
             shared: Arc::clone(&shared),
             threads: Vec::new(),
+            watch: None,
         };
+        let watched: Vec<(usize, Watched)> = vcpus
+            .iter()
+            .enumerate()
+            .filter_map(|(id, vcpu)| Some((id, Watched::new(vcpu.pulse()?))))
+            .collect();
         for (id, vcpu) in (0u32..).zip(vcpus) {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new()
@@ -141,6 +159,15 @@ impl Vm {
                 // Dropping `vm` stops those that run already.
                 Err(source) => return Err(Failure::Thread { vcpu: id, source }),
             }
+        }
+        if !watched.is_empty() {
+            let shared = Arc::clone(&shared);
+            vm.watch = Some(
+                std::thread::Builder::new()
+                    .name("watch".into())
+                    .spawn(move || watch(&shared, watched))
+                    .map_err(Failure::Watch)?,
+            );
         }
         Ok(vm)
     }
@@ -179,6 +206,9 @@ impl Vm {
             if thread.join().is_err() {
                 tracing::error!(vcpu = id, "a vCPU thread panicked");
             }
+        }
+        if self.watch.take().is_some_and(|watch| watch.join().is_err()) {
+            tracing::error!("the watch over the vCPUs panicked");
         }
     }
 }
@@ -293,6 +323,10 @@ fn run(shared: &Shared, id: u32, mut vcpu: Box<dyn Vcpu>) {
         }
     }
     let _guard = OnPanic(shared, id);
+    if let Some(thread) = shared.threads.get(id as usize) {
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
+        thread.store(own, Ordering::Release);
+    }
     while !shared.has_ended() {
         let end = match vcpu.run() {
             Ok(exit) => shared.serve(exit),
@@ -302,6 +336,34 @@ fn run(shared: &Shared, id: u32, mut vcpu: Box<dyn Vcpu>) {
             tracing::debug!(vcpu = id, ?end, "the VM ends");
             shared.end(end);
         }
+    }
+}
+
+/// The life of the thread that watches the vCPUs.
+fn watch(shared: &Shared, mut vcpus: Vec<(usize, Watched)>) {
+    while !shared.wait_ended(WATCH_EVERY) {
+        for (id, watched) in &mut vcpus {
+            let Some(thread) = shared.threads.get(*id) else {
+                continue;
+            };
+            let thread = thread.load(Ordering::Acquire);
+            if thread != 0
+                && let Some(used) = watch::cpu_time(thread)
+                && watched.look(used)
+            {
+                tracing::error!(vcpu = id, "the core does not answer");
+                interrupt(thread);
+            }
+        }
+    }
+}
+
+/// Interrupts the system call that a thread of this process is in.
+fn interrupt(thread: i32) {
+    // SAFETY: tgkill takes numbers. The signal's handler does nothing, so it does no
+    // harm should the number be another thread's by now.
+    unsafe {
+        libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN());
     }
 }
 

@@ -314,9 +314,11 @@ fn module(facts: &Facts) -> Check {
 fn device(facts: &Facts) -> Check {
     const NAME: &str = "device";
     match &facts.device {
-        DeviceFact::Opened { max_vcpus, .. } => {
-            check(NAME, State::Ok, format!("/dev/blanket, up to {max_vcpus} vCPUs for a VM"))
-        }
+        DeviceFact::Opened { max_vcpus, core, .. } => check(
+            NAME,
+            State::Ok,
+            format!("/dev/blanket, up to {max_vcpus} vCPUs for a VM, core {core:.16}"),
+        ),
         DeviceFact::NoPermission => {
             check(NAME, State::Fail, "no permission to open /dev/blanket")
                 .mend(super::PERMISSION)
@@ -462,6 +464,7 @@ mod tests {
                 max_vcpus: 64,
                 stable_tsc: true,
                 cpuid_profile: false,
+                core: "0".repeat(64),
             },
             available_kib: 1 << 20,
             clocksource: Some("tsc".into()),
@@ -682,6 +685,7 @@ mod tests {
             max_vcpus: 1,
             stable_tsc: false,
             cpuid_profile: true,
+            core: "0".repeat(64),
         };
         facts.clocksource = Some("hpet".into());
         assert!(failures(&facts).is_empty());

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use blanket_abi::device::{API_VERSION, features};
+use blanket_vmm::core_image;
 use blanket_vmm::device::{Device, Error};
 use blanket_vmm::hypervisor::Hypervisor as _;
 use blanket_vmm::kvm;
@@ -73,6 +74,8 @@ pub enum DeviceFact {
         stable_tsc: bool,
         /// Whether programs in VMs see the VM's CPUID.
         cpuid_profile: bool,
+        /// Build id of the core inside the module.
+        core: String,
     },
     /// The module is of another version.
     OtherVersion {
@@ -178,6 +181,7 @@ fn device() -> DeviceFact {
                 max_vcpus: info.max_vcpus,
                 stable_tsc: info.features & features::STABLE_TSC != 0,
                 cpuid_profile: info.features & features::CPUID_PROFILE != 0,
+                core: core_image::digits(&info.build_id),
             }
         }
         Err(Error::NoDevice(_)) => DeviceFact::Missing,

@@ -11,7 +11,7 @@ mod vcpu;
 
 use crate::context::{Context, Hyper, Text};
 use crate::machine::Machine;
-use blanket_abi::device::{boot_flags, exit};
+use blanket_abi::device::{boot_flags, exit, inject};
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall as nr;
 
@@ -106,6 +106,7 @@ impl<M: Machine> Context<'_, M> {
             nr::VM_ASSIST => self.vm_assist(a[0], a[1]),
             nr::PHYSDEV_OP => self.physdev_op(a[0], a[1]),
             nr::MULTICALL => Err(errno::EINVAL),
+            inject::CALL => self.inject_fault(a[0]),
             nr::PLATFORM_OP | nr::SYSCTL | nr::DOMCTL => Err(errno::EPERM),
             _ => Err(errno::ENOSYS),
         }

@@ -10,6 +10,7 @@
     reason = "small numbers of a small machine"
 )]
 
+pub mod calls;
 pub mod fuzz;
 pub mod guest;
 mod thief;
@@ -230,7 +231,7 @@ fn switch(id: u32) -> Switch {
         guest_tsc_aux: 0,
         guest_dr7: 0,
         vcpu_id: id,
-        pad: 0,
+        watch: AtomicU32::new(0),
         exit_entry: 0,
         host_self: 0,
         pv_address: 0,

@@ -56,6 +56,8 @@ pub struct Config {
     /// Private memory that the host may merge with others' (KSM), instead of a
     /// memory file.
     pub mergeable: bool,
+    /// The guest may break the core on purpose (`blanket_abi::device::inject`).
+    pub inject: bool,
 }
 
 /// A domain in memory, ready to be given to the hypervisor.
@@ -176,11 +178,13 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
         start_info: layout.va(layout.start_info).0,
         store_port: STORE_PORT,
         console_port: CONSOLE_PORT,
-        flags: if config.verbose {
-            boot_flags::VERBOSE
-        } else {
-            0
-        },
+        flags: [
+            (config.verbose, boot_flags::VERBOSE),
+            (config.inject, boot_flags::INJECT),
+        ]
+        .into_iter()
+        .filter_map(|(on, flag)| on.then_some(flag))
+        .sum(),
         hypercall_page: layout.hypercall_page.map_or(0, |page| layout.va(page).0),
         reserved: [0; 4],
     };

@@ -16,6 +16,7 @@ fn config(memory: u64, cmdline: &str) -> Config {
         cmdline: cmdline.to_owned(),
         verbose: false,
         mergeable: false,
+        inject: false,
     }
 }
 

@@ -30,6 +30,7 @@ fn spec(kernel: &std::path::Path) -> Spec {
         on_reboot: OnReboot::Restart,
         verbose: false,
         mergeable: false,
+        inject: false,
         pool_limit: 0,
         trace: false,
     }
@@ -524,6 +525,7 @@ fn the_layout_is_what_the_rings_of_this_test_assume() {
         cmdline: String::new(),
         verbose: false,
         mergeable: false,
+        inject: false,
     };
     let Layout {
         start_info,

@@ -202,6 +202,7 @@ proptest! {
                 cmdline: String::new(),
                 verbose: false,
                 mergeable: false,
+                inject: false,
             };
             let _ = crate::builder::build(&kernel, None, &config);
         }

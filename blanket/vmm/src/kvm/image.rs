@@ -5,9 +5,7 @@ use blanket_abi::device::{API_VERSION, IMAGE_MAGIC, ImageHeader, SMAP_CLAC, Swit
 use blanket_abi::layout::{IMAGE_MAX, vcpu};
 
 use super::Error;
-
-/// The image that this program was built with; empty if it was built without one.
-static BYTES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/blanket-core.bin"));
+use crate::core_image::BYTES;
 
 /// A core image whose header was checked.
 #[derive(Clone, Copy, Debug)]

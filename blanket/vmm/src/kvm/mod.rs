@@ -32,6 +32,7 @@ use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap};
 
 use crate::builder::{Domain, GuestMemory};
+use crate::core_image::BUILD_ID;
 use crate::device;
 use crate::hypervisor::{HostExits, Hypervisor, Machine, Vcpu, within_limits};
 use crate::trace::Record;
@@ -198,7 +199,7 @@ impl Kvm {
             api: API_VERSION,
             max_vcpus: u32::try_from(most).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
             max_frames: MAX_FRAMES,
-            build_id: [0; 32],
+            build_id: BUILD_ID,
             features: xsave | features::CPUID_PROFILE,
             tsc_khz,
         };
@@ -297,6 +298,12 @@ fn enable(fd: &VmFd, cap: u32, arg: u64, what: &'static str) -> Result<(), Error
     };
     request.args[0] = arg;
     fd.enable_cap(&request).map_err(refused(what))
+}
+
+/// Checks a core image; the bytes of it that are loaded.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn parse_image(bytes: &'static [u8]) -> Result<u64, Error> {
+    Image::parse(bytes).map(|image| image.header.file_end)
 }
 
 /// A VM's TSC runs at the host's frequency.

@@ -106,6 +106,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
         cmdline: String::new(),
         verbose: false,
         mergeable: false,
+        inject: false,
     };
     let domain =
         builder::build(&Kernel::bare(code()), None, &config).map_err(|error| broken(&error))?;

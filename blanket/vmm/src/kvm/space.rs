@@ -505,8 +505,9 @@ impl Space {
         } else {
             0
         };
-        let at = self.switch_field(vcpu, offset_of!(Switch, pending))?;
-        let before = self.half(at)?.fetch_or(pending::RAISED, Ordering::SeqCst);
+        let before = self
+            .pending(vcpu)?
+            .fetch_or(pending::RAISED, Ordering::SeqCst);
         // Who set the bit first has sent an interrupt, or is about to.
         Ok((before & pending::RAISED == 0).then_some(vcpu))
     }
@@ -549,6 +550,14 @@ impl Space {
             all.extend(ring.read().map(|record| Record::of(vcpu, &record)));
         }
         Ok(all)
+    }
+
+    /// The word of bits that others set for a vCPU and its core takes.
+    ///
+    /// # Errors
+    /// There is no such vCPU.
+    pub fn pending(&self, vcpu: u32) -> Result<&AtomicU32, Error> {
+        self.half(self.switch_field(vcpu, offset_of!(Switch, pending))?)
     }
 
     /// Exits by reason and the core's counters, summed over the vCPUs.
@@ -658,6 +667,7 @@ pub(super) mod tests {
             cmdline: String::new(),
             verbose: false,
             mergeable: false,
+            inject: false,
         };
         builder::build(&Kernel::bare(vec![0x90; 64]), None, &config).expect("it fits")
     }

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use blanket_abi::device::exit;
+use blanket_abi::device::{exit, pending};
 use blanket_abi::kvm::EXIT_PORT;
 use blanket_abi::layout::{IMAGE, VCPU, VCPU_STRIDE, sel, vcpu as area};
 use kvm_bindings::{
@@ -16,7 +16,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{Error, KvmVm, refused, space};
 use crate::device;
-use crate::hypervisor::{Crash, CrashKind, Exit, Kick, Vcpu};
+use crate::hypervisor::{Crash, CrashKind, Exit, Kick, Pulse, Vcpu};
 use crate::shared_page::SharedPage;
 
 /// CR0: PG, AM, WP, NE, ET, MP, PE.
@@ -34,12 +34,15 @@ const APIC_BOOT: u64 = 1 << 8;
 
 /// Vectors below are exceptions (AMD APM vol. 2, 8.1).
 const FIRST_INTERRUPT: u8 = 32;
+/// What is said of a core that was given up.
+const LOST: &str = "the core is in a loop that does not end";
 
 /// A vCPU.
 pub struct KvmVcpu {
     fd: VcpuFd,
     id: u32,
     stop: Arc<StopPage>,
+    pulse: Arc<CorePulse>,
     // Behind the descriptor: fields are dropped in order.
     vm: Arc<KvmVm>,
 }
@@ -119,6 +122,11 @@ impl KvmVcpu {
         vm.stats.add(id, &fd);
         Ok(Self {
             stop: Arc::new(StopPage::map(&fd)?),
+            pulse: Arc::new(CorePulse {
+                vm: Arc::clone(&vm),
+                id,
+                given_up: AtomicBool::new(false),
+            }),
             fd,
             id,
             vm,
@@ -189,6 +197,10 @@ impl KvmVcpu {
         let mut report = format!("vCPU {}: {what}\n", self.id);
         if let (Ok(r), Ok(s)) = (self.fd.get_regs(), self.fd.get_sregs()) {
             // Writing to a string cannot fail.
+            let end = IMAGE + self.vm.image.header.text_end;
+            if (IMAGE..end).contains(&r.rip) {
+                let _ = writeln!(report, "core at core+{:#x}", r.rip - IMAGE);
+            }
             let _ = write!(
                 report,
                 "rip {:#018x} cs {:#x} rflags {:#x} rsp {:#018x} ss {:#x}\n\
@@ -258,6 +270,7 @@ impl Vcpu for KvmVcpu {
                     Some(exit) => return Ok(exit),
                     None => continue,
                 },
+                Ok(VcpuExit::Intr) if self.pulse.lost() => LOST.to_owned(),
                 Ok(VcpuExit::Intr) => return Ok(Exit::Interrupted),
                 Ok(VcpuExit::FailEntry(reason, cpu)) => {
                     if self.drop_false_exception()? {
@@ -268,6 +281,7 @@ impl Vcpu for KvmVcpu {
                 Ok(VcpuExit::Shutdown) => "it stopped with a triple fault".to_owned(),
                 Ok(other) => format!("KVM stopped it: {other:?}"),
                 Err(error) => match error.errno() {
+                    libc::EINTR if self.pulse.lost() => LOST.to_owned(),
                     libc::EINTR | libc::EAGAIN => return Ok(Exit::Interrupted),
                     libc::ENOMEM => return Err(Error::NoMemory("run a vCPU").into()),
                     // A frame that the host cannot give.
@@ -292,6 +306,47 @@ impl Vcpu for KvmVcpu {
 
     fn kick(&self) -> Arc<dyn Kick> {
         Arc::clone(&self.stop) as Arc<dyn Kick>
+    }
+
+    fn pulse(&self) -> Option<Arc<dyn Pulse>> {
+        Some(Arc::clone(&self.pulse) as Arc<dyn Pulse>)
+    }
+}
+
+/// Questions to the core: the bit for a kick, which it takes as it takes any other.
+struct CorePulse {
+    vm: Arc<KvmVm>,
+    id: u32,
+    given_up: AtomicBool,
+}
+
+impl CorePulse {
+    /// Whether the core was given up, and has not answered meanwhile.
+    fn lost(&self) -> bool {
+        self.given_up.load(Ordering::SeqCst) && !self.answered()
+    }
+}
+
+impl Pulse for CorePulse {
+    fn ask(&self) {
+        let asked = self.vm.space.pending(self.id).and_then(|word| {
+            word.fetch_or(pending::KICK, Ordering::SeqCst);
+            self.vm.interrupt(self.id)
+        });
+        if let Err(error) = asked {
+            tracing::warn!(vcpu = self.id, %error, "cannot ask the core");
+        }
+    }
+
+    fn answered(&self) -> bool {
+        self.vm
+            .space
+            .pending(self.id)
+            .is_ok_and(|word| word.load(Ordering::SeqCst) & pending::KICK == 0)
+    }
+
+    fn give_up(&self) {
+        self.given_up.store(true, Ordering::SeqCst);
     }
 }
 

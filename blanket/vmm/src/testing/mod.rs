@@ -1,6 +1,7 @@
 //! Test doubles: small kernels made on the spot, and a hypervisor whose guests are
 //! closures. For tests only, here and in the crates above.
 
+pub mod bytes;
 mod hypervisor;
 #[allow(
     clippy::cast_possible_truncation,

@@ -5,6 +5,7 @@ use core::fmt::Write;
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use blanket_abi::device::inject;
 use blanket_abi::xen::event;
 use blanket_abi::xen::hypercall::{self as nr, callback, mmuext, sched, vcpu};
 use blanket_abi::xen::shared::shared_info;
@@ -306,6 +307,12 @@ extern "C" fn hostile_main(info: *const u8) -> ! {
         root: (info.pt_base - VIRT_BASE) >> 12,
         shared_info: info.shared_info >> 12,
     };
+    if let Some(kind) = number(&info.cmd_line, b"inject=") {
+        let _ = writeln!(Console, "HOSTILE asks for fault {kind}");
+        let ret = hypercall(inject::CALL, [kind, 0, 0, 0, 0]);
+        let _ = writeln!(Console, "HOSTILE fault {kind} gave {ret}");
+        end(sched::SHUTDOWN_POWEROFF)
+    }
     let mut rng = Rng::new(seed);
     let _ = writeln!(Console, "HOSTILE begins: seed={seed} steps={steps}");
     map_shared_info(&k);
