@@ -48,7 +48,55 @@ pub struct Args {
     /// memory; writes its section of docs/benchmarks.md.
     #[arg(long, value_name = "VMS")]
     density: Option<u32>,
+    /// Compare what the VMs cost against native with docs/benchmarks.tsv, by instruction
+    /// count, and fail if a row is more than 5 % dearer.
+    #[arg(long)]
+    guard: bool,
+    /// Leave out the VM inside KVM.
+    #[arg(long)]
+    no_kvm: bool,
 }
+
+impl Args {
+    /// What each test run compares: a row for each way into the core, under the module.
+    pub fn short_guard() -> Self {
+        Self {
+            cpu: "max".into(),
+            kernel: Flavour::Cloud,
+            scale: 0.3,
+            reps: 5,
+            only: GUARDED.iter().map(|&row| row.to_owned()).collect(),
+            instructions: true,
+            guard: true,
+            density: None,
+            no_kvm: true,
+        }
+    }
+
+    /// All rows, under the module and inside KVM.
+    pub fn long_guard() -> Self {
+        Self {
+            only: Vec::new(),
+            no_kvm: false,
+            ..Self::short_guard()
+        }
+    }
+}
+
+/// System call, signal and fault, context switch, page tables.
+const GUARDED: &[&str] = &[
+    "sys_null",
+    "sig_prot_fault",
+    "ctx_2p_0K",
+    "fault_anon",
+    "fault_cow",
+    "mprotect_pair",
+];
+
+/// How much dearer a row may be than the committed one.
+const TOLERANCE: f64 = 1.05;
+/// The committed counts.
+const COMMITTED: &str = "docs/benchmarks.tsv";
 
 const REFERENCE: &str = include_str!("../../tests/lab-scripts/xen-reference.tsv");
 
@@ -92,6 +140,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         return crate::density::run(project, guests);
     }
     let counted = boot(project, args, true)?;
+    if args.guard {
+        return guard(project, &counted);
+    }
     let clocked = if args.instructions {
         Run::default()
     } else {
@@ -99,12 +150,106 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     };
     let text = format!("{}{}", table(&counted, &clocked)?, exits(&counted.exits));
     println!("{text}");
+    if args.only.is_empty() && !args.no_kvm {
+        write_if_changed(
+            &project.root.join(COMMITTED),
+            committed(&counted).as_bytes(),
+        )?;
+    }
     if args.only.is_empty() && !args.instructions {
         let release = kernels::fetch(project, args.kernel)?.release;
         let page = page(args, &release, &text) + &crate::density::kept(project);
         write_if_changed(&project.root.join("docs/benchmarks.md"), page.as_bytes())?;
     }
     Ok(())
+}
+
+/// The counts of a run as they are committed.
+fn committed(run: &Run) -> String {
+    let mut text = String::from(
+        "# The instruction counts of benchmarks.md for programs: what `cargo xtask bench --guard`\n\
+         # compares with. Written by `cargo xtask bench --instructions`.\n\
+         # operation, unit, native, VM under the module, VM inside KVM\n",
+    );
+    for row in &run.native {
+        let of = |rows: &[Row]| {
+            rows.iter()
+                .find(|vm| vm.name == row.name)
+                .map_or("-".into(), |vm| number(vm.value))
+        };
+        let _ = writeln!(
+            text,
+            "{}\t{}\t{}\t{}\t{}",
+            row.name,
+            row.unit,
+            number(row.value),
+            of(&run.module),
+            of(&run.kvm)
+        );
+    }
+    text
+}
+
+/// Compares a run with the committed counts.
+fn guard(project: &Project, run: &Run) -> Result<()> {
+    let path = project.root.join(COMMITTED);
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let compared = compare(&text, run)?;
+    for line in &compared.lines {
+        println!("{line}");
+    }
+    ensure!(compared.rows > 0, "no row was compared");
+    ensure!(
+        compared.dearer.is_empty(),
+        "more than {:.0} % dearer than in {COMMITTED}: {}",
+        (TOLERANCE - 1.0) * 100.0,
+        compared.dearer.join(", ")
+    );
+    Ok(())
+}
+
+/// How a run stands against the committed counts.
+#[derive(Default)]
+struct Compared {
+    lines: Vec<String>,
+    rows: usize,
+    dearer: Vec<String>,
+}
+
+/// It is the cost against native that is compared: a native row that changed, because
+/// the stock kernel did, changes both.
+fn compare(committed: &str, run: &Run) -> Result<Compared> {
+    let mut compared = Compared::default();
+    for line in committed.lines().filter(|line| !line.starts_with('#')) {
+        let cells: Vec<&str> = line.split('\t').collect();
+        let [name, unit, native, module, kvm] = cells[..] else {
+            bail!("{COMMITTED} has a bad line: {line}")
+        };
+        let Some(now) = run.native.iter().find(|row| row.name == name) else {
+            continue;
+        };
+        for (host, rows, then) in [("module", &run.module, module), ("KVM", &run.kvm, kvm)] {
+            let Some(vm) = rows.iter().find(|row| row.name == name) else {
+                continue;
+            };
+            let (Ok(native), Ok(then)) = (native.parse::<f64>(), then.parse::<f64>()) else {
+                bail!("{COMMITTED} has no number for {name} ({host})")
+            };
+            let before = ratio(unit, then, native);
+            let after = ratio(unit, vm.value, now.value);
+            let change = after / before;
+            compared.rows += 1;
+            compared.lines.push(format!(
+                "{name} {host}: {before:.3} of native, now {after:.3} ({:+.1} %)",
+                (change - 1.0) * 100.0
+            ));
+            if change > TOLERANCE {
+                compared.dearer.push(format!("{name} ({host})"));
+            }
+        }
+    }
+    Ok(compared)
 }
 
 fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
@@ -137,7 +282,7 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
              --cmdline 'console=hvc0 quiet' || exit\n"
         )
     };
-    let inside_kvm = qemu::has_svm(&args.cpu);
+    let inside_kvm = qemu::has_svm(&args.cpu) && !args.no_kvm;
     payload.command(&format!(
         "echo BENCH-native\n({measure})\n{}{}",
         vm("module"),
@@ -556,6 +701,30 @@ mod tests {
         assert_eq!(operations(&row, 5), 153_750.0);
         assert_eq!(parse("# micro scale=0.3 reps=5"), None);
         assert_eq!(parse("GUEST-READY 6.1.0-56-cloud-amd64 now"), None);
+    }
+
+    #[test]
+    fn the_guard_tells_dearer_rows() {
+        let row = |name: &str, unit: &str, value| Row {
+            name: name.into(),
+            unit: unit.into(),
+            value,
+            count: 8.0,
+            loads: None,
+        };
+        let committed = "# text\na\tns\t100.0\t200.0\t300.0\nbw\tMiB/s\t100.0\t50.0\t50.0\n\
+                         other\tns\t1.0\t1.0\t1.0\n";
+        let run = |vm, kvm, bandwidth| Run {
+            native: vec![row("a", "ns", 50.0), row("bw", "MiB/s", 100.0)],
+            module: vec![row("a", "ns", vm), row("bw", "MiB/s", bandwidth)],
+            kvm: vec![row("a", "ns", kvm)],
+            ..Run::default()
+        };
+        let good = compare(committed, &run(104.0, 140.0, 48.0)).unwrap();
+        assert_eq!((good.rows, good.dearer.len()), (3, 0), "{:?}", good.lines);
+        let bad = compare(committed, &run(106.0, 160.0, 47.0)).unwrap();
+        assert_eq!(bad.dearer, ["a (module)", "a (KVM)", "bw (module)"]);
+        assert!(compare("a b c", &run(1.0, 1.0, 1.0)).is_err());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::abi_check;
+use crate::bench;
 use crate::build;
 use crate::cases::{self, Adapter, Case, Expect, Guest, Work};
 use crate::guestware;
@@ -77,6 +78,16 @@ const STEPS: &[Step] = &[
         name: "module-abi",
         long: false,
         run: module_abi,
+    },
+    Step {
+        name: "bench-guard",
+        long: false,
+        run: bench_guard,
+    },
+    Step {
+        name: "bench-guard-long",
+        long: true,
+        run: bench_guard_long,
     },
     Step {
         name: "module-compiles",
@@ -237,6 +248,24 @@ fn unit(project: &Project) -> Result<Tally> {
     }
     ensure!(tally.passed + tally.failed > 0, "cargo test ran no test");
     Ok(tally)
+}
+
+/// A few rows of the benchmark, by instruction count, against the committed table.
+fn bench_guard(project: &Project) -> Result<Tally> {
+    bench::run(project, &bench::Args::short_guard())?;
+    Ok(Tally {
+        passed: 1,
+        failed: 0,
+    })
+}
+
+/// All rows, under the module and inside KVM.
+fn bench_guard_long(project: &Project) -> Result<Tally> {
+    bench::run(project, &bench::Args::long_guard())?;
+    Ok(Tally {
+        passed: 1,
+        failed: 0,
+    })
 }
 
 fn packages(project: &Project) -> Result<Tally> {
