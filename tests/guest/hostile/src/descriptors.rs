@@ -61,7 +61,7 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
             _ => {
                 let selector = rng.next() as u16;
                 let which = rng.below(5);
-                attempt(|| {
+                attempt(k, || {
                     // SAFETY: 64-bit code uses no data segment, and a selector that
                     // the CPU refuses faults.
                     unsafe {

@@ -87,7 +87,7 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
             let count = if rng.once_in(10) { rng.word(k) } else { calls };
             // Longer lists would run what lies behind this one as calls.
             hypercall(nr::MULTICALL, [list, count.min(calls), 0, 0, 0]);
-            install_handlers();
+            install_handlers(k);
             continue;
         }
         let (number, args) = one(k, rng);
@@ -99,7 +99,7 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
             number,
             nr::SET_TRAP_TABLE | nr::CALLBACK_OP | nr::SET_CALLBACKS | nr::STACK_SWITCH
         ) {
-            install_handlers();
+            install_handlers(k);
         }
     }
 }

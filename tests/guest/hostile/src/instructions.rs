@@ -5,9 +5,7 @@ use core::arch::asm;
 
 use blanket_abi::xen::hypercall::{self as nr, mmuext};
 
-use crate::kernel::{
-    KERNEL_CS, KERNEL_SS, Kernel, SCRATCH, TABLES, attempt, hostile_trap, hypercall,
-};
+use crate::kernel::{KERNEL_CS, KERNEL_SS, Kernel, SCRATCH, TABLES, attempt, hypercall};
 use crate::rng::Rng;
 
 /// Instructions without operands in memory. The kernel is left by none of them.
@@ -82,7 +80,7 @@ const CODES: &[&[u8]] = &[
 const LEAVE: &[u8] = &[0x0f, 0x05, 0x0f, 0x0b];
 
 /// The code above with random registers, then `syscall`, in a page of its own.
-fn code(k: &Kernel, rng: &mut Rng) -> u64 {
+pub fn code(k: &Kernel, rng: &mut Rng, in_user: bool) -> u64 {
     let at = k.scratch(TABLES + rng.below(SCRATCH - TABLES)) + 64 * rng.below(60);
     let mut to = at as *mut u8;
     let mut put = |bytes: &[u8]| {
@@ -99,14 +97,19 @@ fn code(k: &Kernel, rng: &mut Rng) -> u64 {
         put(&rng.word(k).to_le_bytes());
     }
     for _ in 0..=rng.below(3) {
-        put(rng.pick(CODES));
+        let code = rng.pick(CODES);
+        // In kernel mode a stack pointer from nowhere is the end: the next fault has no
+        // place for its frame.
+        if in_user || k.deadly || code != [0x48, 0xcf] {
+            put(code);
+        }
     }
     put(LEAVE);
     at
 }
 
 /// Leaves by the iret hypercall with this frame.
-fn iret(frame: &[u64; 9]) {
+pub fn iret(frame: &[u64; 9]) {
     // SAFETY: none: where it goes is the attack.
     unsafe {
         asm!("mov rsp, {}", "mov eax, 23", "syscall", "ud2", in(reg) frame.as_ptr(), options(noreturn));
@@ -114,19 +117,22 @@ fn iret(frame: &[u64; 9]) {
 }
 
 pub fn attack(k: &Kernel, rng: &mut Rng) {
-    let at = code(k, rng);
+    let kind = rng.below(4);
+    // To user mode, on a root that has this kernel's pages.
+    if !k.deadly || kind != 3 {
+        let op = [u64::from(mmuext::NEW_USER_BASEPTR), k.root, 0];
+        hypercall(nr::MMUEXT_OP, [op.as_ptr() as u64, 1, 0, 0x7ff0, 0]);
+    }
+    let at = code(k, rng, matches!(kind, 1 | 2));
     let stack = k.scratch(TABLES + rng.below(SCRATCH - TABLES)) + 2048;
-    match rng.below(4) {
+    match kind {
         0 => {
-            attempt(|| {
+            attempt(k, || {
                 // SAFETY: the code there does what it does; registers are lost.
                 unsafe { asm!("jmp {}", in(reg) at, options(noreturn)) }
             });
         }
         1 | 2 => {
-            // To user mode, on a root that has this kernel's pages.
-            let op = [u64::from(mmuext::NEW_USER_BASEPTR), k.root, 0];
-            hypercall(nr::MMUEXT_OP, [op.as_ptr() as u64, 1, 0, 0x7ff0, 0]);
             let flags = rng.next() & 0x3f_7fd5 & !(1 << 8) | 0x202;
             let frame = [
                 rng.next(),
@@ -139,10 +145,10 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
                 stack,
                 0xe02b,
             ];
-            attempt(|| iret(&frame));
+            attempt(k, || iret(&frame));
         }
         _ => {
-            let landing = hostile_trap as *const () as u64;
+            let landing = k.trap();
             let selector = |rng: &mut Rng, good: u64| match rng.below(3) {
                 0 => good,
                 1 => rng.next() & 0xffff,
@@ -160,15 +166,20 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
                 rng.pick(&[0, 0x100, u64::MAX]),
                 rip,
                 selector(rng, KERNEL_CS & !3),
-                rng.next(),
-                if rng.once_in(16) {
+                // With events masked, nothing ends a loop in what is found there.
+                if k.deadly {
+                    rng.next()
+                } else {
+                    rng.next() | 0x200
+                },
+                if k.deadly && rng.once_in(16) {
                     rng.address(k)
                 } else {
                     stack
                 },
                 selector(rng, KERNEL_SS),
             ];
-            attempt(|| iret(&frame));
+            attempt(k, || iret(&frame));
         }
     }
 }

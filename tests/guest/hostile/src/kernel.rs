@@ -1,17 +1,21 @@
 //! What a kernel must have: entry, notes, hypercalls, traps, a way out.
 
 use core::arch::{asm, global_asm};
+use core::cell::UnsafeCell;
 use core::fmt::Write;
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use blanket_abi::device::inject;
 use blanket_abi::xen::event;
-use blanket_abi::xen::hypercall::{self as nr, callback, mmuext, sched, vcpu};
-use blanket_abi::xen::shared::shared_info;
+use blanket_abi::xen::hypercall::{self as nr, callback, mmuext, sched, vcpu, vgcf};
+use blanket_abi::xen::shared::{guest_context as gc, shared_info};
 
 use crate::rng::Rng;
-use crate::{descriptors, events, hypercalls, instructions, tables};
+use crate::{
+    descriptors, events, grants, hypercalls, instructions, memory, preemption, races, shapes,
+    tables, user,
+};
 
 /// Where frame 0 is mapped.
 pub const VIRT_BASE: u64 = 0xffff_ffff_8000_0000;
@@ -29,16 +33,24 @@ pub const KERNEL_SS: u64 = 0xe02b;
 struct Pages<const N: usize>([[AtomicU64; 512]; N]);
 static PAGES: Pages<{ SCRATCH as usize }> =
     Pages([const { [const { AtomicU64::new(0) }; 512] }; SCRATCH as usize]);
+/// vCPUs that attack.
+pub const VCPUS: usize = 2;
 const STACK_PAGES: usize = 8;
 #[unsafe(no_mangle)]
-static hostile_stack: Pages<STACK_PAGES> =
-    Pages([const { [const { AtomicU64::new(0) }; 512] }; STACK_PAGES]);
+static hostile_stack: Pages<{ STACK_PAGES * VCPUS }> =
+    Pages([const { [const { AtomicU64::new(0) }; 512] }; STACK_PAGES * VCPUS]);
 static SHARED: Pages<1> = Pages([const { [const { AtomicU64::new(0) }; 512] }; 1]);
-static KERNEL_STACK: Pages<2> = Pages([const { [const { AtomicU64::new(0) }; 512] }; 2]);
+static KERNEL_STACK: Pages<{ 2 * VCPUS }> =
+    Pages([const { [const { AtomicU64::new(0) }; 512] }; 2 * VCPUS]);
+/// `struct vcpu_info` of each vCPU, in pages of their own: they can be moved only once,
+/// and an attack that did it would leave events masked for good.
+static INFO: Pages<VCPUS> = Pages([const { [const { AtomicU64::new(0) }; 512] }; VCPUS]);
+/// `struct vcpu_guest_context` of the second vCPU.
+static CONTEXT: Pages<2> = Pages([const { [const { AtomicU64::new(0) }; 512] }; 2]);
 
-/// Where [`attempt`] goes on after a fault; 0 = no attempt runs.
+/// Where [`attempt`] goes on after a fault, for each vCPU; 0 = no attempt runs.
 #[unsafe(no_mangle)]
-static hostile_recover: AtomicU64 = AtomicU64::new(0);
+static hostile_recover: [AtomicU64; VCPUS] = [const { AtomicU64::new(0) }; VCPUS];
 static FAULTS: AtomicU64 = AtomicU64::new(0);
 static HYPERCALLS: AtomicU64 = AtomicU64::new(0);
 
@@ -55,23 +67,31 @@ hostile_entry:
     call hostile_main
     ud2
 
+    .global hostile_second
+hostile_second:
+    call hostile_second_main
+    ud2
+
     .text
-    # hostile_attempt(function: rdi, argument: rsi) -> 0, or 1 if it faulted.
-    .global hostile_attempt
-hostile_attempt:
+    # For each vCPU, since a trap finds nothing else that tells it which one it is on:
+    # hostile_attempt(function: rdi, argument: rsi) -> 0, or 1 if it faulted, and
+    # hostile_trap, where every exception, callback and system call ends.
+    .macro traps n
+    .global hostile_attempt\n
+hostile_attempt\n:
     push rbp
     push rbx
     push r12
     push r13
     push r14
     push r15
-    push qword ptr [rip + hostile_recover]
-    mov [rip + hostile_recover], rsp
+    push qword ptr [rip + hostile_recover + 8 * \n]
+    mov [rip + hostile_recover + 8 * \n], rsp
     mov rax, rdi
     mov rdi, rsi
     call rax
     xor eax, eax
-1:  pop qword ptr [rip + hostile_recover]
+1:  pop qword ptr [rip + hostile_recover + 8 * \n]
     pop r15
     pop r14
     pop r13
@@ -80,12 +100,11 @@ hostile_attempt:
     pop rbp
     ret
 
-    # Every exception, callback and system call ends here, in kernel mode.
-    .global hostile_trap
-hostile_trap:
-    cmp qword ptr [rip + hostile_recover], 0
+    .global hostile_trap\n
+hostile_trap\n:
+    cmp qword ptr [rip + hostile_recover + 8 * \n], 0
     je 2f
-    mov rsp, [rip + hostile_recover]
+    mov rsp, [rip + hostile_recover + 8 * \n]
     cld
     mov eax, 1
     jmp 1b
@@ -98,6 +117,9 @@ hostile_trap:
     push rax
     mov eax, 23
     syscall
+    .endm
+    traps 0
+    traps 1
 
     # Elf notes (public/elfnote.h): operating system, version of the ABI, base,
     # offset, entry, features.
@@ -130,10 +152,14 @@ hostile_trap:
 );
 
 // SAFETY: labels of the assembly above, functions with the signatures given;
-// `hostile_trap` is only ever named, never called.
+// the traps are only ever named, never called.
 unsafe extern "C" {
-    fn hostile_attempt(function: unsafe extern "C" fn(*mut u8), argument: *mut u8) -> u64;
-    pub fn hostile_trap();
+    fn hostile_attempt0(function: unsafe extern "C" fn(*mut u8), argument: *mut u8) -> u64;
+    fn hostile_attempt1(function: unsafe extern "C" fn(*mut u8), argument: *mut u8) -> u64;
+    fn hostile_trap0();
+    fn hostile_trap1();
+    fn hostile_second();
+    static hostile_end: u8;
 }
 
 /// `struct start_info` (`public/xen.h`), as far as it is read.
@@ -156,7 +182,14 @@ const _: () =
     assert!(offset_of!(StartInfo, pt_base) == 88 && offset_of!(StartInfo, cmd_line) == 128);
 
 /// What the attacks know of the machine.
+#[derive(Clone, Copy)]
 pub struct Kernel {
+    /// The vCPU that this one is.
+    pub cpu: usize,
+    /// Whether attacks may also destroy this kernel itself.
+    pub deadly: bool,
+    /// First frame of the tables that the builder made, and how many there are.
+    pub tables: (u64, u64),
     /// Frames of RAM.
     pub nr_pages: u64,
     /// The root that the builder made.
@@ -166,6 +199,30 @@ pub struct Kernel {
 }
 
 impl Kernel {
+    /// Whether this kernel dies if something happens to a frame: its image, but for the
+    /// scratch pages, and its first page tables.
+    pub fn vital(&self, gfn: u64) -> bool {
+        let frame = |va: u64| (va - VIRT_BASE) >> 12;
+        let image = 0x100..frame((&raw const hostile_end) as u64 + 4095);
+        // The roots are changed by those only who know what a root must have: the
+        // other vCPU may be on one.
+        let scratch = self.scratch_gfn(0) + tables::ROOTS..self.scratch_gfn(0) + SCRATCH;
+        let tables = self.tables.0..self.tables.0 + self.tables.1;
+        !self.deadly && (tables.contains(&gfn) || image.contains(&gfn) && !scratch.contains(&gfn))
+    }
+    /// Whether a word names something vital: as a frame, a machine address, or an address.
+    pub fn names_vital(&self, word: u64) -> bool {
+        self.vital(word)
+            || self.vital(word >> 12 & 0xff_ffff_ffff)
+            || word >= VIRT_BASE && self.vital((word - VIRT_BASE) >> 12)
+    }
+    /// Where this vCPU's traps go.
+    pub fn trap(&self) -> u64 {
+        [
+            hostile_trap0 as *const () as u64,
+            hostile_trap1 as *const () as u64,
+        ][self.cpu]
+    }
     /// Address of scratch page `n`.
     pub fn scratch(&self, n: u64) -> u64 {
         (&raw const PAGES) as u64 + n % SCRATCH * 4096
@@ -173,6 +230,11 @@ impl Kernel {
     /// Its frame.
     pub fn scratch_gfn(&self, n: u64) -> u64 {
         (self.scratch(n) - VIRT_BASE) >> 12
+    }
+    /// A word of a scratch page, by its address.
+    pub fn word_at(&self, va: u64) -> &'static AtomicU64 {
+        let offset = va.wrapping_sub(self.scratch(0));
+        &PAGES.0[(offset >> 12) as usize % SCRATCH as usize][(offset >> 3 & 511) as usize]
     }
     /// Fills what `words` names of a scratch page that is no table, and returns its
     /// address.
@@ -207,15 +269,20 @@ pub fn hypercall(number: u64, args: [u64; 5]) -> i64 {
 }
 
 /// Runs `f`; false if a fault, a callback or a system call of user mode ended it.
-pub fn attempt<F: FnMut()>(mut f: F) -> bool {
+pub fn attempt<F: FnMut()>(k: &Kernel, mut f: F) -> bool {
     unsafe extern "C" fn run<F: FnMut()>(f: *mut u8) {
         // SAFETY: `attempt` passes its own closure.
         unsafe { (*f.cast::<F>())() }
     }
+    let attempts = [hostile_attempt0, hostile_attempt1];
     // SAFETY: a fault leaves `f` half done and unwinds nothing: closures here own
     // nothing.
-    let faulted = unsafe { hostile_attempt(run::<F>, (&raw mut f).cast()) } != 0;
+    let faulted = unsafe { attempts[k.cpu](run::<F>, (&raw mut f).cast()) } != 0;
     FAULTS.fetch_add(u64::from(faulted), Relaxed);
+    if faulted && !k.deadly {
+        // It may have been an event, which masks others: the next attempt needs them.
+        unmask(k);
+    }
     !faulted
 }
 
@@ -237,9 +304,9 @@ fn end(reason: u64) -> ! {
     }
 }
 
-/// Handlers for everything, all of them [`hostile_trap`], and a stack for them.
-pub fn install_handlers() {
-    let trap = hostile_trap as *const () as u64;
+/// Handlers for everything, all of them the same, and a stack for them.
+pub fn install_handlers(k: &Kernel) {
+    let trap = k.trap();
     // `struct trap_info`: vector and flags (DPL 3), CS, address; the last is zero.
     let mut table = [[0u64; 2]; 257];
     for (vector, row) in table.iter_mut().enumerate().take(256) {
@@ -260,7 +327,7 @@ pub fn install_handlers() {
             [callback::REGISTER, register.as_ptr() as u64, 0, 0, 0],
         );
     }
-    let top = (&raw const KERNEL_STACK) as u64 + 8192;
+    let top = (&raw const KERNEL_STACK) as u64 + 8192 * (k.cpu as u64 + 1);
     hypercall(nr::STACK_SWITCH, [KERNEL_SS, top, 0, 0, 0]);
 }
 
@@ -271,21 +338,33 @@ fn map_shared_info(k: &Kernel) {
     hypercall(nr::UPDATE_VA_MAPPING, [at, entry, 2, 0, 0]);
 }
 
-/// A timer event every 20 ms, so that an attack that ends in a loop ends. Whatever
-/// attacks have pending or masked is forgotten.
-fn rearm() {
+/// Forgets whatever events attacks have pending or masked, so that the next one comes.
+fn unmask(k: &Kernel) {
     for word in &SHARED.0[0] {
         // All but the clock at the end: vcpu_infos, pending and mask bits.
         if (&raw const *word) as u64 & 0xfff < shared_info::WC_VERSION {
             word.store(0, Relaxed);
         }
     }
-    let bind = 0u64;
+    // Pending, mask and selector.
+    for word in &INFO.0[k.cpu][..2] {
+        word.store(0, Relaxed);
+    }
+}
+
+/// A timer event every 20 ms, so that an attack that ends in a loop ends.
+fn rearm(k: &Kernel) {
+    unmask(k);
+    // `virq` 0 and the vCPU.
+    let bind = (k.cpu as u64) << 32;
     let virq = (&raw const bind) as u64;
     hypercall(nr::EVENT_CHANNEL_OP, [event::op::BIND_VIRQ, virq, 0, 0, 0]);
     let period = 20_000_000u64;
     let at = (&raw const period) as u64;
-    hypercall(nr::VCPU_OP, [vcpu::SET_PERIODIC_TIMER, 0, at, 0, 0]);
+    hypercall(
+        nr::VCPU_OP,
+        [vcpu::SET_PERIODIC_TIMER, k.cpu as u64, at, 0, 0],
+    );
 }
 
 fn number(cmdline: &[u8], name: &[u8]) -> Option<u64> {
@@ -302,9 +381,13 @@ extern "C" fn hostile_main(info: *const u8) -> ! {
     let info = unsafe { &*info.cast::<StartInfo>() };
     let seed = number(&info.cmd_line, b"seed=").unwrap_or(1);
     let steps = number(&info.cmd_line, b"steps=").unwrap_or(1000);
+    let root = (info.pt_base - VIRT_BASE) >> 12;
     let k = Kernel {
+        cpu: 0,
+        deadly: number(&info.cmd_line, b"deadly=") == Some(1),
+        tables: (root, info.nr_pt_frames),
         nr_pages: info.nr_pages,
-        root: (info.pt_base - VIRT_BASE) >> 12,
+        root,
         shared_info: info.shared_info >> 12,
     };
     if let Some(kind) = number(&info.cmd_line, b"inject=") {
@@ -317,36 +400,114 @@ extern "C" fn hostile_main(info: *const u8) -> ! {
     let _ = writeln!(Console, "HOSTILE begins: seed={seed} steps={steps}");
     map_shared_info(&k);
     tables::prepare(&k);
-    for _ in 0..steps {
-        install_handlers();
-        hypercall(
-            nr::MMUEXT_OP,
-            [
-                [u64::from(mmuext::NEW_BASEPTR), k.root, 0].as_ptr() as u64,
-                1,
-                0,
-                0x7ff0,
-                0,
-            ],
-        );
-        rearm();
-        let family = rng.below(16);
-        let rng = &mut rng;
-        attempt(|| match family {
-            0..5 => hypercalls::attack(&k, rng),
-            5..9 => tables::attack(&k, rng),
-            9..11 => descriptors::attack(&k, rng),
-            11..14 => instructions::attack(&k, rng),
-            _ => events::attack(&k, rng),
+    if number(&info.cmd_line, b"alone=") != Some(1) {
+        start_second(&k, seed, steps);
+    }
+    attack(&k, &mut rng, steps);
+    // The other vCPU goes on meanwhile, so even this may fault.
+    loop {
+        attempt(&k, || {
+            prepare(&k, 0);
+            let _ = writeln!(
+                Console,
+                "\nHOSTILE seed={seed} steps={steps} hypercalls={} faults={}",
+                HYPERCALLS.load(Relaxed),
+                FAULTS.load(Relaxed)
+            );
+            end(sched::SHUTDOWN_POWEROFF)
         });
     }
-    let _ = writeln!(
-        Console,
-        "HOSTILE seed={seed} steps={steps} hypercalls={} faults={}",
-        HYPERCALLS.load(Relaxed),
-        FAULTS.load(Relaxed)
-    );
-    end(sched::SHUTDOWN_POWEROFF)
+}
+
+/// Attack after attack.
+fn attack(k: &Kernel, rng: &mut Rng, steps: u64) {
+    if !k.deadly {
+        let info = [((&raw const INFO.0[k.cpu]) as u64 - VIRT_BASE) >> 12, 0];
+        let at = info.as_ptr() as u64;
+        hypercall(
+            nr::VCPU_OP,
+            [vcpu::REGISTER_VCPU_INFO, k.cpu as u64, at, 0, 0],
+        );
+    }
+    for step in 0..steps {
+        // All of it: what the last attack left may make even this fault.
+        attempt(k, || {
+            prepare(k, step);
+            one(k, rng);
+        });
+    }
+}
+
+/// Handlers, root, timer and scratch pages as they should be.
+fn prepare(k: &Kernel, step: u64) {
+    install_handlers(k);
+    let op = [u64::from(mmuext::NEW_BASEPTR), k.root, 0];
+    hypercall(nr::MMUEXT_OP, [op.as_ptr() as u64, 1, 0, 0x7ff0, 0]);
+    rearm(k);
+    if step.is_multiple_of(4) && !k.deadly {
+        tables::restore_scratch(k);
+    }
+}
+
+/// One attack.
+fn one(k: &Kernel, rng: &mut Rng) {
+    let family = rng.below(24);
+    attempt(k, || match family {
+        0..5 => hypercalls::attack(k, rng),
+        5..9 => tables::attack(k, rng),
+        9..11 => descriptors::attack(k, rng),
+        11..14 => instructions::attack(k, rng),
+        14..16 => events::attack(k, rng),
+        16 | 17 => grants::attack(k, rng),
+        18 => memory::attack(k, rng),
+        19 => shapes::attack(k, rng),
+        20 | 21 => races::attack(k, rng),
+        22 => user::attack(k, rng),
+        _ => preemption::attack(k, rng),
+    });
+}
+
+/// What the second vCPU is to do: its kernel, seed and steps.
+static SECOND: Second = Second(UnsafeCell::new(None));
+struct Second(UnsafeCell<Option<(Kernel, u64, u64)>>);
+// SAFETY: written before the second vCPU starts, read by it alone afterwards.
+unsafe impl Sync for Second {}
+
+/// The second vCPU, which attacks the same tables with another seed.
+fn start_second(k: &Kernel, seed: u64, steps: u64) {
+    // SAFETY: the second vCPU does not run yet.
+    unsafe { *SECOND.0.get() = Some((Kernel { cpu: 1, ..*k }, seed ^ 0x5eed, steps)) };
+    let put = |at: u64, value: u64| {
+        CONTEXT.0[(at >> 12) as usize][(at >> 3 & 511) as usize].store(value, Relaxed);
+    };
+    let reg = |n: u64, value: u64| put(gc::USER_REGS + 8 * n, value);
+    let stack = (&raw const hostile_stack) as u64 + (2 * STACK_PAGES as u64) * 4096;
+    // rip, cs, rflags, rsp, ss of `struct cpu_user_regs`.
+    reg(16, hostile_second as *const () as u64);
+    reg(17, KERNEL_CS);
+    reg(18, 0x202);
+    reg(19, stack);
+    reg(20, KERNEL_SS);
+    put(gc::FLAGS, vgcf::IN_KERNEL);
+    put(gc::KERNEL_SS, KERNEL_SS);
+    put(gc::KERNEL_SP, (&raw const KERNEL_STACK) as u64 + 4 * 4096);
+    put(gc::CTRLREG + 3 * 8, k.root << 12);
+    let context = (&raw const CONTEXT) as u64;
+    let made = hypercall(nr::VCPU_OP, [vcpu::INITIALISE, 1, context, 0, 0]);
+    let up = hypercall(nr::VCPU_OP, [vcpu::UP, 1, 0, 0, 0]);
+    let _ = writeln!(Console, "HOSTILE second vCPU: {made} {up}");
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn hostile_second_main() -> ! {
+    // SAFETY: see SECOND.
+    if let Some((k, seed, steps)) = unsafe { *SECOND.0.get() } {
+        attack(&k, &mut Rng::new(seed), steps);
+    }
+    // The first one ends the VM.
+    loop {
+        hypercall(nr::SCHED_OP, [sched::BLOCK, 0, 0, 0, 0]);
+    }
 }
 
 #[panic_handler]

@@ -6,7 +6,8 @@
 //! decision (exit code 4 of `blanket run`). What may not: the core finding its own
 //! state wrong (7), or anything at all happening to the host and to other VMs.
 //!
-//! Command line: `seed=N steps=N`. Last line of its console, if it gets there:
+//! Command line: `seed=N steps=N`; `deadly=1` lets it attack its own image and stack too,
+//! `alone=1` leaves the second vCPU asleep. Last line of its console, if it gets there:
 //! `HOSTILE seed=N steps=N hypercalls=N faults=N`.
 #![cfg_attr(target_os = "none", no_std, no_main)]
 #![allow(
@@ -21,15 +22,27 @@ mod descriptors;
 #[cfg(target_os = "none")]
 mod events;
 #[cfg(target_os = "none")]
+mod grants;
+#[cfg(target_os = "none")]
 mod hypercalls;
 #[cfg(target_os = "none")]
 mod instructions;
 #[cfg(target_os = "none")]
 mod kernel;
 #[cfg(target_os = "none")]
+mod memory;
+#[cfg(target_os = "none")]
+mod preemption;
+#[cfg(target_os = "none")]
+mod races;
+#[cfg(target_os = "none")]
 mod rng;
 #[cfg(target_os = "none")]
+mod shapes;
+#[cfg(target_os = "none")]
 mod tables;
+#[cfg(target_os = "none")]
+mod user;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

@@ -1,6 +1,7 @@
 //! Random numbers from a seed, and values that are likely to hurt.
 
-use crate::kernel::{FRAMES, Kernel, SCRATCH, VIRT_BASE};
+use crate::kernel::{FRAMES, Kernel, SCRATCH, TABLES, VIRT_BASE};
+use crate::tables::ROOTS;
 
 /// xorshift64* (Vigna, "An experimental exploration of Marsaglia's xorshift
 /// generators, scrambled").
@@ -37,10 +38,23 @@ impl Rng {
     /// not canonical, the last ones.
     pub fn address(&mut self, k: &Kernel) -> u64 {
         let inside = self.below(4096) & !7;
+        // Not a root: see `Kernel::vital`.
+        let page = if k.deadly {
+            self.below(SCRATCH)
+        } else {
+            ROOTS + self.below(SCRATCH - ROOTS)
+        };
         match self.below(12) {
-            0..5 => k.scratch(self.below(SCRATCH)) + inside,
-            5 => k.scratch(self.below(SCRATCH)) + 4096 - self.below(40),
-            6 => VIRT_BASE + self.below(FRAMES << 12),
+            0..5 => k.scratch(page) + inside,
+            5 => k.scratch(page) + 4096 - self.below(40),
+            6 => {
+                let at = VIRT_BASE + self.below(FRAMES << 12);
+                if k.names_vital(at) {
+                    k.scratch(TABLES)
+                } else {
+                    at
+                }
+            }
             7 => 0xffff_8000_0000_0000 + (self.next() >> 20),
             8 => {
                 self.pick(&[
@@ -60,12 +74,17 @@ impl Rng {
 
     /// A frame number: one of ours, of the hypervisor's, or none.
     pub fn gfn(&mut self, k: &Kernel) -> u64 {
-        match self.below(10) {
+        let gfn = match self.below(10) {
             0..6 => k.scratch_gfn(self.below(SCRATCH)),
             6 => self.below(k.nr_pages),
             7 => k.nr_pages + self.below(40),
             8 => self.next() >> self.below(64),
             _ => u64::MAX - self.below(4),
+        };
+        if k.vital(gfn) {
+            k.scratch_gfn(TABLES + gfn % (SCRATCH - TABLES))
+        } else {
+            gfn
         }
     }
 
@@ -86,7 +105,7 @@ impl Rng {
 
     /// Any word.
     pub fn word(&mut self, k: &Kernel) -> u64 {
-        match self.below(8) {
+        let word = match self.below(8) {
             0 => self.below(16),
             1 => self.below(1 << 16),
             2 => 1 << self.below(64),
@@ -94,6 +113,11 @@ impl Rng {
             4 => self.entry(k),
             5 | 6 => self.address(k),
             _ => self.next(),
+        };
+        if k.names_vital(word) {
+            k.scratch(TABLES + word % (SCRATCH - TABLES))
+        } else {
+            word
         }
     }
 }
