@@ -262,12 +262,7 @@ fn single() -> Vec<Case> {
             host: Flavour::Generic,
             ..hard_times("suspend", 420, SUSPEND)
         },
-        kvm(Case {
-            host: Flavour::Generic,
-            ..hard_times("kvm-suspend", 600, SUSPEND)
-        }),
         hard_times("memory-short", 420, MEMORY_SHORT),
-        kvm(hard_times("kvm-memory-short", 600, MEMORY_SHORT)),
         Case {
             append: "module.sig_enforce=1",
             ..hard_times("signed-only", 240, SIGNED_ONLY)
@@ -281,12 +276,7 @@ fn single() -> Vec<Case> {
             long: true,
             ..density("density-40", DENSITY_40, 3600)
         },
-        kvm(Case {
-            long: true,
-            ..density("kvm-density", DENSITY_8, 1800)
-        }),
         hard_times("kexec", 420, KEXEC_NOW),
-        kvm(hard_times("kvm-kexec", 600, KEXEC_NOW)),
         Case {
             append: "crashkernel=256M",
             ..hard_times("kdump", 420, KEXEC_CRASH)
