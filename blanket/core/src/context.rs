@@ -143,6 +143,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Asks the host; unless it answers in place, all translations are fresh then.
+    #[inline(never)]
     pub fn exit(&mut self, reason: u32, args: [u64; 4]) -> i64 {
         if self.fast.traced {
             self.record(kind::EXIT, reason.into(), args);
@@ -338,6 +339,8 @@ impl<M: Machine> Context<'_, M> {
     ///
     /// # Errors
     /// EFAULT where the guest's own tables do not allow the access.
+    #[cold]
+    #[inline(never)]
     pub fn resolve(&mut self, va: Va, write: bool) -> Result<(), i64> {
         if !va.is_guest() {
             return Err(errno::EFAULT);
