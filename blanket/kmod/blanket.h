@@ -44,6 +44,19 @@
 #define BLANKET_CRASH_CORE	2
 #define BLANKET_CRASH_MEMORY	3
 
+/* Rules of an audit. */
+#define BLANKET_AUDIT_FOREIGN		1
+#define BLANKET_AUDIT_TABLE		2
+#define BLANKET_AUDIT_ABSENT		3
+#define BLANKET_AUDIT_BITS		4
+#define BLANKET_AUDIT_RIGHTS		5
+#define BLANKET_AUDIT_HOLE		6
+#define BLANKET_AUDIT_WINDOW		7
+#define BLANKET_AUDIT_OWN		8
+#define BLANKET_AUDIT_M2P		9
+#define BLANKET_AUDIT_ROOT		10
+#define BLANKET_AUDIT_TRANSITION	11
+
 /* Bits of blanket_switch.pending. */
 #define BLANKET_PENDING_KICK	1
 #define BLANKET_PENDING_RAISED	2
@@ -106,6 +119,11 @@
 #define BLANKET_GFN_INFO_SIZE	16
 #define BLANKET_POOL_INFO_SIZE	24
 #define BLANKET_POOL_GFNS_SIZE	2048
+#define BLANKET_POOL_INFO_LEVEL	12
+#define BLANKET_POOL_INFO_STATE	13
+#define BLANKET_POOL_SHADOW	1
+#define BLANKET_POOL_KERNEL_ROOT	4
+#define BLANKET_POOL_USER_ROOT	5
 
 /* Offsets in a vCPU area. */
 #define BLANKET_VCPU_ENTRY	0x0
@@ -114,6 +132,8 @@
 #define BLANKET_VCPU_STACK_SIZE	0x10000
 #define BLANKET_VCPU_HW		0x20000
 #define BLANKET_VCPU_HW_SIZE	0x2000
+#define BLANKET_VCPU_KERNEL_CR3	0x21020
+#define BLANKET_VCPU_USER_CR3	0x21028
 #define BLANKET_VCPU_PV		0x22000
 #define BLANKET_VCPU_IST	0x24000
 #define BLANKET_VCPU_GDT	0x30000
@@ -187,6 +207,21 @@ struct blanket_vm_stats {
 	__u64 revoked;
 };
 
+struct blanket_audit {
+	__u64 roots;
+	__u64 loaded;
+	__u64 tables;
+	__u64 leaves;
+	__u64 writable;
+	__u64 own;
+	__u64 frames;
+	__u64 broken;
+	__u32 rule;
+	__u32 level;
+	__u64 va;
+	__u64 entry;
+};
+
 #define BLANKET_IOC		0xb7
 #define BLANKET_GET_INFO	_IOR(BLANKET_IOC, 0, struct blanket_info)
 #define BLANKET_CREATE_VM	_IOW(BLANKET_IOC, 1, struct blanket_create_vm)
@@ -195,6 +230,7 @@ struct blanket_vm_stats {
 #define BLANKET_GET_STATS	_IOR(BLANKET_IOC, 4, struct blanket_vm_stats)
 #define BLANKET_RUN		_IO(BLANKET_IOC, 5)
 #define BLANKET_RAISE_VIRQ	_IO(BLANKET_IOC, 6)
+#define BLANKET_AUDIT		_IOR(BLANKET_IOC, 7, struct blanket_audit)
 
 /* ---- between the module and the core ---- */
 

@@ -37,6 +37,14 @@
 
 #define IST_STACKS	4
 
+/* What a page of vm->pages is for; kept in its private word, for the audit. */
+enum blanket_page_class {
+	CLASS_DATA,		/* as the allocator leaves the word */
+	CLASS_TABLE,		/* of the hole */
+	CLASS_POOL,
+	CLASS_M2P,
+};
+
 struct blanket_vm;
 
 /* Guest time, see time.c; all under the lock but next_refresh. */
@@ -137,6 +145,9 @@ int blanket_window_init(struct blanket_vm *vm);
 int blanket_frames_follow(struct blanket_vm *vm);
 void blanket_frames_forget(struct blanket_vm *vm);
 long blanket_frame(struct blanket_vm *vm, u64 gfn);
+
+/* audit.c */
+long blanket_audit_vm(struct blanket_vm *vm, struct blanket_audit *out);
 
 /* run.c */
 long blanket_vcpu_run(struct blanket_vcpu *vcpu);

@@ -155,6 +155,16 @@ static long get_stats(struct blanket_vm *vm, void __user *to)
 	return ret;
 }
 
+static long audit(struct blanket_vm *vm, void __user *to)
+{
+	struct blanket_audit audit = {};
+	long ret = blanket_audit_vm(vm, &audit);
+
+	if (ret)
+		return ret;
+	return copy_to_user(to, &audit, sizeof(audit)) ? -EFAULT : 0;
+}
+
 static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct blanket_vm *vm = file->private_data;
@@ -168,6 +178,8 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return raise_virq(vm, arg);
 	case BLANKET_GET_STATS:
 		return get_stats(vm, (void __user *)arg);
+	case BLANKET_AUDIT:
+		return audit(vm, (void __user *)arg);
 	default:
 		return -ENOTTY;
 	}

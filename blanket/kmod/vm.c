@@ -73,6 +73,7 @@ static int map_m2p(struct blanket_vm *vm)
 
 		if (!page)
 			return -ENOMEM;
+		set_page_private(page, CLASS_M2P);
 		entry = page_address(page);
 		for (i = 0; i < per_page; i++)
 			entry[i] = first + i;

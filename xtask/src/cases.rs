@@ -294,6 +294,8 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         }),
+        audit("audit"),
+        kvm(audit("kvm-audit")),
         hostile("hostile"),
         kvm(hostile("kvm-hostile")),
         Case {
@@ -381,6 +383,20 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
     ]
+}
+
+/// Walks of all roots of VMs that run.
+fn audit(name: &str) -> Case {
+    Case {
+        name: name.into(),
+        timeout: 900,
+        work: Work::Instance {
+            script: include_str!("../../tests/lab-scripts/audit.sh"),
+            guests: vec![Flavour::Cloud],
+        },
+        expect: vec![Expect::Line("no entry maps what it must not")],
+        ..Case::default()
+    }
 }
 
 /// A kernel that attacks the core, beside a VM that works.

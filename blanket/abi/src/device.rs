@@ -39,6 +39,9 @@ pub const GET_STATS: u32 = ior(4, size_of::<VmStats>());
 pub const RUN: u32 = IOC | 5;
 /// On a VM: raise a virtual interrupt line of the toolstack on vCPU 0 (argument: VIRQ number).
 pub const RAISE_VIRQ: u32 = IOC | 6;
+/// On a VM none of whose vCPUs is in RUN: walks all page tables that a CPU may use
+/// for it and fills an [`Audit`].
+pub const AUDIT: u32 = ior(7, size_of::<Audit>());
 
 /// Answer to [`GET_INFO`].
 #[repr(C)]
@@ -222,6 +225,64 @@ pub struct VmStats {
     pub revocations: u64,
     /// Frames that the host took back.
     pub revoked: u64,
+}
+
+/// Answer to [`AUDIT`]: what a VM's page tables map, found by walking them as the CPU
+/// does and asking others than the tables whose each frame is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// Guest roots that the core keeps.
+    pub roots: u64,
+    /// Roots that a vCPU goes back to when it runs on.
+    pub loaded: u64,
+    /// Tables of the guest's part of the address spaces.
+    pub tables: u64,
+    /// Leaves in them.
+    pub leaves: u64,
+    /// Leaves that may be written through.
+    pub writable: u64,
+    /// Leaves in the hypervisor's part.
+    pub own: u64,
+    /// Guest frames that the host has given, by the owner's address space.
+    pub frames: u64,
+    /// Entries that break a rule.
+    pub broken: u64,
+    /// The first of them: which of [`audit`].
+    pub rule: u32,
+    /// Level of its table.
+    pub level: u32,
+    /// First address that it translates.
+    pub va: u64,
+    /// The entry, without the bits of the frame.
+    pub entry: u64,
+}
+
+/// Rules of [`Audit::rule`].
+pub mod audit {
+    /// A guest's leaf maps a frame that is not one of this VM's.
+    pub const FOREIGN: u32 = 1;
+    /// An entry points at a page that is not a page of tables.
+    pub const TABLE: u32 = 2;
+    /// An entry that is not present is not zero.
+    pub const ABSENT: u32 = 3;
+    /// An entry has bits that none may have: reserved, global, large page.
+    pub const BITS: u32 = 4;
+    /// An entry allows more, or less, than its place should.
+    pub const RIGHTS: u32 = 5;
+    /// The hypervisor's slots of a root are not this VM's.
+    pub const HOLE: u32 = 6;
+    /// A window entry is not the frame that the owner has there.
+    pub const WINDOW: u32 = 7;
+    /// A page of the hypervisor's part is not what belongs there.
+    pub const OWN: u32 = 8;
+    /// The identity table is not the identity.
+    pub const M2P: u32 = 9;
+    /// A vCPU's root is none of the core's roots.
+    pub const ROOT: u32 = 10;
+    /// A root of the world switch holds something besides the hypervisor's slots and
+    /// the host's kernel half.
+    pub const TRANSITION: u32 = 11;
 }
 
 /// Number of counters that the core keeps for each vCPU.

@@ -60,6 +60,16 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Walk a VM's page tables and say what they map; exits with 1 if that is too much
+    ///
+    /// The VM stands still meanwhile.
+    Audit {
+        /// The VM
+        name: String,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Ask a VM's guest to power off, and wait until it has
     Stop {
         /// The VM

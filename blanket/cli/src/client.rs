@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::control::{Answer, Info, Request, ask};
-use crate::exit::{hint, output};
+use crate::exit::{self, hint, output};
 use crate::registry::Registry;
 
 /// Ctrl-]: detaches.
@@ -102,6 +102,25 @@ pub fn stats(name: &str, json: bool) -> Result<ExitCode> {
         output(&stats.to_string())?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `blanket audit`.
+pub fn audit(name: &str, json: bool) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let Answer::Audit(report) = ask(&stream, &Request::Audit).with_context(|| name.to_owned())?
+    else {
+        bail!("{name} answered something else than an audit");
+    };
+    if json {
+        output(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
+    } else {
+        output(&report.to_string())?;
+    }
+    Ok(if report.broken == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(exit::FAILURE)
+    })
 }
 
 /// `blanket stop`.

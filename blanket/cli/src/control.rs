@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, anyhow};
 use blanket_vmm::instance::Instance;
 use serde::{Deserialize, Serialize};
 
+use crate::audit::Report;
 use crate::stats::Stats;
 
 /// Longest request or answer.
@@ -23,6 +24,8 @@ pub enum Request {
     Info,
     /// Its counters.
     Stats,
+    /// Walk its page tables.
+    Audit,
     /// Ask its guest to power off.
     Stop {
         /// Milliseconds that it has.
@@ -44,6 +47,8 @@ pub enum Answer {
     Info(Box<Info>),
     /// Its counters.
     Stats(Box<Stats>),
+    /// What its page tables map.
+    Audit(Report),
     /// Why not.
     Error(String),
     /// Not an answer: the VM's process was gone before it could give one.
@@ -140,6 +145,11 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
         Ok(Request::Stats) => match instance.stats() {
             Ok(Some(stats)) => Answer::Stats(Box::new(Stats::from(stats))),
             Ok(None) => Answer::Error("there are no counters yet".into()),
+            Err(error) => Answer::Error(error.to_string()),
+        },
+        Ok(Request::Audit) => match instance.audit() {
+            Ok(Some(found)) => Answer::Audit(found.into()),
+            Ok(None) => Answer::Error("the VM does not run, or never stands still".into()),
             Err(error) => Answer::Error(error.to_string()),
         },
         Ok(Request::Stop { timeout_ms }) => {
@@ -283,6 +293,14 @@ mod tests {
             panic!("none")
         };
         assert_eq!(stats.guest_ns, 5);
+
+        // The VM runs on afterwards, and can be asked again.
+        for _ in 0..2 {
+            let Ok(Answer::Audit(report)) = ask(&connect(), &Request::Audit) else {
+                panic!("no audit")
+            };
+            assert_eq!((report.roots, report.broken), (2, 0));
+        }
 
         let mut console = connect();
         assert!(matches!(ask(&console, &Request::Console), Ok(Answer::Done)));

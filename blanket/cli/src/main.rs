@@ -1,6 +1,7 @@
 //! `blanket`: VMs on a machine without nested virtualization.
 
 mod args;
+mod audit;
 mod client;
 mod control;
 mod doctor;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Ps { json } => client::ps(json),
         Command::Console { name } => client::console(&name),
         Command::Stats { name, json } => client::stats(&name, json),
+        Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),
         Command::Generate { what } => generate(&what),

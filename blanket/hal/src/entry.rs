@@ -28,6 +28,10 @@ pub const FAST: usize = 0x1000;
 
 const _: () = assert!(size_of::<TrapFrame>() == 176);
 const _: () = assert!(area::HW == area::STACK + area::STACK_SIZE);
+const _: () = assert!(
+    area::KERNEL_CR3 == area::HW + (FAST + offset_of!(Fast, kernel_cr3)) as u64
+        && area::USER_CR3 == area::HW + (FAST + offset_of!(Fast, user_cr3)) as u64
+);
 
 // The 256 stubs come first, 16 bytes apart; AT&T syntax, for an immediate that is
 // a symbol.

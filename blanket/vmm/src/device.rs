@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use blanket_abi::device::{
-    API_VERSION, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO, GET_STATS,
-    Info, RAISE, RUN, RUN_DATA, Run, VmStats, exit,
+    API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
+    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, VmStats, exit,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
@@ -284,6 +284,16 @@ impl Machine for DeviceVm {
         }
         Ok(stats)
     }
+
+    fn audit(&self) -> Result<Audit, Error> {
+        let mut audit = Audit::default();
+        // SAFETY: AUDIT writes at most size_of::<Audit>() bytes to its argument, for
+        // which every bit pattern is valid.
+        if unsafe { ioctl_with_mut_ref(&self.fd, AUDIT.into(), &mut audit) } < 0 {
+            return Err(refused("walk its page tables"));
+        }
+        Ok(audit)
+    }
 }
 
 /// The page that a vCPU shares with the module. Fields other than `immediate_exit`
@@ -349,6 +359,10 @@ impl RunPage {
 impl Kick for RunPage {
     fn stop(&self) {
         self.immediate_exit().store(1, Ordering::Release);
+    }
+
+    fn go(&self) {
+        self.immediate_exit().store(0, Ordering::Release);
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use blanket_abi::device::VmStats;
+use blanket_abi::device::{Audit, VmStats};
 use blanket_abi::xen::domid;
 use blanket_xenstore::{DomainSpec, Errno};
 
@@ -321,6 +321,18 @@ impl Instance {
             Some(running) => Counters::of(&*running.machine).map(Some),
             None => Ok(last),
         }
+    }
+
+    /// Walks all page tables that a CPU may use for the VM, while it stands still.
+    /// `None` if it does not run, or never stands still.
+    ///
+    /// # Errors
+    /// What the host refused.
+    pub fn audit(&self) -> Result<Option<Audit>, device::Error> {
+        let running = lock(&self.now).running.clone();
+        running
+            .and_then(|now| now.handle.paused(|| now.machine.audit()))
+            .transpose()
     }
 
     /// What it is made of.

@@ -8,6 +8,7 @@
 //! itself (`blanket/hal/src/kvm.rs`); the rest are exits through one port, served
 //! in [`vcpu`].
 
+mod audit;
 mod cpuid;
 mod image;
 mod probe;
@@ -21,7 +22,7 @@ use std::io;
 use std::sync::Arc;
 
 use blanket_abi::PAGE_SIZE;
-use blanket_abi::device::{API_VERSION, Info, VmStats, features};
+use blanket_abi::device::{API_VERSION, Audit, Info, VmStats, features};
 use blanket_abi::kvm::{RAM_BASE, vector};
 use blanket_abi::layout::{MAX_FRAMES, MAX_POOL, MAX_VCPUS};
 use kvm_bindings::{
@@ -414,6 +415,10 @@ impl Machine for Handle {
             revocations: 0,
             revoked: 0,
         })
+    }
+
+    fn audit(&self) -> Result<Audit, device::Error> {
+        Ok(self.0.space.audit()?)
     }
 
     fn host_exits(&self) -> Vec<HostExits> {

@@ -18,11 +18,12 @@ use blanket_abi::layout::{
 use vm_memory::{Bytes as _, MmapRegion, VolatileMemory as _};
 
 use super::Error;
+use super::audit::Use;
 use super::image::Image;
 use crate::builder::Domain;
 
 /// Bits of a page-table entry.
-mod entry {
+pub(super) mod entry {
     pub const P: u64 = 1;
     pub const RW: u64 = 1 << 1;
     pub const US: u64 = 1 << 2;
@@ -32,18 +33,18 @@ mod entry {
     pub const FRAME: u64 = 0x000f_ffff_ffff_f000;
 }
 
-const RX: u64 = entry::P | entry::A;
-const RO: u64 = entry::P | entry::A | entry::NX;
-const RW: u64 = entry::P | entry::RW | entry::A | entry::D | entry::NX;
-const USER_RO: u64 = RO | entry::US;
+pub(super) const RX: u64 = entry::P | entry::A;
+pub(super) const RO: u64 = entry::P | entry::A | entry::NX;
+pub(super) const RW: u64 = entry::P | entry::RW | entry::A | entry::D | entry::NX;
+pub(super) const USER_RO: u64 = RO | entry::US;
 
 /// Slots of the hole that have tables: M2P, core, window, pool.
-const SLOTS: usize = 4;
-const SLOT_M2P: usize = 0;
-const SLOT_WINDOW: usize = 2;
-const SLOT_POOL: usize = 3;
+pub(super) const SLOTS: usize = 4;
+pub(super) const SLOT_M2P: usize = 0;
+pub(super) const SLOT_WINDOW: usize = 2;
+pub(super) const SLOT_POOL: usize = 3;
 /// L3 index of the recursive entry of window and pool.
-const RECURSIVE: u64 = 511;
+pub(super) const RECURSIVE: u64 = 511;
 
 /// The TSS lies behind the switch block, in the second hardware page.
 pub const TSS: u64 = 0x1c00;
@@ -91,14 +92,22 @@ pub struct Plan<'a> {
 pub struct Space {
     region: MmapRegion<()>,
     /// Guest-physical address of it.
-    base: u64,
+    pub(super) base: u64,
+    /// Frames of the guest, from [`RAM_BASE`].
+    pub(super) frames: u64,
     /// Offset of the first byte that is not given out.
     next: u64,
+    /// What has been given out, for what: where each range ends.
+    pub(super) uses: Vec<(u64, Use)>,
     /// Offsets of the slots' L3 tables.
-    l3: [u64; SLOTS],
+    pub(super) l3: [u64; SLOTS],
     vm_page: u64,
+    /// Offset of the records of the pool's pages.
+    pub(super) pool_info: u64,
+    /// Offset of the pool, and its pages.
+    pub(super) pool: (u64, u64),
     /// Offsets of the switch blocks.
-    switches: Vec<u64>,
+    pub(super) switches: Vec<u64>,
     /// Offset of the image.
     image: u64,
     root: u64,
@@ -127,9 +136,13 @@ impl Space {
         let mut space = Self {
             region: reserve(size.next_multiple_of(2 << 20))?,
             base: (RAM_BASE + frames * PAGE_SIZE).next_multiple_of(1 << 30),
+            frames,
             next: 0,
+            uses: Vec::new(),
             l3: [0; SLOTS],
             vm_page: 0,
+            pool_info: 0,
+            pool: (0, plan.pool),
             switches: Vec::new(),
             image: 0,
             root: 0,
@@ -140,13 +153,13 @@ impl Space {
         space.vm_page = space.map_new(VM_PAGE, PAGE_SIZE, RW)?;
         let cpuid = space.map_new(CPUID_TABLE, PAGE_SIZE, RO)?;
         space.map_new(GFN_INFO, frames * GFN_INFO_SIZE, RW)?;
-        space.map_new(POOL_INFO, plan.pool * POOL_INFO_SIZE, RW)?;
+        space.pool_info = space.map_new(POOL_INFO, plan.pool * POOL_INFO_SIZE, RW)?;
         space.map_new(POOL_GFNS, plan.pool * POOL_GFNS_SIZE, RW)?;
         space.map(WINDOW, RAM_BASE, frames, RW)?;
         for id in 0..plan.vcpus {
             space.map_area(plan.image, id)?;
         }
-        space.map_new(POOL, plan.pool * PAGE_SIZE, RW)?;
+        space.pool.0 = space.map_new(POOL, plan.pool * PAGE_SIZE, RW)?;
         space.fill_cpuid(cpuid, plan.cpuid)?;
         space.fill_vm_page(plan, &hole)?;
         Ok(space)
@@ -166,16 +179,17 @@ impl Space {
     // ---- pages and words ----
 
     /// `count` pages in a row, zeroed; the offset of the first.
-    fn pages(&mut self, count: u64) -> Result<u64, Error> {
+    fn pages(&mut self, count: u64, what: Use) -> Result<u64, Error> {
         let at = self.next;
         self.next += count * PAGE_SIZE;
+        self.uses.push((self.next, what));
         if self.next > self.region.size() as u64 {
             return Err(Error::NoMemory("hold the core"));
         }
         Ok(at)
     }
 
-    fn word(&self, at: u64) -> Result<&AtomicU64, Error> {
+    pub(super) fn word(&self, at: u64) -> Result<&AtomicU64, Error> {
         let at = usize::try_from(at).map_err(Error::memory)?;
         self.region.get_atomic_ref(at).map_err(Error::memory)
     }
@@ -205,7 +219,7 @@ impl Space {
     fn make_slots(&mut self) -> Result<[u64; 16], Error> {
         let mut hole = [0; 16];
         for (slot, word) in hole.iter_mut().enumerate().take(SLOTS) {
-            let at = self.pages(1)?;
+            let at = self.pages(1, Use::Table)?;
             self.l3[slot] = at;
             let address = self.base + at;
             // Read-only at this level: the core sees its leaf entries, no more.
@@ -215,7 +229,7 @@ impl Space {
             let user = if slot == SLOT_M2P { entry::US } else { 0 };
             *word = address | entry::P | entry::RW | entry::A | user;
         }
-        self.root = self.pages(1)?;
+        self.root = self.pages(1, Use::Root)?;
         self.put(self.root + HOLE_FIRST_SLOT as u64 * 8, &hole)?;
         Ok(hole)
     }
@@ -230,7 +244,7 @@ impl Space {
             if word & entry::P == 0 {
                 let user = if slot == SLOT_M2P { entry::US } else { 0 };
                 // D too: through the recursive entry, tables are leaves.
-                word = (self.base + self.pages(1)?)
+                word = (self.base + self.pages(1, Use::Table)?)
                     | entry::P
                     | entry::RW
                     | entry::A
@@ -262,7 +276,13 @@ impl Space {
     /// Maps new zeroed pages over `size` bytes; the offset of the first.
     fn map_new(&mut self, va: u64, size: u64, flags: u64) -> Result<u64, Error> {
         let count = size.div_ceil(PAGE_SIZE);
-        let at = self.pages(count)?;
+        let what = match va {
+            M2P..IMAGE => Use::M2p,
+            POOL.. => Use::Pool,
+            _ if flags == RO => Use::Rodata,
+            _ => Use::Data,
+        };
+        let at = self.pages(count, what)?;
         self.map(va, self.base + at, count, flags)?;
         Ok(at)
     }
@@ -279,7 +299,12 @@ impl Space {
 
     fn map_image(&mut self, image: &Image, smap: bool) -> Result<(), Error> {
         let header = &image.header;
-        let at = self.pages(header.data_end / PAGE_SIZE)?;
+        let at = self.pages(header.text_end / PAGE_SIZE, Use::Text)?;
+        self.pages(
+            (header.rodata_end - header.text_end) / PAGE_SIZE,
+            Use::Rodata,
+        )?;
+        self.pages((header.data_end - header.rodata_end) / PAGE_SIZE, Use::Data)?;
         let bytes = usize::try_from(header.file_end).map_err(Error::memory)?;
         let file = if smap {
             &image.with_smap()?
@@ -569,7 +594,7 @@ pub(super) mod tests {
     use crate::builder::{self, Config};
     use crate::kernel::Kernel;
 
-    const POOL_PAGES: u64 = 700;
+    pub const POOL_PAGES: u64 = 700;
     const VCPUS: u32 = 3;
 
     /// An image of six pages: header and text, entry section, text, read-only data
@@ -615,7 +640,7 @@ pub(super) mod tests {
         builder::build(&Kernel::bare(vec![0x90; 64]), None, &config).expect("it fits")
     }
 
-    fn space(smap: bool) -> (Space, Domain) {
+    pub fn space(smap: bool) -> (Space, Domain) {
         let domain = domain();
         let space = Space::build(&Plan {
             image: &image(),

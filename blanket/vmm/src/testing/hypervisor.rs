@@ -1,9 +1,10 @@
 //! A hypervisor whose guests are closures, for tests of everything above the device.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
-use blanket_abi::device::{Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
+use blanket_abi::device::{Audit, Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
 
 use crate::builder::{Domain, GuestMemory};
 use crate::device::Error;
@@ -72,6 +73,7 @@ struct FakeMachine {
 struct FakeVcpu {
     guest: Arc<Guest>,
     program: Program,
+    rests: AtomicU32,
 }
 
 struct FakeKick(Arc<Guest>);
@@ -116,6 +118,7 @@ impl Machine for FakeMachine {
         Ok(Box::new(FakeVcpu {
             guest: Arc::clone(&self.guest),
             program,
+            rests: AtomicU32::new(0),
         }))
     }
 
@@ -136,9 +139,24 @@ impl Machine for FakeMachine {
             revoked: 0,
         })
     }
+
+    fn audit(&self) -> Result<Audit, Error> {
+        // As a host that cannot while a vCPU runs.
+        assert!(lock(&self.guest.events).stop, "the VM runs");
+        Ok(Audit {
+            roots: 2,
+            frames: 3,
+            ..Audit::default()
+        })
+    }
 }
 
 impl Vcpu for FakeVcpu {
+    fn at_rest(&self) -> bool {
+        // Every other time it is not, as a vCPU inside KVM may be.
+        self.rests.fetch_add(1, Ordering::Relaxed) % 2 == 1
+    }
+
     fn run(&mut self) -> Result<Exit, Error> {
         if lock(&self.guest.events).stop {
             return Ok(Exit::Interrupted);
@@ -155,5 +173,9 @@ impl Kick for FakeKick {
     fn stop(&self) {
         lock(&self.0.events).stop = true;
         self.0.changed.notify_all();
+    }
+
+    fn go(&self) {
+        lock(&self.0.events).stop = false;
     }
 }
