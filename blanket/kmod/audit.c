@@ -6,6 +6,10 @@
  * from the owner's address space, the hypervisor's from the list of what was
  * allocated, by what it was allocated for. Only which pages of the pool are
  * roots is the core's word; the roots that vCPUs have loaded must be among them.
+ *
+ * The host may take frames back while this runs, and before. A leaf of such a frame
+ * stays until a vCPU comes into the core world, which removes it before it loads a
+ * root that it is in. It is counted, and no rule is broken as long as it is noted.
  */
 #include <linux/io.h>
 #include <linux/mm.h>
@@ -16,14 +20,18 @@
 
 /* Beside the classes of the VM's own pages. */
 enum {
-	CLASS_TEXT = CLASS_M2P + 1,
+	CLASS_TEXT = CLASS_ROOT + 1,
 	CLASS_RODATA,
 	CLASS_GUEST,
 };
 
-/* A frame's word: class, and a bit for each level that it was walked as. */
+/*
+ * A frame's word: class, a bit for each level that it was walked as, and the number
+ * of a page of the pool.
+ */
 #define CLASS_MASK	0xfUL
 #define SEEN(level)	(1UL << (4 + (level)))
+#define NUMBER_SHIFT	16
 
 #define ENTRY_FLAGS	(~ENTRY_FRAME)
 #define LINK_BITS	(ENTRY_P | ENTRY_RW | ENTRY_US | ENTRY_A | ENTRY_D | ENTRY_NX)
@@ -92,22 +100,6 @@ static u64 step(u32 level)
 	return 1ULL << (12 + 9 * (level - 1));
 }
 
-/* The entry that translates @va in the hole, at level 1, or NULL. */
-static u64 *hole_leaf(struct blanket_vm *vm, u64 va)
-{
-	u64 *table = vm->l3[(va >> 39 & 511) - BLANKET_HOLE_FIRST_SLOT];
-	u32 level;
-
-	for (level = 3; level > 1; level--) {
-		u64 entry = table[va >> (12 + 9 * (level - 1)) & 511];
-
-		if (!(entry & ENTRY_P))
-			return NULL;
-		table = table_at(entry);
-	}
-	return &table[va >> 12 & 511];
-}
-
 /*
  * Asks the owner's address space for each frame that the window has: nothing is
  * brought in that was not there. What the owner does not have any more stays
@@ -119,7 +111,7 @@ static int note_guest(struct walk *w)
 	u64 gfn;
 
 	for (gfn = 0; gfn < vm->nr_frames; gfn++) {
-		u64 *entry = hole_leaf(vm, BLANKET_WINDOW + gfn * PAGE_SIZE);
+		u64 *entry = blanket_entry(vm, BLANKET_WINDOW + gfn * PAGE_SIZE);
 		struct page *page;
 
 		if (!(gfn & 511))
@@ -146,7 +138,7 @@ static void note_own(struct walk *w)
 	u64 off;
 
 	for (off = 0; off < h->rodata_end; off += PAGE_SIZE)
-		note(w, blanket_shared_pages[off >> PAGE_SHIFT],
+		note(w, blanket_shared_page(vm, off),
 		     off < h->text_end ? CLASS_TEXT : CLASS_RODATA);
 	list_for_each_entry(page, &vm->pages, lru)
 		note(w, page, page_private(page));
@@ -160,8 +152,26 @@ static void note_own(struct walk *w)
 
 static void guest_table(struct walk *w, u64 at, u32 level, u64 va, bool user_root);
 
-static void guest_entry(struct walk *w, u64 entry, u32 level, u64 va)
+/* Whether the core will remove leaf @i of the pool's page at @table first of all. */
+static bool noted(struct walk *w, u64 table, unsigned int i)
 {
+	u64 number = frame_word(w, table) >> NUMBER_SHIFT;
+	u64 at = BLANKET_POOL_GFNS + number * BLANKET_POOL_GFNS_SIZE + i * sizeof(u32), gfn;
+	u64 *names = blanket_entry(w->vm, at), *bits;
+
+	if (!names || !(*names & ENTRY_P))
+		return false;
+	gfn = ((u32 *)table_at(*names))[(at & ~PAGE_MASK) / sizeof(u32)];
+	bits = gfn < w->vm->nr_frames ? blanket_entry(w->vm, BLANKET_REVOKED + gfn / 8) : NULL;
+	if (!bits || !(*bits & ENTRY_P))
+		return false;
+	return ((u8 *)table_at(*bits))[gfn / 8 % PAGE_SIZE] >> (gfn % 8) & 1;
+}
+
+static void guest_entry(struct walk *w, u64 at, unsigned int i, u32 level, u64 va)
+{
+	u64 entry = table_at(at)[i];
+
 	if (!(entry & ENTRY_P)) {
 		if (entry)
 			broken(w, BLANKET_AUDIT_ABSENT, level, va, entry);
@@ -175,6 +185,10 @@ static void guest_entry(struct walk *w, u64 entry, u32 level, u64 va)
 		guest_table(w, entry, level - 1, va, false);
 		return;
 	}
+	if (class_of(w, entry) != CLASS_GUEST && noted(w, at, i)) {
+		w->out->taken++;
+		return;
+	}
 	w->out->leaves++;
 	if (entry & ENTRY_RW)
 		w->out->writable++;
@@ -182,7 +196,7 @@ static void guest_entry(struct walk *w, u64 entry, u32 level, u64 va)
 		broken(w, BLANKET_AUDIT_FOREIGN, level, va, entry);
 }
 
-/* The level-4 entry of one of the hypervisor's slots, as it must be. */
+/* The level-4 entry of one of the hypervisor's slots, as the core's roots have it. */
 static u64 hole_entry(struct blanket_vm *vm, unsigned int slot)
 {
 	u64 entry;
@@ -191,6 +205,16 @@ static u64 hole_entry(struct blanket_vm *vm, unsigned int slot)
 		return 0;
 	entry = virt_to_phys(vm->l3[slot]) | ENTRY_P | ENTRY_RW | ENTRY_A;
 	return slot == SLOT_M2P ? entry | ENTRY_US : entry;
+}
+
+/* As guests' roots have it: of an isolated guest's, the entry area. */
+static u64 guest_hole_entry(struct blanket_vm *vm, unsigned int slot)
+{
+	if (!vm->isolated || slot == SLOT_M2P)
+		return hole_entry(vm, slot);
+	if (slot != SLOT_CORE)
+		return 0;
+	return virt_to_phys(vm->entry_l3) | ENTRY_P | ENTRY_RW | ENTRY_A;
 }
 
 static void guest_table(struct walk *w, u64 at, u32 level, u64 va, bool user_root)
@@ -212,13 +236,14 @@ static void guest_table(struct walk *w, u64 at, u32 level, u64 va, bool user_roo
 		if (level == 4 && i >= 256)
 			here |= 0xffffULL << 48;
 		if (level == 4 && slot < BLANKET_HOLE_END_SLOT - BLANKET_HOLE_FIRST_SLOT) {
-			u64 want = user_root && slot == SLOT_M2P ? 0 : hole_entry(w->vm, slot);
+			u64 want = user_root && slot == SLOT_M2P ? 0 :
+				   guest_hole_entry(w->vm, slot);
 
 			if (table[i] != want)
 				broken(w, BLANKET_AUDIT_HOLE, level, here, table[i]);
 			continue;
 		}
-		guest_entry(w, table[i], level, here);
+		guest_entry(w, at, i, level, here);
 	}
 }
 
@@ -264,6 +289,11 @@ static void own_leaf(struct walk *w, unsigned int slot, u64 entry, u64 va)
 		return;
 	case SLOT_POOL:
 		want = CLASS_POOL;
+		if (class == CLASS_POOL)
+			xa_store(&w->frames, (entry & ENTRY_FRAME) >> PAGE_SHIFT,
+				 xa_mk_value(frame_word(w, entry) |
+					     (va - BLANKET_POOL) / PAGE_SIZE << NUMBER_SHIFT),
+				 GFP_KERNEL_ACCOUNT);
 		break;
 	default:
 		want = flags == MAP_RX ? CLASS_TEXT : flags == MAP_RO ? CLASS_RODATA : CLASS_DATA;
@@ -285,14 +315,15 @@ static void own_table(struct walk *w, unsigned int slot, u64 at, u32 level, u64 
 		return;
 	}
 	for (i = 0; i < 512; i++) {
-		u64 entry = table[i], here = va + i * step(level);
+		u64 entry = READ_ONCE(table[i]), here = va + i * step(level);
 
 		if (level == 3 && i == 511 && (slot == SLOT_WINDOW || slot == SLOT_POOL)) {
 			/* The tables of this slot, read-only. */
 			if (entry != (virt_to_phys(table) | MAP_RO | ENTRY_D))
 				broken(w, BLANKET_AUDIT_OWN, level, here, entry);
 		} else if (!(entry & ENTRY_P)) {
-			if (entry)
+			/* The mark of a window entry has no bits of a frame. */
+			if (entry && !(entry == ENTRY_TAKEN && level == 1 && slot == SLOT_WINDOW))
 				broken(w, BLANKET_AUDIT_ABSENT, level, here, entry);
 		} else if (level == 1) {
 			own_leaf(w, slot, entry, here);
@@ -304,6 +335,65 @@ static void own_table(struct walk *w, unsigned int slot, u64 at, u32 level, u64 
 				broken(w, BLANKET_AUDIT_RIGHTS, level, here, entry);
 			own_table(w, slot, entry, level - 1, here);
 		}
+	}
+}
+
+/* ---- the entry area ---- */
+
+static bool between(u64 at, u64 first, u64 size)
+{
+	return at >= first && at - first < size;
+}
+
+/* Whether an isolated guest's roots may show the page at @va. */
+static bool entry_page(struct blanket_vm *vm, u64 va)
+{
+	const struct blanket_image_header *h = blanket_header;
+	u64 text = h->entry_end - h->entry_start, off;
+
+	if (va < BLANKET_VCPU)
+		return between(va, BLANKET_IMAGE + h->entry_start, text) ||
+		       va == BLANKET_IMAGE + h->idt;
+	off = (va - BLANKET_VCPU) & (BLANKET_VCPU_STRIDE - 1);
+	return (va - BLANKET_VCPU) / BLANKET_VCPU_STRIDE < vm->nr_vcpus &&
+	       (between(off, BLANKET_VCPU_ENTRY, text) ||
+		off == BLANKET_VCPU_HW - PAGE_SIZE || off == BLANKET_VCPU_HW + PAGE_SIZE ||
+		between(off, BLANKET_VCPU_IST, 2 * IST_STACKS * PAGE_SIZE) ||
+		between(off, BLANKET_VCPU_GDT, 0x10000) ||
+		between(off, BLANKET_VCPU_LDT, 0x10000));
+}
+
+/* The same pages as in the hole, with no more rights, and only those above. */
+static void entry_table(struct walk *w, u64 at, u32 level, u64 va)
+{
+	u64 *table = table_at(at);
+	unsigned int i;
+
+	if (class_of(w, at) != CLASS_TABLE || !first_time(w, at, level)) {
+		broken(w, BLANKET_AUDIT_TABLE, level + 1, va, at);
+		return;
+	}
+	for (i = 0; i < 512; i++) {
+		u64 entry = table[i], here = va + i * step(level), *own;
+
+		if (!(entry & ENTRY_P)) {
+			if (entry)
+				broken(w, BLANKET_AUDIT_ABSENT, level, here, entry);
+			continue;
+		}
+		if (level > 1) {
+			if ((entry & ENTRY_FLAGS) != (ENTRY_P | ENTRY_RW | ENTRY_A | ENTRY_D))
+				broken(w, BLANKET_AUDIT_RIGHTS, level, here, entry);
+			entry_table(w, entry, level - 1, here);
+			continue;
+		}
+		w->out->entry_area++;
+		own = blanket_entry(w->vm, here);
+		if (!entry_page(w->vm, here) || !own || ((*own ^ entry) & ENTRY_FRAME))
+			broken(w, BLANKET_AUDIT_OWN, level, here, entry);
+		else if ((entry & ~(ENTRY_RW | ENTRY_D)) != (*own & ~(ENTRY_RW | ENTRY_D)) ||
+			 (entry & ~*own))
+			broken(w, BLANKET_AUDIT_RIGHTS, level, here, entry);
 	}
 }
 
@@ -336,13 +426,13 @@ static void core_roots(struct walk *w)
 
 	for (page = 1; page < pages; page++) {
 		u64 info = BLANKET_POOL_INFO + page * BLANKET_POOL_INFO_SIZE;
-		u64 *leaf = hole_leaf(vm, BLANKET_POOL + page * PAGE_SIZE);
+		u64 *leaf = blanket_entry(vm, BLANKET_POOL + page * PAGE_SIZE);
 		const u8 *record;
 		u64 *records;
 		u8 level;
 
 		/* A record may cross a page; the word with these two fields does not. */
-		records = hole_leaf(vm, info + 8);
+		records = blanket_entry(vm, info + 8);
 		if (!leaf || !records || !(*leaf & *records & ENTRY_P)) {
 			broken(w, BLANKET_AUDIT_OWN, 1, info, 0);
 			continue;
@@ -399,6 +489,33 @@ static void transition_root(struct walk *w, struct blanket_vcpu *vcpu)
 	}
 }
 
+/* The root that the core of an isolated guest runs on. */
+static void core_root(struct walk *w)
+{
+	u64 at = w->vm->core_root;
+	u64 *table = table_at(at);
+	unsigned int i;
+
+	if (blanket_host.la57) {
+		for (i = 0; i < 511; i++)
+			if (table[i])
+				broken(w, BLANKET_AUDIT_TRANSITION, 5, 0, table[i]);
+		at = table[511];
+		table = table_at(at);
+	}
+	if (class_of(w, at) != CLASS_ROOT || class_of(w, w->vm->core_root) != CLASS_ROOT) {
+		broken(w, BLANKET_AUDIT_TRANSITION, 5, 0, at);
+		return;
+	}
+	for (i = 0; i < 512; i++) {
+		u64 want = i < BLANKET_HOLE_FIRST_SLOT ? 0 :
+			   hole_entry(w->vm, i - BLANKET_HOLE_FIRST_SLOT);
+
+		if (table[i] != want)
+			broken(w, BLANKET_AUDIT_TRANSITION, 4, i * step(4), table[i]);
+	}
+}
+
 static void walk_all(struct walk *w)
 {
 	struct blanket_vm *vm = w->vm;
@@ -407,6 +524,10 @@ static void walk_all(struct walk *w)
 	for (slot = 0; slot < HOLE_SLOTS; slot++)
 		own_table(w, slot, hole_entry(vm, slot), 3,
 			  BLANKET_M2P + slot * step(4));
+	if (vm->isolated) {
+		entry_table(w, guest_hole_entry(vm, SLOT_CORE), 3, BLANKET_IMAGE);
+		core_root(w);
+	}
 	core_roots(w);
 	for (id = 0; id < vm->nr_vcpus; id++) {
 		const u8 *hw = (u8 *)vm->vcpus[id]->sw - BLANKET_VCPU_HW;

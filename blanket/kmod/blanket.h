@@ -151,6 +151,10 @@
 #define BLANKET_FEATURE_LA57		(1ULL << 1)
 #define BLANKET_FEATURE_XSAVE		(1ULL << 2)
 #define BLANKET_FEATURE_CPUID_PROFILE	(1ULL << 3)
+#define BLANKET_FEATURE_ISOLATES	(1ULL << 4)
+
+#define BLANKET_CREATE_ISOLATE	(1U << 0)
+#define BLANKET_CREATE_SHARE	(1U << 1)
 
 struct blanket_info {
 	__u32 api;
@@ -214,6 +218,8 @@ struct blanket_audit {
 	__u64 leaves;
 	__u64 writable;
 	__u64 own;
+	__u64 entry_area;
+	__u64 taken;
 	__u64 frames;
 	__u64 broken;
 	__u32 rule;
@@ -268,6 +274,7 @@ struct blanket_vm_page {
 	__u32 cpuid_faults;
 	__u64 revocations;
 	__u64 revoked[BLANKET_REVOKED_WORDS];
+	__u64 core_cr3;
 };
 
 #define BLANKET_HOST_MODULE	0
@@ -350,6 +357,8 @@ struct blanket_image_header {
 	__u64 stubs;
 	__u64 smap;
 	__u64 smap_end;
+	__u64 isolate;
+	__u64 isolate_end;
 };
 
 #define BLANKET_SMAP_CLAC	(1ULL << 63)

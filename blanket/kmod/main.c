@@ -217,6 +217,8 @@ static long get_info(void __user *to)
 		info.features |= BLANKET_FEATURE_XSAVE;
 	if (blanket_host.cpuid_msr)
 		info.features |= BLANKET_FEATURE_CPUID_PROFILE;
+	if (blanket_cpu_leaks())
+		info.features |= BLANKET_FEATURE_ISOLATES;
 	return copy_to_user(to, &info, sizeof(info)) ? -EFAULT : 0;
 }
 
@@ -349,6 +351,8 @@ static int check_image(void)
 	    h->data_end > BLANKET_IMAGE_MAX || h->file_end > h->data_end ||
 	    h->file_end != size || h->entry_end - h->entry_start > BLANKET_VCPU_ENTRY_MAX ||
 	    h->start >= h->text_end || h->idt < h->rodata_end || h->idt >= h->data_end ||
+	    h->isolate > h->isolate_end || h->isolate_end > h->rodata_end ||
+	    h->isolate_end > size || ((h->isolate | h->isolate_end) & 15) ||
 	    h->stubs < h->entry_start ||
 	    h->stubs + 256 * BLANKET_STUB_STRIDE > h->entry_end)
 		return refuse("the core image's header is wrong");
@@ -397,7 +401,12 @@ static int __init blanket_init(void)
 	if (err)
 		return err;
 	blanket_speculation_init();
-	err = misc_register(&device);
+	err = blanket_isolate_init();
+	if (!err) {
+		err = misc_register(&device);
+		if (err)
+			blanket_isolate_exit();
+	}
 	if (err)
 		free_shared();
 	return err;
@@ -407,6 +416,7 @@ module_init(blanket_init);
 static void __exit blanket_exit(void)
 {
 	misc_deregister(&device);
+	blanket_isolate_exit();
 	free_shared();
 }
 module_exit(blanket_exit);

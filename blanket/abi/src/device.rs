@@ -71,6 +71,8 @@ pub mod features {
     pub const XSAVE: u64 = 1 << 2;
     /// Programs of guests see the VM's CPUID, not the host's.
     pub const CPUID_PROFILE: u64 = 1 << 3;
+    /// The CPU has Meltdown: VMs are isolated from their core unless they are not to be.
+    pub const ISOLATES: u64 = 1 << 4;
 }
 
 /// Argument of [`CREATE_VM`].
@@ -85,10 +87,18 @@ pub struct CreateVm {
     pub pool_limit: u64,
     /// vCPUs, 1 to [`Info::max_vcpus`].
     pub nr_vcpus: u32,
-    /// Must be 0.
+    /// Bits of [`create`].
     pub flags: u32,
     /// How the first vCPU starts.
     pub boot: Boot,
+}
+
+/// Bits of [`CreateVm::flags`]. With neither, VMs are isolated on CPUs with Meltdown.
+pub mod create {
+    /// The guest's roots hold the entry area only, and the core runs on a root of its own.
+    pub const ISOLATE: u32 = 1 << 0;
+    /// They do not. On a CPU with Meltdown this is for root only.
+    pub const SHARE: u32 = 1 << 1;
 }
 
 /// What the core must know to start a domain: the result of the domain builder.
@@ -244,6 +254,12 @@ pub struct Audit {
     pub writable: u64,
     /// Leaves in the hypervisor's part.
     pub own: u64,
+    /// Leaves of the entry area, the only part of the hypervisor's that the roots of an
+    /// isolated guest hold; 0 for other guests.
+    pub entry_area: u64,
+    /// Leaves of frames that the host has taken back: the core removes them before any
+    /// vCPU loads a root. Always 0 inside KVM.
+    pub taken: u64,
     /// Guest frames that the host has given, by the owner's address space.
     pub frames: u64,
     /// Entries that break a rule.
@@ -367,8 +383,9 @@ pub struct VmPage {
     /// Most pages that the pool may ever have: the length of the array at
     /// [`crate::layout::POOL_INFO`].
     pub pool_limit: u64,
-    /// Level-4 entries 256 to 271 that every root of this VM needs: the tables
-    /// of [`crate::layout`], built by the module.
+    /// Level-4 entries 256 to 271 that every root of the guest needs: the tables
+    /// of [`crate::layout`], built by the module, or the part of them that an isolated
+    /// guest's roots hold.
     pub hole: [u64; 16],
     /// What the core runs on, one of [`host`].
     pub host: u32,
@@ -387,6 +404,9 @@ pub struct VmPage {
     /// the bits at [`crate::layout::REVOKED`]. The module sets bits while no vCPU is
     /// in the core world, the core clears them.
     pub revoked: [AtomicU64; 64],
+    /// CR3 of the root that the core runs on, if the guest's roots hold the entry area
+    /// only; else 0.
+    pub core_cr3: u64,
 }
 
 /// Values of [`VmPage::host`].
@@ -576,6 +596,11 @@ pub struct ImageHeader {
     pub smap: u64,
     /// End of the array.
     pub smap_end: u64,
+    /// Array of pairs of u64, all in the entry section: where a NOP of five bytes
+    /// becomes a jump, and where to, for a core that runs on a root of its own.
+    pub isolate: u64,
+    /// End of the array.
+    pub isolate_end: u64,
 }
 
 /// Bit in an entry of [`ImageHeader::smap`]: the place gets CLAC.

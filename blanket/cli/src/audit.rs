@@ -20,6 +20,10 @@ pub struct Report {
     pub writable: u64,
     /// Pages mapped in the hypervisor's part.
     pub own_leaves: u64,
+    /// Of these, those in the roots of an isolated guest; 0 for other guests.
+    pub entry_area: u64,
+    /// Pages that the host has taken back, and whose leaves go before the VM runs on.
+    pub taken: u64,
     /// Frames of the guest that the host has given.
     pub frames: u64,
     /// Entries that break a rule.
@@ -68,6 +72,8 @@ impl From<Audit> for Report {
             leaves: raw.leaves,
             writable: raw.writable,
             own_leaves: raw.own,
+            entry_area: raw.entry_area,
+            taken: raw.taken,
             frames: raw.frames,
             broken: raw.broken,
             first: (raw.broken > 0).then(|| First {
@@ -94,6 +100,13 @@ impl fmt::Display for Report {
             self.own_leaves,
             self.frames
         )?;
+        if self.entry_area > 0 {
+            writeln!(
+                f,
+                "isolated: the guest's roots show {} pages of the hypervisor",
+                self.entry_area
+            )?;
+        }
         match &self.first {
             None => writeln!(f, "no entry maps what it must not"),
             Some(first) => writeln!(

@@ -241,6 +241,7 @@ mod tests {
             verbose: false,
             mergeable: false,
             pool_limit: 0,
+            isolation: blanket_vmm::hypervisor::Isolation::Auto,
         };
         let fake = Fake::new(|_, id| {
             let mut first = id == 0;

@@ -73,6 +73,13 @@ extern "C" fn blanket_trap(f: *mut TrapFrame) {
 extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
     // SAFETY: as for `blanket_trap`.
     let hal = unsafe { Hal::containing(f as u64) };
+    let isolated = hal.vm_page().core_cr3;
+    if isolated != 0 {
+        hal.local().core_cr3.store(isolated, Ordering::Relaxed);
+        hal.load_core_root();
+        // SAFETY: no `Context` of this vCPU exists yet.
+        unsafe { (*hal.fast()).isolate() };
+    }
     let first = hal.id() == 0;
     if first && !CLAIMED.swap(true, Ordering::SeqCst) {
         VM.call_once(|| {

@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use blanket_abi::device::{
     API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
-    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, VmStats, exit,
+    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, VmStats, create, exit,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use crate::builder::{Domain, GuestMemory};
-use crate::hypervisor::{Crash, Exit, Hypervisor, Kick, Machine, Vcpu, within_limits};
+use crate::hypervisor::{Crash, Exit, Hypervisor, Isolation, Kick, Machine, Vcpu, within_limits};
 use crate::kvm;
 use crate::shared_page::SharedPage;
 
@@ -176,6 +176,7 @@ impl Hypervisor for Device {
         domain: &Domain,
         vcpus: u32,
         pool_limit: u64,
+        isolation: Isolation,
     ) -> Result<Arc<dyn Machine>, Error> {
         within_limits(&self.info, domain, vcpus)?;
         ask_for_branch_barriers();
@@ -191,7 +192,11 @@ impl Hypervisor for Device {
             nr_frames: domain.frames,
             pool_limit,
             nr_vcpus: vcpus,
-            flags: 0,
+            flags: match isolation {
+                Isolation::Auto => 0,
+                Isolation::On => create::ISOLATE,
+                Isolation::Off => create::SHARE,
+            },
             boot: domain.boot,
         };
         let fd = loop {

@@ -9,6 +9,19 @@ use blanket_abi::device::{Audit, Info, VmStats, crash};
 use crate::builder::Domain;
 use crate::device::Error;
 
+/// Whether the guest's roots hold the entry area only, and the core runs on a root of
+/// its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Isolation {
+    /// On CPUs with Meltdown.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
 /// Makes VMs.
 pub trait Hypervisor: Send + Sync {
     /// Which it is, in a word: `module` or `kvm`.
@@ -27,6 +40,7 @@ pub trait Hypervisor: Send + Sync {
         domain: &Domain,
         vcpus: u32,
         pool_limit: u64,
+        isolation: Isolation,
     ) -> Result<Arc<dyn Machine>, Error>;
 }
 

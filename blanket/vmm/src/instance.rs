@@ -14,7 +14,7 @@ use blanket_xenstore::{DomainSpec, Errno};
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
-use crate::hypervisor::{HostExits, Hypervisor, Machine};
+use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
 use crate::kernel::{self, Kernel};
 use crate::sync::lock;
 use crate::vm::{self, Backend, Backends, EarlyConsole, End, Vm};
@@ -43,6 +43,8 @@ pub struct Spec {
     pub mergeable: bool,
     /// Most pages of shadow memory; 0 = the module's default.
     pub pool_limit: u64,
+    /// Whether the guest's roots hold the entry area only.
+    pub isolation: Isolation,
 }
 
 /// What a reboot of the guest does.
@@ -198,9 +200,9 @@ impl Instance {
         };
         tracing::info!(elapsed = ?begun.elapsed(), "domain built");
 
-        let machine = self
-            .hypervisor
-            .create(&domain, spec.vcpus, spec.pool_limit)?;
+        let machine =
+            self.hypervisor
+                .create(&domain, spec.vcpus, spec.pool_limit, spec.isolation)?;
         let description = DomainSpec {
             domain: domid::GUEST,
             name: spec.name.clone(),

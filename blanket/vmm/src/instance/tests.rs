@@ -31,6 +31,7 @@ fn spec(kernel: &std::path::Path) -> Spec {
         verbose: false,
         mergeable: false,
         pool_limit: 0,
+        isolation: crate::hypervisor::Isolation::Auto,
     }
 }
 

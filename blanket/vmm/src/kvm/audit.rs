@@ -13,13 +13,14 @@ use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Audit, audit};
 use blanket_abi::kvm::RAM_BASE;
 use blanket_abi::layout::{
-    HOLE_END_SLOT, HOLE_FIRST_SLOT, M2P, POOL_INFO_SIZE, POOL_INFO_STATE, POOL_KERNEL_ROOT,
-    POOL_SHADOW, POOL_USER_ROOT, WINDOW, vcpu as area,
+    HOLE_END_SLOT, HOLE_FIRST_SLOT, IMAGE, M2P, POOL_INFO_SIZE, POOL_INFO_STATE, POOL_KERNEL_ROOT,
+    POOL_SHADOW, POOL_USER_ROOT, VCPU, VCPU_STRIDE, WINDOW, vcpu as area,
 };
 
 use super::Error;
 use super::space::{
-    RECURSIVE, RO, RW, RX, SLOT_M2P, SLOT_POOL, SLOT_WINDOW, SLOTS, Space, USER_RO, entry,
+    RECURSIVE, RO, RW, RX, SLOT_CORE, SLOT_M2P, SLOT_POOL, SLOT_WINDOW, SLOTS, Space, USER_RO,
+    entry,
 };
 
 /// What a page of the core's memory was given out for.
@@ -69,6 +70,9 @@ impl Space {
         for slot in 0..SLOTS {
             let va = M2P + slot as u64 * step(4);
             walk.own_table(slot, walk.hole_entry(slot), 3, va)?;
+        }
+        if let Some(l3) = self.entry_l3 {
+            walk.entry_table(self.base + l3, 3, IMAGE)?;
         }
         walk.core_roots()?;
         walk.start_root()?;
@@ -138,7 +142,14 @@ impl Walk<'_> {
             if level == 4 && (HOLE_FIRST_SLOT..HOLE_END_SLOT).contains(&i) {
                 let slot = i - HOLE_FIRST_SLOT;
                 let hidden = user && slot == SLOT_M2P;
-                let want = if hidden { 0 } else { self.hole_entry(slot) };
+                let want = match (self.space.entry_l3, slot) {
+                    _ if hidden => 0,
+                    (None, _) | (_, SLOT_M2P) => self.hole_entry(slot),
+                    (Some(l3), SLOT_CORE) => {
+                        (self.space.base + l3) | entry::P | entry::RW | entry::A
+                    }
+                    _ => 0,
+                };
                 if word != want {
                     self.broken(audit::HOLE, level, here, word);
                 }
@@ -253,6 +264,68 @@ impl Walk<'_> {
         Ok(())
     }
 
+    // ---- the entry area ----
+
+    /// Whether an isolated guest's roots may show the page at `va`.
+    fn entry_page(&self, va: u64) -> bool {
+        let (start, text, idt) = self.space.entry_section;
+        let Some(at) = va.checked_sub(VCPU) else {
+            return (IMAGE + start..IMAGE + start + text).contains(&va) || va == IMAGE + idt;
+        };
+        let off = at & (VCPU_STRIDE - 1);
+        at / VCPU_STRIDE < self.space.switches.len() as u64
+            && ((area::ENTRY..area::ENTRY + text).contains(&off)
+                || off == area::HW - PAGE_SIZE
+                || off == area::HW + PAGE_SIZE
+                || (area::IST..area::IST + 0x8000).contains(&off)
+                || (area::GDT..area::TRANS_GDT).contains(&off))
+    }
+
+    /// The same pages as in the hole, with no more rights, and only those above.
+    fn entry_table(&mut self, at: u64, level: u32, va: u64) -> Result<(), Error> {
+        if self.purpose(at) != Some(Use::Table) || !self.seen.insert((at & entry::FRAME, level)) {
+            self.broken(audit::TABLE, level + 1, va, at);
+            return Ok(());
+        }
+        let link = entry::P | entry::RW | entry::A | entry::D;
+        for (i, word) in (0u64..).zip(self.table(at)?) {
+            let here = va + i * step(level);
+            if word & entry::P == 0 {
+                if word != 0 {
+                    self.broken(audit::ABSENT, level, here, word);
+                }
+            } else if level > 1 {
+                if word & FLAGS != link {
+                    self.broken(audit::RIGHTS, level, here, word);
+                }
+                self.entry_table(word, level - 1, here)?;
+            } else {
+                self.out.entry_area += 1;
+                let own = self.own_word(here)?;
+                let writes = entry::RW | entry::D;
+                if !self.entry_page(here) || (own ^ word) & entry::FRAME != 0 {
+                    self.broken(audit::OWN, level, here, word);
+                } else if (own ^ word) & !writes != 0 || word & !own != 0 {
+                    self.broken(audit::RIGHTS, level, here, word);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the hole has at `va`, or 0.
+    fn own_word(&self, va: u64) -> Result<u64, Error> {
+        let mut table = self.space.l3[SLOT_CORE];
+        for level in [3, 2, 1] {
+            let word = self.word(table + (va >> (12 + 9 * (level - 1)) & 511) * 8)?;
+            if level == 1 || word & entry::P == 0 {
+                return Ok(word);
+            }
+            table = (word & entry::FRAME) - self.space.base;
+        }
+        Ok(0)
+    }
+
     // ---- roots ----
 
     /// Those that the core's records say.
@@ -284,7 +357,7 @@ impl Walk<'_> {
         }
     }
 
-    /// The root that the core starts on: the hypervisor's slots and nothing else.
+    /// The root that the core starts on, and keeps if it is isolated: the hypervisor's slots and nothing else.
     fn start_root(&mut self) -> Result<(), Error> {
         for (i, word) in self.table(self.space.root())?.into_iter().enumerate() {
             let want = match i {
@@ -303,7 +376,7 @@ impl Walk<'_> {
 mod tests {
     use blanket_abi::layout::{HOLE_FIRST_SLOT, POOL_INFO_LEVEL};
 
-    use super::super::space::tests::space;
+    use super::super::space::tests::{space, space_of};
     use super::*;
 
     /// Pool pages of the tests' guest: a kernel root, a user root, three levels below.
@@ -321,16 +394,14 @@ mod tests {
         space.pool.0 + page * PAGE_SIZE
     }
 
-    /// A space in which the core has made two roots with one leaf.
     fn with_guest() -> Space {
-        let (space, _domain) = space(false);
+        guest_in(space(false).0)
+    }
+
+    /// A space in which the core has made two roots with one leaf.
+    fn guest_in(space: Space) -> Space {
         let user = entry::P | entry::US | entry::A;
-        let hole: Vec<u64> = (0..16)
-            .map(|slot| {
-                let at = space.root() - space.base + (HOLE_FIRST_SLOT as u64 + slot) * 8;
-                space.word(at).expect("inside").load(Ordering::Relaxed)
-            })
-            .collect();
+        let hole = space.guest_hole();
         for (root, level) in ROOTS.into_iter().zip([POOL_KERNEL_ROOT, POOL_USER_ROOT]) {
             let record = space.pool_info + root * POOL_INFO_SIZE + 8;
             let shift = (POOL_INFO_LEVEL - 8) * 8;
@@ -420,6 +491,58 @@ mod tests {
         });
         breaks(audit::TRANSITION, |s| {
             set(s, s.root() - s.base + 8, leaf(7))
+        });
+    }
+
+    #[test]
+    fn an_isolated_guest_sees_the_entry_area_only() {
+        use blanket_abi::layout::{IMAGE, VCPU, VM_PAGE};
+        let isolated = || guest_in(space_of(false, true).0);
+        let found = isolated().audit().expect("audited");
+        assert_eq!((found.broken, found.rule), (0, 0), "{found:x?}");
+        // One page of text and the IDT; of each vCPU text, two pages, four stacks, GDT, LDT.
+        assert_eq!(found.entry_area, 2 + 3 * (1 + 2 + 4 + 15 + 16));
+        let breaks = |rule, wreck: &dyn Fn(&Space)| {
+            let space = isolated();
+            wreck(&space);
+            let found = space.audit().expect("audited");
+            assert!(found.broken > 0 && found.rule == rule, "{rule}: {found:x?}");
+        };
+        // A root with all of the hole; with the window.
+        for slot in [1, 2] {
+            breaks(audit::HOLE, &|s| {
+                let full = s.root() - s.base + (HOLE_FIRST_SLOT as u64 + slot) * 8;
+                let word = s.word(full).expect("inside").load(Ordering::Relaxed);
+                let at = pool(s, ROOTS[0]) + (HOLE_FIRST_SLOT as u64 + slot) * 8;
+                set(s, at, word);
+            });
+        }
+        let shown = |s: &Space, va: u64| {
+            let mut table = s.entry_l3.expect("isolated");
+            for level in [3, 2] {
+                let at = table + (va >> (12 + 9 * (level - 1)) & 511) * 8;
+                let word = s.word(at).expect("inside").load(Ordering::Relaxed);
+                table = (word & entry::FRAME) - s.base;
+            }
+            table + (va >> 12 & 511) * 8
+        };
+        let copy = |s: &Space, va: u64, to: u64| {
+            let word = s.word(own(s, va)).expect("inside").load(Ordering::Relaxed);
+            set(s, shown(s, to), word);
+        };
+        // The switch block, a lower page of the stack, the VM page, the image's header.
+        breaks(audit::OWN, &|s| copy(s, VCPU + area::HW, VCPU + area::HW));
+        breaks(audit::OWN, &|s| {
+            copy(s, VCPU + area::STACK, VCPU + area::STACK)
+        });
+        breaks(audit::OWN, &|s| {
+            copy(s, VM_PAGE, VCPU + area::HW + PAGE_SIZE)
+        });
+        breaks(audit::OWN, &|s| copy(s, IMAGE, IMAGE));
+        breaks(audit::RIGHTS, &|s| {
+            let at = shown(s, VCPU + area::GDT);
+            let word = s.word(at).expect("inside").load(Ordering::Relaxed);
+            set(s, at, word | entry::US);
         });
     }
 

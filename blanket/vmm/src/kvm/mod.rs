@@ -11,6 +11,7 @@
 mod audit;
 mod cpuid;
 mod image;
+mod meltdown;
 mod probe;
 mod space;
 mod stats;
@@ -34,7 +35,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, G
 
 use crate::builder::{Domain, GuestMemory};
 use crate::device;
-use crate::hypervisor::{HostExits, Hypervisor, Machine, Vcpu, within_limits};
+use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine, Vcpu, within_limits};
 use cpuid::Cpuid;
 use image::Image;
 use space::{Plan, Space};
@@ -194,12 +195,17 @@ impl Kvm {
         } else {
             features::XSAVE
         };
+        let isolates = if meltdown::affects(&kvm)? {
+            features::ISOLATES
+        } else {
+            0
+        };
         let info = Info {
             api: API_VERSION,
             max_vcpus: u32::try_from(most).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
             max_frames: MAX_FRAMES,
             build_id: [0; 32],
-            features: xsave | features::CPUID_PROFILE,
+            features: xsave | features::CPUID_PROFILE | isolates,
             tsc_khz,
         };
         Ok(Self {
@@ -225,7 +231,13 @@ impl Kvm {
         given.join(", ")
     }
 
-    fn create_vm(&self, domain: &Domain, vcpus: u32, pool_limit: u64) -> Result<Arc<KvmVm>, Error> {
+    fn create_vm(
+        &self,
+        domain: &Domain,
+        vcpus: u32,
+        pool_limit: u64,
+        isolation: Isolation,
+    ) -> Result<Arc<KvmVm>, Error> {
         let pool = match pool_limit {
             0 => 1024 + domain.frames / 16,
             limit => limit.min(MAX_POOL),
@@ -240,6 +252,11 @@ impl Kvm {
             features: self.cpuid.features,
             quirks: cpuid::quirks(),
             smap: self.cpuid.smap,
+            isolate: match isolation {
+                Isolation::On => true,
+                Isolation::Off => false,
+                Isolation::Auto => self.info.features & features::ISOLATES != 0,
+            },
             cpuid: &self.cpuid.for_core(),
         })?;
         let (base, bytes, address) = space.slot();
@@ -339,9 +356,10 @@ impl Hypervisor for Kvm {
         domain: &Domain,
         vcpus: u32,
         pool_limit: u64,
+        isolation: Isolation,
     ) -> Result<Arc<dyn Machine>, device::Error> {
         within_limits(&self.info, domain, vcpus)?;
-        let vm = self.create_vm(domain, vcpus, pool_limit)?;
+        let vm = self.create_vm(domain, vcpus, pool_limit, isolation)?;
         Ok(Arc::new(Handle(vm)))
     }
 }

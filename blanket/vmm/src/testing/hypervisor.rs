@@ -8,7 +8,7 @@ use blanket_abi::device::{Audit, Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
 
 use crate::builder::{Domain, GuestMemory};
 use crate::device::Error;
-use crate::hypervisor::{Exit, Hypervisor, Kick, Machine, Vcpu};
+use crate::hypervisor::{Exit, Hypervisor, Isolation, Kick, Machine, Vcpu};
 use crate::sync::lock;
 
 /// What a vCPU does at each RUN.
@@ -91,7 +91,13 @@ impl<F: Fn(u32, u32) -> Program + Send + Sync> Hypervisor for Fake<F> {
         }
     }
 
-    fn create(&self, domain: &Domain, vcpus: u32, _: u64) -> Result<Arc<dyn Machine>, Error> {
+    fn create(
+        &self,
+        domain: &Domain,
+        vcpus: u32,
+        _: u64,
+        _: Isolation,
+    ) -> Result<Arc<dyn Machine>, Error> {
         let mut boots = lock(&self.boots);
         let programs = (0..vcpus)
             .map(|id| Some((self.programs)(*boots, id)))
