@@ -139,6 +139,8 @@
 #define BLANKET_VCPU_GDT	0x30000
 #define BLANKET_VCPU_LDT	0x40000
 #define BLANKET_VCPU_TRANS_GDT	0x50000
+#define BLANKET_VCPU_TRACE	0x60000
+#define BLANKET_VCPU_TRACE_SIZE	0x4000
 
 #ifndef __ASSEMBLER__
 
@@ -236,7 +238,8 @@ struct blanket_audit {
 #define BLANKET_GET_STATS	_IOR(BLANKET_IOC, 4, struct blanket_vm_stats)
 #define BLANKET_RUN		_IO(BLANKET_IOC, 5)
 #define BLANKET_RAISE_VIRQ	_IO(BLANKET_IOC, 6)
-#define BLANKET_AUDIT		_IOR(BLANKET_IOC, 7, struct blanket_audit)
+#define BLANKET_AUDIT		_IOR(BLANKET_IOC, 8, struct blanket_audit)
+#define BLANKET_TRACE		_IO(BLANKET_IOC, 7)
 
 /* ---- between the module and the core ---- */
 
@@ -275,6 +278,8 @@ struct blanket_vm_page {
 	__u64 revocations;
 	__u64 revoked[BLANKET_REVOKED_WORDS];
 	__u64 core_cr3;
+	__u32 trace;
+	__u32 pad3;
 };
 
 #define BLANKET_HOST_MODULE	0

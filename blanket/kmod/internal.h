@@ -84,6 +84,7 @@ struct blanket_vcpu {
 	int timer_cpu;			/* where the timer was last started */
 	u64 guest_tsc;			/* TSC ticks in the core world */
 	u64 exits[BLANKET_EXIT_REASONS];
+	struct page *trace[BLANKET_VCPU_TRACE_SIZE / PAGE_SIZE];	/* under vm->lock */
 };
 
 struct blanket_vm {
@@ -150,6 +151,7 @@ int blanket_map_new(struct blanket_vm *vm, u64 va, u64 size, u64 flags);
 u64 *blanket_leaf(struct blanket_vm *vm, u64 va, gfp_t extra);
 u64 *blanket_entry(struct blanket_vm *vm, u64 va);
 long blanket_pool_grow(struct blanket_vm *vm, u64 pages);
+int blanket_trace_init(struct blanket_vcpu *vcpu);
 
 /* frames.c */
 int blanket_window_init(struct blanket_vm *vm);

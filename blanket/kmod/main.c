@@ -165,6 +165,51 @@ static long audit(struct blanket_vm *vm, void __user *to)
 	return copy_to_user(to, &audit, sizeof(audit)) ? -EFAULT : 0;
 }
 
+/*
+ * The core finds its ring mapped when it reads the word, and reads it when it is
+ * kicked. A VM that is never traced has no rings.
+ */
+static long trace(struct blanket_vm *vm, unsigned long on)
+{
+	unsigned int id;
+	int err = 0;
+
+	if (on > 1)
+		return -EINVAL;
+	mutex_lock(&vm->lock);
+	for (id = 0; on && !err && id < vm->nr_vcpus; id++)
+		err = blanket_trace_init(vm->vcpus[id]);
+	if (!err)
+		smp_store_release(&vm->page->trace, on);
+	mutex_unlock(&vm->lock);
+	if (err)
+		return err;
+	for (id = 0; id < vm->nr_vcpus; id++)
+		blanket_kick(vm->vcpus[id], BLANKET_PENDING_KICK);
+	return 0;
+}
+
+/* The rings, one behind the other. The core never reads what is in them. */
+static int vm_fd_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct blanket_vm *vm = file->private_data;
+	const unsigned long pages = ARRAY_SIZE(vm->vcpus[0]->trace);
+	unsigned long at = vma->vm_start, id = vma->vm_pgoff / pages, i;
+	int err = 0;
+
+	if (id >= vm->nr_vcpus || vma->vm_pgoff % pages ||
+	    vma->vm_end - vma->vm_start != BLANKET_VCPU_TRACE_SIZE)
+		return -EINVAL;
+	mutex_lock(&vm->lock);
+	for (i = 0; !err && i < pages; i++, at += PAGE_SIZE) {
+		struct page *page = vm->vcpus[id]->trace[i];
+
+		err = page ? vm_insert_page(vma, at, page) : -ENODATA;
+	}
+	mutex_unlock(&vm->lock);
+	return err;
+}
+
 static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct blanket_vm *vm = file->private_data;
@@ -180,6 +225,8 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return get_stats(vm, (void __user *)arg);
 	case BLANKET_AUDIT:
 		return audit(vm, (void __user *)arg);
+	case BLANKET_TRACE:
+		return trace(vm, arg);
 	default:
 		return -ENOTTY;
 	}
@@ -194,6 +241,7 @@ static int vm_fd_release(struct inode *inode, struct file *file)
 static const struct file_operations vm_fops = {
 	.owner = THIS_MODULE,
 	.unlocked_ioctl = vm_ioctl,
+	.mmap = vm_fd_mmap,
 	.release = vm_fd_release,
 };
 

@@ -185,6 +185,29 @@ u64 *blanket_entry(struct blanket_vm *vm, u64 va)
 	return &table[index_at(va, 1)];
 }
 
+/* The vCPU's trace, the first time that it is wanted. Under vm->lock. */
+int blanket_trace_init(struct blanket_vcpu *vcpu)
+{
+	u64 at = BLANKET_VCPU + vcpu->id * BLANKET_VCPU_STRIDE + BLANKET_VCPU_TRACE;
+	unsigned int i;
+	int err;
+
+	for (i = 0; i < ARRAY_SIZE(vcpu->trace); i++) {
+		if (vcpu->trace[i])
+			continue;
+		vcpu->trace[i] = blanket_page(vcpu->vm, 0);
+		if (!vcpu->trace[i])
+			return -ENOMEM;
+		err = blanket_map(vcpu->vm, at + i * PAGE_SIZE, vcpu->trace[i], MAP_RW);
+		if (err) {
+			/* The page itself is freed with the VM. */
+			vcpu->trace[i] = NULL;
+			return err;
+		}
+	}
+	return 0;
+}
+
 /*
  * Everything goes: the VM has no descriptor left, so no CPU uses its tables. The
  * guest's frames are not ours; the window only names them.

@@ -43,7 +43,7 @@ void blanket_speculation_init(void)
 
 static void barrier_of_branches(void)
 {
-	native_wrmsrl(MSR_IA32_PRED_CMD, PRED_CMD_IBPB);
+	native_wrmsr(MSR_IA32_PRED_CMD, PRED_CMD_IBPB, 0);
 }
 
 /*

@@ -18,6 +18,8 @@
 #define LDT_PAGES	16
 #define GDT_LIMIT	(GDT_PAGES * PAGE_SIZE - 1)
 #define POOL_MIN	256
+/* Pages that the pool begins with; the core asks for more. */
+#define POOL_FIRST	128
 
 /* Callee-saved registers and the return address below the top of a new stack. */
 #define FIRST_FRAME	7
@@ -378,7 +380,7 @@ static int vm_build(struct blanket_vm *vm)
 	if (err)
 		return err;
 
-	want = min(max_t(u64, POOL_MIN, frames / 50), vm->pool_limit);
+	want = min_t(u64, POOL_FIRST, vm->pool_limit);
 	for (at = 0; at < want; at = vm->page->pool_pages) {
 		long added = blanket_pool_grow(vm, want - at);
 

@@ -44,6 +44,10 @@ pub struct Args {
     /// Only the run that counts instructions; leaves docs/benchmarks.md alone.
     #[arg(long)]
     instructions: bool,
+    /// Instead of all that: so many small VMs at once, and what each costs beside its
+    /// memory; writes its section of docs/benchmarks.md.
+    #[arg(long, value_name = "VMS")]
+    density: Option<u32>,
 }
 
 const REFERENCE: &str = include_str!("../../tests/lab-scripts/xen-reference.tsv");
@@ -84,6 +88,9 @@ enum Part {
 /// The `bench` verb.
 pub fn run(project: &Project, args: &Args) -> Result<()> {
     setup::ensure(project, &[Need::Build, Need::Boot])?;
+    if let Some(guests) = args.density {
+        return crate::density::run(project, guests);
+    }
     let counted = boot(project, args, true)?;
     let clocked = if args.instructions {
         Run::default()
@@ -94,7 +101,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     println!("{text}");
     if args.only.is_empty() && !args.instructions {
         let release = kernels::fetch(project, args.kernel)?.release;
-        let page = page(args, &release, &text);
+        let page = page(args, &release, &text) + &crate::density::kept(project);
         write_if_changed(&project.root.join("docs/benchmarks.md"), page.as_bytes())?;
     }
     Ok(())

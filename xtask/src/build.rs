@@ -321,8 +321,8 @@ pub fn command(project: &Project) -> Result<PathBuf> {
 pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
     static_binaries(
         project,
-        &["-p", "abi-test", "-p", "micro"],
-        &["abi-test", "micro", "hello"],
+        &["-p", "abi-test", "-p", "kexec", "-p", "micro"],
+        &["abi-test", "kexec", "micro", "hello"],
         LEAN,
         None,
     )

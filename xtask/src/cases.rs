@@ -252,6 +252,53 @@ fn single() -> Vec<Case> {
             ],
             ..Case::default()
         },
+        observe("observe"),
+        hard_times("kill-vmm", 420, KILL_VMM),
+        Case {
+            long: true,
+            ..hard_times("kill-vmm-long", 3600, KILL_VMM_LONG)
+        },
+        kvm(hard_times("kvm-kill-vmm", 600, KILL_VMM)),
+        hard_times("host-cpus", 420, HOST_CPUS),
+        kvm(hard_times("kvm-host-cpus", 600, HOST_CPUS)),
+        Case {
+            host: Flavour::Generic,
+            ..hard_times("suspend", 420, SUSPEND)
+        },
+        kvm(Case {
+            host: Flavour::Generic,
+            ..hard_times("kvm-suspend", 600, SUSPEND)
+        }),
+        hard_times("memory-short", 420, MEMORY_SHORT),
+        kvm(hard_times("kvm-memory-short", 600, MEMORY_SHORT)),
+        Case {
+            append: "module.sig_enforce=1",
+            ..hard_times("signed-only", 240, SIGNED_ONLY)
+        },
+        kvm(Case {
+            append: "module.sig_enforce=1 lockdown=confidentiality",
+            ..hard_times("kvm-locked-down", 420, LOCKED_DOWN)
+        }),
+        density("density", DENSITY_8, 600),
+        Case {
+            long: true,
+            ..density("density-40", DENSITY_40, 3600)
+        },
+        kvm(Case {
+            long: true,
+            ..density("kvm-density", DENSITY_8, 1800)
+        }),
+        hard_times("kexec", 420, KEXEC_NOW),
+        kvm(hard_times("kvm-kexec", 600, KEXEC_NOW)),
+        Case {
+            append: "crashkernel=256M",
+            ..hard_times("kdump", 420, KEXEC_CRASH)
+        },
+        kvm(Case {
+            append: "crashkernel=256M",
+            ..hard_times("kvm-kdump", 600, KEXEC_CRASH)
+        }),
+        kvm(observe("kvm-observe")),
         Case {
             name: "two-guests".into(),
             timeout: 240,
@@ -401,6 +448,97 @@ fn audit(name: &str) -> Case {
             guests: vec![Flavour::Cloud],
         },
         expect: vec![Expect::Line("no entry maps what it must not")],
+        ..Case::default()
+    }
+}
+
+/// A script behind what such scripts share.
+macro_rules! with_common {
+    ($script:literal) => {
+        with_common!("", $script)
+    };
+    ($settings:literal, $script:literal) => {
+        concat!(
+            include_str!("../../tests/lab-scripts/common.sh"),
+            $settings,
+            include_str!(concat!("../../tests/lab-scripts/", $script))
+        )
+    };
+}
+
+const KILL_VMM: &str = with_common!("kill-vmm.sh");
+const KILL_VMM_LONG: &str = with_common!("ROUNDS=100 SEED=2\n", "kill-vmm.sh");
+const HOST_CPUS: &str = with_common!("host-cpus.sh");
+const SUSPEND: &str = with_common!("suspend.sh");
+const MEMORY_SHORT: &str = with_common!("memory-short.sh");
+
+const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
+const KEXEC_CRASH: &str = with_common!("export HOW=crash\n", "kexec.sh");
+
+/// A kernel that takes signed modules only, as with Secure Boot: the module is not
+/// loaded, and the word is what to do.
+const SIGNED_ONLY: &str = "\
+    ! test -e /dev/blanket || exit 1
+    insmod /lab/blanket.ko 2>&1 && exit 1
+    blanket doctor >said 2>&1 && exit 1
+    cat said
+    grep -q '^FAIL *signatures' said && grep -q sig_enforce said || exit 1
+    blanket run --kernel /guest/vmlinuz 2>said </dev/null && exit 1
+    cat said
+    grep -q sign said && echo SIGNED-OK";
+
+/// VMs inside KVM need no module.
+const LOCKED_DOWN: &str = "\
+    grep -q '\\[confidentiality\\]' /sys/kernel/security/lockdown 2>/dev/null ||
+        { mount -t securityfs security /sys/kernel/security
+          grep -q '\\[confidentiality\\]' /sys/kernel/security/lockdown || exit 1; }
+    blanket doctor || exit 1
+    echo 'uname -r' >script
+    guest script && echo LOCKED-OK";
+
+/// Something bad happens to VMMs or to the instance; the script's last word is `...-OK`.
+fn hard_times(name: &str, timeout: u64, script: &'static str) -> Case {
+    Case {
+        name: name.into(),
+        timeout,
+        work: Work::Instance {
+            script,
+            guests: vec![Flavour::Cloud],
+        },
+        expect: vec![Expect::Line("-OK")],
+        ..Case::default()
+    }
+}
+
+/// Many small VMs at once; `GUESTS` says how many.
+pub const DENSITY: &str = include_str!("../../tests/lab-scripts/density.sh");
+const DENSITY_8: &str = concat!(
+    "GUESTS=8\n",
+    include_str!("../../tests/lab-scripts/density.sh")
+);
+/// The figure that Blanket promises: 40 on an instance of 6 GiB and two CPUs.
+const DENSITY_40: &str = concat!(
+    "GUESTS=40\n",
+    include_str!("../../tests/lab-scripts/density.sh")
+);
+
+fn density(name: &str, script: &'static str, timeout: u64) -> Case {
+    Case {
+        memory: "6G",
+        ..hard_times(name, timeout, script)
+    }
+}
+
+/// Counters for a collector, and the trace.
+fn observe(name: &str) -> Case {
+    Case {
+        name: name.into(),
+        timeout: 420,
+        work: Work::Instance {
+            script: include_str!("../../tests/lab-scripts/observe.sh"),
+            guests: vec![Flavour::Cloud],
+        },
+        expect: vec![Expect::Line("OBSERVE-OK")],
         ..Case::default()
     }
 }

@@ -11,6 +11,7 @@ mod build;
 mod cases;
 mod compile_check;
 mod demo;
+mod density;
 mod gdb;
 mod guestware;
 mod initramfs;

@@ -29,7 +29,7 @@ pub struct Args {
     /// The whole matrix of kernels, CPU models and vCPUs, and the long cases.
     #[arg(long)]
     long: bool,
-    /// Only what has this in its name.
+    /// Only what has this in its name; a full name is that one alone.
     #[arg(long, value_name = "PATTERN")]
     only: Option<String>,
     /// Name what would run, and stop.
@@ -98,17 +98,25 @@ const STEPS: &[Step] = &[
 
 /// The `test` verb. Its last line is `N passed, N failed`.
 pub fn run(project: &Project, args: &Args) -> Result<()> {
+    let all = cases::cases();
+    let full = args.only.as_ref().is_some_and(|only| {
+        STEPS.iter().any(|step| step.name == only) || all.iter().any(|case| case.name == *only)
+    });
     let wanted = |name: &str| {
-        args.only
-            .as_ref()
-            .is_none_or(|only| name.contains(only.as_str()))
+        args.only.as_ref().is_none_or(|only| {
+            if full {
+                name == only
+            } else {
+                name.contains(only.as_str())
+            }
+        })
     };
     let steps: Vec<&Step> = STEPS
         .iter()
         .filter(|step| args.long || !step.long || args.only.as_deref() == Some(step.name))
         .filter(|step| wanted(step.name))
         .collect();
-    let cases: Vec<Case> = cases::cases()
+    let cases: Vec<Case> = all
         .into_iter()
         // A case that is asked for by its full name runs, long or not.
         .filter(|case| args.long || !case.long || args.only.as_ref() == Some(&case.name))

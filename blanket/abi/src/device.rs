@@ -41,7 +41,11 @@ pub const RUN: u32 = IOC | 5;
 pub const RAISE_VIRQ: u32 = IOC | 6;
 /// On a VM none of whose vCPUs is in RUN: walks all page tables that a CPU may use
 /// for it and fills an [`Audit`].
-pub const AUDIT: u32 = ior(7, size_of::<Audit>());
+pub const AUDIT: u32 = ior(8, size_of::<Audit>());
+/// On a VM: argument 1 switches its trace on, 0 off. The rings are at offsets of
+/// [`crate::layout::vcpu::TRACE_SIZE`] of the VM's descriptor, in the order of the
+/// vCPUs, from the first time that it was on.
+pub const TRACE: u32 = IOC | 7;
 
 /// Answer to [`GET_INFO`].
 #[repr(C)]
@@ -201,6 +205,30 @@ pub mod exit {
     pub const SHUTDOWN: u32 = 18;
     /// The guest cannot go on; `data` is the report, arg 0 one of [`super::crash`].
     pub const CRASH: u32 = 19;
+
+    /// A reason in a word.
+    #[must_use]
+    pub const fn name(reason: u32) -> Option<&'static str> {
+        Some(match reason {
+            INTR => "interrupt",
+            NMI => "nmi",
+            MCE => "machine-check",
+            IDLE => "idle",
+            FRAME => "frame",
+            KICK => "kick",
+            FLUSH => "flush",
+            DEADLINE => "deadline",
+            POOL => "pool",
+            YIELD => "yield",
+            BREATH => "breath",
+            XCR0 => "xcr0",
+            SEND => "send",
+            CONSOLE => "console",
+            SHUTDOWN => "shutdown",
+            CRASH => "crash",
+            _ => return None,
+        })
+    }
 }
 
 /// Why a VM was ended (argument of [`exit::CRASH`]).
@@ -407,6 +435,11 @@ pub struct VmPage {
     /// CR3 of the root that the core runs on, if the guest's roots hold the entry area
     /// only; else 0.
     pub core_cr3: u64,
+    /// Nonzero: the core records what it does ([`crate::trace`]). It looks when a bit
+    /// of [`Switch::pending`] makes it look at anything.
+    pub trace: AtomicU32,
+    /// Padding.
+    pub pad3: u32,
 }
 
 /// Values of [`VmPage::host`].

@@ -108,8 +108,12 @@ pub mod vcpu {
     /// Transition GDT: page 0 is a copy of the host's first GDT page, page 14 is
     /// the same page as in [`GDT`]. Both worlds' selectors are valid in it.
     pub const TRANS_GDT: u64 = 0x5_0000;
-    /// XSAVE area of the guest, one page (as the module keeps it).
-    pub const END: u64 = 0x6_0000;
+    /// The vCPU's trace ([`crate::trace::Ring`]). Present once it was switched on.
+    pub const TRACE: u64 = 0x6_0000;
+    /// Bytes of it.
+    pub const TRACE_SIZE: u64 = 0x4000;
+    /// End of what is used.
+    pub const END: u64 = 0x6_4000;
 }
 
 /// Selectors of the core world: Xen's reserved GDT page 14

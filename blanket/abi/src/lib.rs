@@ -5,7 +5,7 @@
 //! device ABI between `blanket.ko` and its two callers, the VMM above and the core
 //! beside it ([`device`]), what takes its place inside KVM ([`kvm`]), and the
 //! layout of the address range that the Xen ABI reserves for the hypervisor
-//! ([`layout`]). There is no `unsafe`.
+//! ([`layout`]), and the core's records of what it does ([`trace`]). There is no `unsafe`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -14,6 +14,7 @@ pub mod cpuid;
 pub mod device;
 pub mod kvm;
 pub mod layout;
+pub mod trace;
 pub mod xen;
 
 pub use addr::{Gfn, Hfn, PAGE_SHIFT, PAGE_SIZE, Va};

@@ -23,6 +23,13 @@ pub struct Arguments {
     pub command: Command,
 }
 
+/// What `trace` is.
+const TRACE: &str = "\
+Shows the last 256 records of each vCPU: hypercalls, faults and other entries into the core, and what the \
+core asked of its host, with time, place and arguments. Without --follow it switches the trace on if it is \
+off, shows what there is, and leaves it on. System calls and returns that take the core's fast paths are \
+not recorded.";
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -54,9 +61,31 @@ pub enum Command {
     },
     /// Show a VM's counters
     Stats {
+        /// The VM; without it, all that run (Prometheus' format only)
+        #[arg(
+            required_unless_present = "format",
+            required_if_eq_any([("format", "text"), ("format", "json")])
+        )]
+        name: Option<String>,
+        /// Write JSON, the same as --format json
+        #[arg(long, conflicts_with = "format")]
+        json: bool,
+        /// How they are written
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        format: Option<Format>,
+    },
+    /// Record what a VM's guest asks of the core and the core of its host, and show it
+    #[command(long_about = TRACE)]
+    Trace {
         /// The VM
         name: String,
-        /// Write JSON
+        /// Go on showing new records until Ctrl-C, then leave the trace as it was
+        #[arg(long, short)]
+        follow: bool,
+        /// Switch it off, and show what there is
+        #[arg(long, conflicts_with = "follow")]
+        off: bool,
+        /// Write a line of JSON for each record
         #[arg(long)]
         json: bool,
     },
@@ -69,6 +98,11 @@ pub enum Command {
         /// Write JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Say whether a VM runs this blanket; a running VM cannot change to another one
+    Upgrade {
+        /// The VM
+        name: String,
     },
     /// Ask a VM's guest to power off, and wait until it has
     Stop {
@@ -90,6 +124,18 @@ pub enum Command {
         #[command(subcommand)]
         what: Generated,
     },
+}
+
+/// How counters are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    #[default]
+    Text,
+    /// One object
+    Json,
+    /// Prometheus' text format
+    Prometheus,
 }
 
 /// What can be generated.
@@ -174,6 +220,9 @@ pub struct Run {
     /// Have every hypercall that is refused reported on the console
     #[arg(long)]
     pub verbose_core: bool,
+    /// Trace it from the start; if the core fails, its report ends with the last records
+    #[arg(long)]
+    pub trace: bool,
     /// Most memory for shadow page tables [default: the module's]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub shadow_memory: Option<u64>,
@@ -340,6 +389,9 @@ mod tests {
             &["blanket", "run", "--kernel", "k", "--cpus", "0"],
             &["blanket", "run", "--kernel", "k", "--memory", "12"],
             &["blanket", "stop"],
+            &["blanket", "stats"],
+            &["blanket", "stats", "--format", "json"],
+            &["blanket", "stats", "a", "--json", "--format", "text"],
             &["blanket", "unknown"],
         ] {
             let error = Arguments::try_parse_from(arguments).expect_err("wrong");

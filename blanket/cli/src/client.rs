@@ -1,17 +1,20 @@
 //! The commands that talk to running VMs.
 
 use std::io::{self, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_vmm::console::RawMode;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
+use crate::args::Format;
 use crate::control::{Answer, Info, Request, ask};
 use crate::exit::{self, hint, output};
+use crate::prometheus;
 use crate::registry::Registry;
 
 /// Ctrl-]: detaches.
@@ -90,16 +93,40 @@ fn duration(seconds: f64) -> String {
 }
 
 /// `blanket stats`.
-pub fn stats(name: &str, json: bool) -> Result<ExitCode> {
-    let stream = Registry::open()?.connect(name)?;
-    let Answer::Stats(stats) = ask(&stream, &Request::Stats).with_context(|| name.to_owned())?
-    else {
-        bail!("{name} answered something else than counters");
+pub fn stats(name: Option<&str>, format: Format) -> Result<ExitCode> {
+    let registry = Registry::open()?;
+    let counters = |name: &str| {
+        let stream = registry.connect(name)?;
+        match ask(&stream, &Request::Stats).with_context(|| name.to_owned())? {
+            Answer::Stats(stats) => Ok(*stats),
+            _ => bail!("{name} answered something else than counters"),
+        }
     };
-    if json {
-        output(&format!("{}\n", serde_json::to_string_pretty(&stats)?))?;
-    } else {
-        output(&stats.to_string())?;
+    let with_info = |name: &str| {
+        let stream = registry.connect(name)?;
+        match ask(&stream, &Request::Info).with_context(|| name.to_owned())? {
+            Answer::Info(info) => Ok((*info, counters(name)?)),
+            _ => bail!("{name} answered something else than what it is"),
+        }
+    };
+    match (name, format) {
+        (Some(name), Format::Text) => output(&counters(name)?.to_string())?,
+        (Some(name), Format::Json) => output(&format!(
+            "{}\n",
+            serde_json::to_string_pretty(&counters(name)?)?
+        ))?,
+        (Some(name), Format::Prometheus) => output(&prometheus::text(&[with_info(name)?]))?,
+        (None, _) => {
+            let mut all = Vec::new();
+            for name in registry.names()? {
+                // One that is just starting or ending has no counters, and is no error.
+                match with_info(&name) {
+                    Ok(vm) => all.push(vm),
+                    Err(error) => tracing::debug!("{name}: {error:#}"),
+                }
+            }
+            output(&prometheus::text(&all))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -121,6 +148,29 @@ pub fn audit(name: &str, json: bool) -> Result<ExitCode> {
     } else {
         ExitCode::from(exit::FAILURE)
     })
+}
+
+/// `blanket upgrade`: a VM is bound to the process that made it (`docs/operations.md`
+/// says why), so all there is to do is to see whether it runs this program.
+pub fn upgrade(name: &str) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let Answer::Info(info) = ask(&stream, &Request::Info).with_context(|| name.to_owned())? else {
+        bail!("{name} answered something else than what it is");
+    };
+    let program = |process: &str| {
+        let path = format!("/proc/{process}/exe");
+        let found = std::fs::metadata(&path).with_context(|| format!("cannot look at {path}"))?;
+        Ok::<_, anyhow::Error>((found.dev(), found.ino()))
+    };
+    if program(&info.pid.to_string())? == program("self")? {
+        output(&format!("{name} runs this blanket already\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let error = anyhow!(
+        "{name} runs another blanket, and goes on with it: a running VM cannot change to a new one"
+    );
+    let next = format!("when it suits: blanket stop {name}, then start it again");
+    Err(hint(&error, next))
 }
 
 /// `blanket stop`.

@@ -8,13 +8,16 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use blanket_vmm::instance::Instance;
+use blanket_vmm::trace::Record;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Report;
 use crate::stats::Stats;
 
-/// Longest request or answer.
+/// Longest request.
 const LINE_MAX: u64 = 1 << 20;
+/// Longest answer: a whole trace of as many vCPUs as there may be.
+const ANSWER_MAX: u64 = 16 << 20;
 
 /// What can be asked.
 #[derive(Debug, Serialize, Deserialize, PartialEq)]
@@ -35,6 +38,18 @@ pub enum Request {
     Kill,
     /// Attach to its console.
     Console,
+    /// Switch its trace on or off.
+    Trace {
+        /// On.
+        on: bool,
+    },
+    /// The records of its trace.
+    TraceRecords {
+        /// Only those behind these numbers, by vCPU.
+        after: Vec<u64>,
+        /// Of which boot the numbers are.
+        boots: u32,
+    },
 }
 
 /// What is answered.
@@ -49,11 +64,29 @@ pub enum Answer {
     Stats(Box<Stats>),
     /// What its page tables map.
     Audit(Report),
+    /// Its trace was switched.
+    Trace {
+        /// It was on before.
+        was: bool,
+    },
+    /// Records of its trace, in the order of time.
+    TraceRecords(Box<Trace>),
     /// Why not.
     Error(String),
     /// Not an answer: the VM's process was gone before it could give one.
     #[serde(skip)]
     Gone,
+}
+
+/// A part of a VM's trace.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Trace {
+    /// Frequency of the time-stamps.
+    pub tsc_khz: u64,
+    /// Of which boot of the guest it is.
+    pub boots: u32,
+    /// The records, in the order of time.
+    pub records: Vec<Record>,
 }
 
 /// What a VM is.
@@ -162,6 +195,23 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
             instance.kill();
             Answer::Done
         }
+        Ok(Request::Trace { on }) => match instance.trace(*on) {
+            Ok(was) => Answer::Trace { was },
+            Err(error) => Answer::Error(error.to_string()),
+        },
+        Ok(Request::TraceRecords { after, boots }) => match instance.trace_records() {
+            Ok((now, mut records)) => {
+                if now == *boots {
+                    records.retain(|r| after.get(r.vcpu as usize).is_none_or(|a| r.number > *a));
+                }
+                Answer::TraceRecords(Box::new(Trace {
+                    tsc_khz: instance.tsc_khz(),
+                    boots: now,
+                    records,
+                }))
+            }
+            Err(error) => Answer::Error(error.to_string()),
+        },
         Ok(Request::Console) => Answer::Done,
         Err(error) => Answer::Error(format!("not a request: {error}")),
     };
@@ -188,8 +238,18 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
 /// Asks a VM something.
 pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
     send(stream, request).context("the VM does not listen")?;
-    // Byte by byte, because what follows a console's answer is not ours to buffer.
     let mut line = Vec::new();
+    if !matches!(request, Request::Console) {
+        return match BufReader::new(stream.take(ANSWER_MAX)).read_until(b'\n', &mut line) {
+            Err(error) if error.kind() != ErrorKind::ConnectionReset => {
+                Err(error).context("no answer")
+            }
+            _ if line.is_empty() => Ok(Answer::Gone),
+            _ if line.ends_with(b"\n") => understood(&line),
+            _ => Err(anyhow!("the VM ended while it answered")),
+        };
+    }
+    // Byte by byte, because what follows a console's answer is not ours to buffer.
     let mut byte = [0];
     let mut reader = stream;
     while line.len() as u64 <= LINE_MAX {
@@ -200,10 +260,7 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
             Err(error) => return Err(error).context("no answer"),
         }
         if byte[0] == b'\n' {
-            return match serde_json::from_slice(&line).context("an answer of another version")? {
-                Answer::Error(text) => Err(anyhow!(text)),
-                answer => Ok(answer),
-            };
+            return understood(&line);
         }
         line.push(byte[0]);
     }
@@ -211,6 +268,13 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
         Ok(Answer::Gone)
     } else {
         Err(anyhow!("the VM ended while it answered"))
+    }
+}
+
+fn understood(line: &[u8]) -> Result<Answer> {
+    match serde_json::from_slice(line).context("an answer of another version")? {
+        Answer::Error(text) => Err(anyhow!(text)),
+        answer => Ok(answer),
     }
 }
 
@@ -242,6 +306,7 @@ mod tests {
             mergeable: false,
             pool_limit: 0,
             isolation: blanket_vmm::hypervisor::Isolation::Auto,
+            trace: false,
         };
         let fake = Fake::new(|_, id| {
             let mut first = id == 0;
@@ -302,6 +367,24 @@ mod tests {
             };
             assert_eq!((report.roots, report.broken), (2, 0));
         }
+        let records = |after: Vec<u64>, boots| {
+            let request = Request::TraceRecords { after, boots };
+            let Ok(Answer::TraceRecords(trace)) = ask(&connect(), &request) else {
+                panic!("no trace")
+            };
+            assert_eq!(trace.boots, 1);
+            trace.records.iter().map(|r| r.number).collect::<Vec<_>>()
+        };
+        assert_eq!(records(vec![], 0), [0; 0]);
+        for was in [false, true] {
+            let answer = ask(&connect(), &Request::Trace { on: true });
+            assert_eq!(answer.expect("an answer"), Answer::Trace { was });
+        }
+        assert_eq!(records(vec![], 0), [1]);
+        assert_eq!(records(vec![1], 1), [2]);
+        assert_eq!(records(vec![9], 1), [0; 0]);
+        // The numbers of another boot say nothing.
+        assert_eq!(records(vec![9], 7), [1, 2, 3, 4]);
 
         let mut console = connect();
         assert!(matches!(ask(&console, &Request::Console), Ok(Answer::Done)));

@@ -7,16 +7,19 @@ mod control;
 mod doctor;
 mod exit;
 mod host;
+mod limits;
+mod prometheus;
 mod registry;
 mod run;
 mod stats;
+mod trace;
 
 use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
 
-use crate::args::{Arguments, Command};
+use crate::args::{Arguments, Command, Format};
 use crate::exit::Hint;
 
 fn main() -> ExitCode {
@@ -31,7 +34,17 @@ fn main() -> ExitCode {
         Command::Run(run) => run::command(&run),
         Command::Ps { json } => client::ps(json),
         Command::Console { name } => client::console(&name),
-        Command::Stats { name, json } => client::stats(&name, json),
+        Command::Stats { name, json, format } => {
+            let format = if json { Some(Format::Json) } else { format };
+            client::stats(name.as_deref(), format.unwrap_or_default())
+        }
+        Command::Trace {
+            name,
+            follow,
+            off,
+            json,
+        } => trace::command(&name, follow, off, json),
+        Command::Upgrade { name } => client::upgrade(&name),
         Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),

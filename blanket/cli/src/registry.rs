@@ -140,7 +140,12 @@ impl Registry {
     /// Connects to a VM's control socket.
     pub fn connect(&self, name: &str) -> Result<UnixStream> {
         UnixStream::connect(self.socket(name)).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => hint(
+            // Its socket is there, and nobody listens.
+            io::ErrorKind::ConnectionRefused => hint(
+                &anyhow!("the VM {name} is gone without a word: its process was killed"),
+                "sudo dmesg | grep -i 'killed process' tells if the kernel did it for want of memory",
+            ),
+            io::ErrorKind::NotFound => hint(
                 &anyhow!("no VM named {name} is running"),
                 "`blanket ps` lists the VMs that are",
             ),

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -23,7 +24,7 @@ use crate::args::{self, Run};
 use crate::exit;
 use crate::registry::{Entry, Registry};
 use crate::stats::Stats;
-use crate::{control, host};
+use crate::{control, host, limits};
 
 /// Set in the environment of the process that `--detach` leaves behind.
 const DETACHED: &str = "BLANKET_DETACHED";
@@ -44,6 +45,9 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         readable("initrd", initrd)?;
     }
     let hypervisor = host::open(run.host)?;
+    for warning in limits::warnings(Path::new("/"), run.memory) {
+        tracing::warn!("{warning}");
+    }
     let registry = Registry::open()?;
     let (entry, listener) = registry.claim(run.name.as_deref())?;
 
@@ -60,6 +64,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         },
         verbose: run.verbose_core,
         mergeable: run.mergeable,
+        trace: run.trace,
         pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
         isolation: match run.isolate {
             args::Isolate::Auto => Isolation::Auto,

@@ -34,28 +34,6 @@ pub struct Stats {
     pub revoked_frames: u64,
 }
 
-fn exit_name(reason: u32) -> Option<&'static str> {
-    Some(match reason {
-        exit::INTR => "interrupt",
-        exit::NMI => "nmi",
-        exit::MCE => "machine-check",
-        exit::IDLE => "idle",
-        exit::FRAME => "frame",
-        exit::KICK => "kick",
-        exit::FLUSH => "flush",
-        exit::DEADLINE => "deadline",
-        exit::POOL => "pool",
-        exit::YIELD => "yield",
-        exit::BREATH => "breath",
-        exit::XCR0 => "xcr0",
-        exit::SEND => "send",
-        exit::CONSOLE => "console",
-        exit::SHUTDOWN => "shutdown",
-        exit::CRASH => "crash",
-        _ => return None,
-    })
-}
-
 /// Names of `public/xen.h`.
 const HYPERCALLS: [&str; 42] = [
     "set_trap_table",
@@ -135,7 +113,7 @@ impl From<Counters> for Stats {
         };
         for (reason, &count) in (0u32..).zip(&raw.exits) {
             if count > 0 {
-                let name = exit_name(reason).map_or_else(|| format!("exit-{reason}"), Into::into);
+                let name = exit::name(reason).map_or_else(|| format!("exit-{reason}"), Into::into);
                 stats.exits.insert(name, count);
             }
         }

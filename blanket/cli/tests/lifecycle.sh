@@ -39,6 +39,12 @@ until_line one.log LISTENS
 is one "$(blanket ps | awk 'NR == 2 { print $1 }')" "ps lists it"
 blanket ps --json | grep -q '"boots": 1' || fail "ps --json"
 blanket stats one | grep -q mmu_update || fail "stats"
+blanket upgrade one >upgrade.log
+is 0 $? "it runs this blanket"
+cp /bin/blanket newer
+./newer upgrade one 2>upgrade.log
+is 1 $? "it cannot change to another one"
+grep -q "cannot change to a new one" upgrade.log && grep -q "blanket stop one" upgrade.log || fail "upgrade"
 start one obedient </dev/null >second.log 2>&1
 is 1 $? "a name that is taken is refused"
 grep -q "a VM named one is running" second.log || fail "and the reason is told"

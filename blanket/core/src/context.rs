@@ -7,6 +7,7 @@ use crate::vcpu::{Fast, NEVER, Place, State, TrapFrame, Vcpu, rflags};
 use crate::vm::Vm;
 use blanket_abi::device::{counter, crash, exit, pending};
 use blanket_abi::layout::{WINDOW, sel};
+use blanket_abi::trace::kind;
 use blanket_abi::xen::errno;
 use blanket_abi::xen::shared::{self, vcpu_info};
 use blanket_abi::{Gfn, Va};
@@ -23,6 +24,10 @@ const BREATH: u32 = 2048;
 
 /// Looks at a lock, or at another vCPU, before the host is asked to run others.
 const SPINS: u32 = 4096;
+
+/// Pages that the shadow pool grows by. What is added stays, so a small guest should
+/// not be given much more than it needs.
+const POOL_STEP: u64 = 64;
 
 /// Times that one operation may find the shadow pool empty at its limit.
 const POOL_TRIES: u32 = 1000;
@@ -139,6 +144,9 @@ impl<M: Machine> Context<'_, M> {
 
     /// Asks the host; unless it answers in place, all translations are fresh then.
     pub fn exit(&mut self, reason: u32, args: [u64; 4]) -> i64 {
+        if self.fast.traced {
+            self.record(kind::EXIT, reason.into(), args);
+        }
         if self.m.in_place(reason) {
             self.v.check_timers |= reason == exit::INTR;
             return self.m.exit(reason, args);
@@ -234,7 +242,7 @@ impl<M: Machine> Context<'_, M> {
             }
             Need::Flush(mask) => self.flush_vcpus(mask),
             Need::Pool => {
-                if self.exit(exit::POOL, [128, 0, 0, 0]) > 0 {
+                if self.exit(exit::POOL, [POOL_STEP, 0, 0, 0]) > 0 {
                     return;
                 }
                 // At the limit: first what is free but not yet safe, then all. Other
@@ -727,6 +735,7 @@ impl<M: Machine> Context<'_, M> {
     /// Answers what others and the NMI stub asked of this vCPU.
     pub fn take_pending(&mut self) {
         let bits = self.m.switch().pending.swap(0, SeqCst);
+        self.follow_trace();
         if bits & pending::FLUSH != 0 {
             self.load_root();
         }

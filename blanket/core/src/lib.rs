@@ -15,6 +15,7 @@
 //! | [`time`] | pvclock, timers, run-state |
 //! | [`context`] | a vCPU at work: frames, copies, kicks, the way back to the guest |
 //! | `copy` | copies for a core on a root of its own |
+//! | [`trace`] | records of entries and exits, while they are wanted |
 //! | [`insn`], [`cpuid`] | decoders and the CPUID policy |
 #![no_std]
 #![forbid(unsafe_code)]
@@ -36,6 +37,7 @@ pub mod machine;
 pub mod mmu;
 pub mod pte;
 pub mod time;
+pub mod trace;
 pub mod trap;
 pub mod vcpu;
 pub mod vm;

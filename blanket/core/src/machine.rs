@@ -6,6 +6,7 @@
 
 use crate::time::Clock;
 use blanket_abi::device::{Switch, VmPage};
+use blanket_abi::trace::Ring;
 use blanket_abi::{Gfn, Va};
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 
@@ -145,6 +146,10 @@ pub trait Host {
     fn vm_page(&self) -> &VmPage;
     /// Gives a text to the next CONSOLE or CRASH exit; cut to what fits.
     fn set_data(&self, text: &[u8]) -> usize;
+    /// What the entry code calls, for [`crate::vcpu::Fast::trap`]: traced or not.
+    fn trap_entry(&self, traced: bool) -> u64;
+    /// This vCPU's trace, which is there once [`VmPage::trace`] was not 0.
+    fn trace_ring(&self) -> &Ring;
 }
 
 /// All three together.

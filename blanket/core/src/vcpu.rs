@@ -164,6 +164,11 @@ pub struct Fast {
     pub fast_syscalls: u64,
     /// Fast irets taken.
     pub fast_irets: u64,
+    /// Where entries from the guest go, [`crate::machine::Host::trap_entry`]: one of
+    /// two functions, so that a trace that is off costs no test.
+    pub trap: u64,
+    /// The trace is on.
+    pub traced: bool,
 }
 
 impl Fast {
@@ -313,6 +318,8 @@ pub struct Vcpu {
     /// What the host has taken back as far as this vCPU has followed it
     /// (`VmPage::revocations`).
     pub revocations: u64,
+    /// Number of the trace's last record.
+    pub trace_number: u64,
 }
 
 impl Vcpu {
@@ -371,6 +378,7 @@ impl Vcpu {
             check_timers: true,
             work: 0,
             revocations: 0,
+            trace_number: 0,
         }
     }
 }

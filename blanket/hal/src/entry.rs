@@ -171,9 +171,8 @@ save_and_call:
     clac_site
     isolate_site isolate_enter
     mov rdi, rsp
-    movabs rax, offset blanket_trap
-call_core:
-    call rax
+    # The frame is the topmost thing on the main stack, and the hardware page follows.
+    call qword ptr [rsp + {FRAME} + {F_TRAP}]
     .global blanket_return
 blanket_return:
     isolate_site isolate_leave
@@ -189,9 +188,10 @@ isolate_enter:
     mov rax, [rsp + {FRAME} + {L_CORE}]
     mov cr3, rax
     mov rdi, rsp
+    mov rax, [rsp + {FRAME} + {F_TRAP}]
     and rsp, -4096
-    movabs rax, offset blanket_trap
-    jmp call_core
+    call rax
+    jmp blanket_return
 isolate_leave:
     mov rax, rsp
     and rax, -{STRIDE}
@@ -235,8 +235,7 @@ fault_to_entry:
     mov rsp, rax
     isolate_site isolate_enter
     mov rdi, rax
-    movabs rax, offset blanket_trap
-    call rax
+    call qword ptr [rsp + {FRAME} + {F_TRAP}]
     jmp blanket_return
 
     # It may have been the IRETQ to the guest, on the guest's root.
@@ -629,6 +628,7 @@ blanket_leave:
     F_KMODE = const FAST + offset_of!(Fast, kernel_mode),
     F_SLOW = const FAST + offset_of!(Fast, slow_iret),
     F_NSYS = const FAST + offset_of!(Fast, fast_syscalls),
+    F_TRAP = const FAST + offset_of!(Fast, trap),
     F_NIRET = const FAST + offset_of!(Fast, fast_irets),
     SS = const sel::GUEST_SS,
     CS = const sel::GUEST_CS64,

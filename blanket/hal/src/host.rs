@@ -5,6 +5,7 @@ use crate::machine::{Hal, at};
 use crate::{kvm, module};
 use blanket_abi::device::{RUN_DATA, Switch, VmPage, host};
 use blanket_abi::layout::{VCPU, VCPU_STRIDE, VM_PAGE, vcpu as area};
+use blanket_abi::trace::Ring;
 use blanket_core::machine::Host;
 use blanket_core::time::Clock;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -112,6 +113,14 @@ impl Host for Hal {
     fn vm_page(&self) -> &VmPage {
         // SAFETY: mapped for the VM's life; what changes is atomic.
         unsafe { at(VM_PAGE) }
+    }
+    fn trap_entry(&self, traced: bool) -> u64 {
+        crate::start::trap_entry(traced)
+    }
+    fn trace_ring(&self) -> &Ring {
+        // SAFETY: whoever sets `VmPage::trace` has mapped a zeroed ring there before,
+        // for the VM's life; the logic asks for it only afterwards. All of it is atomic.
+        unsafe { at(self.trace()) }
     }
     fn set_data(&self, text: &[u8]) -> usize {
         let n = text.len().min(RUN_DATA);

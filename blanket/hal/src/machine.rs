@@ -67,6 +67,10 @@ impl Hal {
         self.area + area::HW
     }
 
+    pub(crate) fn trace(&self) -> u64 {
+        self.area + area::TRACE
+    }
+
     /// The page that the vCPU shares with KVM. Only inside KVM.
     pub(crate) fn pv(&self) -> &'static Pv {
         // SAFETY: inside KVM the VMM maps a zeroed page there, for which zero is a

@@ -52,8 +52,8 @@ unsafe fn with_context(hal: &Hal, vm: &'static Vm, work: impl FnOnce(&mut Contex
     work(&mut c);
 }
 
-/// A trap from the guest; `f` is the frame on top of the main stack.
-#[unsafe(no_mangle)]
+/// A trap from the guest; `f` is the frame on top of the main stack. The entry code
+/// finds it in [`Fast::trap`](blanket_core::vcpu::Fast::trap).
 extern "C" fn blanket_trap(f: *mut TrapFrame) {
     // SAFETY: the frame lies in the area of the vCPU that runs on this CPU.
     let hal = unsafe { Hal::containing(f as u64) };
@@ -66,6 +66,26 @@ extern "C" fn blanket_trap(f: *mut TrapFrame) {
             c.prepare_return();
         });
     }
+}
+
+/// As [`blanket_trap`], with a record of the entry.
+extern "C" fn blanket_trap_traced(f: *mut TrapFrame) {
+    // SAFETY: the frame lies in the area of the vCPU that runs on this CPU.
+    let hal = unsafe { Hal::containing(f as u64) };
+    let Some(vm) = VM.get() else { return };
+    // SAFETY: as for `blanket_trap`.
+    unsafe { with_context(&hal, vm, |c| c.trace_entry()) };
+    blanket_trap(f);
+}
+
+/// Address of what the entry code calls.
+pub fn trap_entry(traced: bool) -> u64 {
+    let entry: extern "C" fn(*mut TrapFrame) = if traced {
+        blanket_trap_traced
+    } else {
+        blanket_trap
+    };
+    entry as usize as u64
 }
 
 /// First Rust code of a vCPU; returns when the guest may run.
@@ -115,6 +135,8 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
             // The world was entered with some other root than the guest's.
             c.arrive();
             vm.epochs.enter(c.v.id);
+            c.fast.trap = trap_entry(false);
+            c.follow_trace();
             c.reset_cpu();
             if first {
                 c.boot();

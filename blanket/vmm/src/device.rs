@@ -4,13 +4,15 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use blanket_abi::device::{
     API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
-    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, VmStats, create, exit,
+    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, TRACE, VmStats, create, exit,
 };
+use blanket_abi::layout::vcpu::TRACE_SIZE;
+use blanket_abi::trace::Ring;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
@@ -18,6 +20,8 @@ use crate::builder::{Domain, GuestMemory};
 use crate::hypervisor::{Crash, Exit, Hypervisor, Isolation, Kick, Machine, Vcpu, within_limits};
 use crate::kvm;
 use crate::shared_page::SharedPage;
+use crate::sync::lock;
+use crate::trace::Record;
 
 /// Where the module's device is.
 pub const PATH: &str = "/dev/blanket";
@@ -216,6 +220,8 @@ impl Hypervisor for Device {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Arc::new(DeviceVm {
             fd,
+            vcpus,
+            rings: Mutex::default(),
             _memory: Arc::clone(&domain.memory),
         }))
     }
@@ -248,6 +254,9 @@ fn ask_for_branch_barriers() {
 struct DeviceVm {
     // Before the memory: fields are dropped in order.
     fd: OwnedFd,
+    vcpus: u32,
+    /// The vCPUs' traces, mapped once one was wanted.
+    rings: Mutex<Vec<SharedPage<Ring>>>,
     _memory: Arc<GuestMemory>,
 }
 
@@ -298,6 +307,34 @@ impl Machine for DeviceVm {
             return Err(refused("walk its page tables"));
         }
         Ok(audit)
+    }
+
+    fn trace(&self, on: bool) -> Result<(), Error> {
+        // SAFETY: TRACE takes a number.
+        if unsafe { ioctl_with_val(&self.fd, TRACE.into(), on.into()) } < 0 {
+            return Err(refused("switch the trace"));
+        }
+        let mut rings = lock(&self.rings);
+        while on && rings.len() < self.vcpus as usize {
+            let at = rings.len() as u64 * TRACE_SIZE;
+            let ring = SharedPage::map_at(&self.fd, at).map_err(|source| Error::Refused {
+                what: "share a vCPU's trace",
+                source,
+            })?;
+            rings.push(ring);
+        }
+        Ok(())
+    }
+
+    fn trace_records(&self) -> Result<Vec<Record>, Error> {
+        let rings = lock(&self.rings);
+        let of = |(id, ring): (u32, &SharedPage<Ring>)| {
+            // SAFETY: the mapping lives as long as the lock is held, zero is a valid
+            // ring, and all of it is atomic.
+            let ring = unsafe { &*ring.as_ptr() };
+            ring.read().map(|r| Record::of(id, &r)).collect::<Vec<_>>()
+        };
+        Ok((0u32..).zip(rings.iter()).flat_map(of).collect())
     }
 }
 

@@ -8,6 +8,7 @@ use blanket_abi::device::{Audit, Info, VmStats, crash};
 
 use crate::builder::Domain;
 use crate::device::Error;
+use crate::trace::Record;
 
 /// Whether the guest's roots hold the entry area only, and the core runs on a root of
 /// its own.
@@ -70,6 +71,18 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// What the host refused; a rule that is broken is no error.
     fn audit(&self) -> Result<Audit, Error>;
+
+    /// Switches the trace on or off.
+    ///
+    /// # Errors
+    /// The host has no memory for it.
+    fn trace(&self, on: bool) -> Result<(), Error>;
+
+    /// The last records of all vCPUs; none if the trace was never on.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn trace_records(&self) -> Result<Vec<Record>, Error>;
 
     /// What the hypervisor below counts besides; empty where it counts nothing.
     fn host_exits(&self) -> Vec<HostExits> {

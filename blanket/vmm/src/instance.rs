@@ -17,6 +17,7 @@ use crate::device;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
 use crate::kernel::{self, Kernel};
 use crate::sync::lock;
+use crate::trace;
 use crate::vm::{self, Backend, Backends, EarlyConsole, End, Vm};
 use crate::xenstore::Xenstore;
 
@@ -45,6 +46,8 @@ pub struct Spec {
     pub pool_limit: u64,
     /// Whether the guest's roots hold the entry area only.
     pub isolation: Isolation,
+    /// Trace it from the start.
+    pub trace: bool,
 }
 
 /// What a reboot of the guest does.
@@ -149,6 +152,8 @@ struct Now {
     killed: bool,
     /// Somebody waits for the guest to end: a reboot ends it too.
     stopping: u32,
+    /// The trace is on, also over reboots.
+    traced: bool,
     last_stats: Option<Counters>,
 }
 
@@ -169,13 +174,17 @@ impl Instance {
         hypervisor: Arc<dyn Hypervisor>,
         console: Arc<Console>,
     ) -> Result<Arc<Self>, Error> {
+        let traced = spec.trace;
         Ok(Arc::new(Self {
             spec,
             uuid: uuid().map_err(Error::Uuid)?,
             hypervisor,
             console,
             started: Instant::now(),
-            now: Mutex::default(),
+            now: Mutex::new(Now {
+                traced,
+                ..Now::default()
+            }),
         }))
     }
 
@@ -218,6 +227,9 @@ impl Instance {
         let xenstore = Arc::new(xenstore);
         self.console.connect(&domain, Arc::clone(&machine));
 
+        if lock(&self.now).traced {
+            machine.trace(true)?;
+        }
         let ports: [(u32, Arc<dyn Backend>); 2] = [
             (STORE_PORT, Arc::clone(&xenstore) as Arc<dyn Backend>),
             (CONSOLE_PORT, Arc::clone(&self.console) as Arc<dyn Backend>),
@@ -228,6 +240,7 @@ impl Instance {
         };
         let vm = Vm::start(Arc::clone(&machine), spec.vcpus, backends)?;
 
+        give_back();
         tracing::info!(elapsed = ?begun.elapsed(), "vCPUs started");
 
         let mut now = lock(&self.now);
@@ -249,7 +262,7 @@ impl Instance {
     /// It cannot be started again.
     pub fn run(&self, mut vm: Vm) -> Result<End, Error> {
         loop {
-            let end = vm.wait();
+            let mut end = vm.wait();
             self.console.disconnect();
             let (killed, stopping) = {
                 let mut now = lock(&self.now);
@@ -257,6 +270,12 @@ impl Instance {
                     match Counters::of(&*running.machine) {
                         Ok(stats) => now.last_stats = Some(stats),
                         Err(error) => tracing::warn!(%error, "the last counters are lost"),
+                    }
+                    if let End::Crash(crash) = &mut end {
+                        match running.machine.trace_records() {
+                            Ok(records) => trace::add_to(crash, &records, self.tsc_khz()),
+                            Err(error) => tracing::warn!(%error, "the trace is lost"),
+                        }
                     }
                 }
                 (now.killed, now.stopping > 0)
@@ -337,6 +356,42 @@ impl Instance {
             .transpose()
     }
 
+    /// Switches the trace on or off. The answer is whether it was on before.
+    ///
+    /// # Errors
+    /// What the host refused.
+    pub fn trace(&self, on: bool) -> Result<bool, device::Error> {
+        let mut now = lock(&self.now);
+        if let Some(running) = &now.running {
+            running.machine.trace(on)?;
+        }
+        Ok(std::mem::replace(&mut now.traced, on))
+    }
+
+    /// The last records of all vCPUs in the order of time, and how often the VM had
+    /// been booted when they were made: their numbers begin again with each boot.
+    ///
+    /// # Errors
+    /// What the host refused.
+    pub fn trace_records(&self) -> Result<(u32, Vec<trace::Record>), device::Error> {
+        let (boots, running) = {
+            let now = lock(&self.now);
+            (now.boots, now.running.clone())
+        };
+        let mut records = match running {
+            Some(running) => running.machine.trace_records()?,
+            None => Vec::new(),
+        };
+        trace::sort(&mut records);
+        Ok((boots, records))
+    }
+
+    /// Frequency of the time-stamps in its trace.
+    #[must_use]
+    pub fn tsc_khz(&self) -> u64 {
+        self.hypervisor.info().tsc_khz
+    }
+
     /// What it is made of.
     #[must_use]
     pub fn spec(&self) -> &Spec {
@@ -371,6 +426,16 @@ impl Instance {
     #[must_use]
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
+    }
+}
+
+/// Gives the host what the allocator keeps of the kernel's and the initrd's buffers:
+/// two MiB, which a small VM should not cost.
+fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes a number and may be called by any thread at any time (malloc_trim(3)).
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

@@ -15,6 +15,7 @@ pub mod kvm;
 pub mod ring;
 mod shared_page;
 mod sync;
+pub mod trace;
 pub mod vm;
 pub mod xenstore;
 

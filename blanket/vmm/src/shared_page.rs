@@ -1,4 +1,4 @@
-//! The page that a vCPU's descriptor shares with the kernel: `/dev/blanket`'s and KVM's.
+//! Pages that a descriptor shares with the kernel: `/dev/blanket`'s and KVM's.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -6,9 +6,7 @@ use std::ptr::NonNull;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-const SIZE: usize = 4096;
-
-/// A shared mapping of a descriptor's first page, which begins with a `T`.
+/// A shared mapping of whole pages of a descriptor, which begin with a `T`.
 pub(crate) struct SharedPage<T>(NonNull<T>);
 
 // SAFETY: the pointer is to a mapping that lives as long as the value. What may be
@@ -18,19 +16,24 @@ unsafe impl<T> Send for SharedPage<T> {}
 unsafe impl<T> Sync for SharedPage<T> {}
 
 impl<T> SharedPage<T> {
-    const FITS: () = assert!(size_of::<T>() <= SIZE);
+    const SIZE: usize = size_of::<T>().next_multiple_of(4096);
 
+    /// Maps what is at the beginning.
     pub(crate) fn map(fd: impl AsFd) -> io::Result<Self> {
-        let () = Self::FITS;
+        Self::map_at(fd, 0)
+    }
+
+    /// Maps what is at `offset`.
+    pub(crate) fn map_at(fd: impl AsFd, offset: u64) -> io::Result<Self> {
         // SAFETY: a new mapping at an address of the kernel's choice.
         let address = unsafe {
             mmap(
                 std::ptr::null_mut(),
-                SIZE,
+                Self::SIZE,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED,
                 fd,
-                0,
+                offset,
             )
         }?;
         NonNull::new(address.cast())
@@ -48,6 +51,6 @@ impl<T> Drop for SharedPage<T> {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `map`, and no reference into it is left.
         // It cannot fail for a whole mapping.
-        let _ = unsafe { munmap(self.0.as_ptr().cast(), SIZE) };
+        let _ = unsafe { munmap(self.0.as_ptr().cast(), Self::SIZE) };
     }
 }

@@ -36,6 +36,9 @@ impl<M: Machine> Context<'_, M> {
         ];
         let result = if call == nr::MULTICALL {
             self.count(crate::idx(nr::MULTICALL));
+            if self.fast.traced {
+                self.trace_multicall(args[0], args[1]);
+            }
             self.multicall(args[0], args[1])
         } else {
             self.dispatch(call, args)

@@ -23,6 +23,7 @@ use blanket_abi::device::{
     Boot, COUNTERS, Dtr, EXIT_REASONS, RUN_DATA, Switch, VmPage, crash, exit, host,
 };
 use blanket_abi::layout::REVOKED_BLOCK;
+use blanket_abi::trace::Ring;
 use blanket_abi::{Gfn, Va};
 use blanket_core::machine::{Cpu, Host, Memory, Words};
 use blanket_core::mmu::Mmu;
@@ -95,6 +96,8 @@ pub struct FakeCpu {
     pub ldt_entries: Cell<u32>,
     pub xcr0: Cell<u64>,
     pub tsc_aux: Cell<u64>,
+    /// The trace.
+    pub trace: Box<Ring>,
     /// Pool pages that were walked since the last load of CR3, and what each was
     /// bound to: what paging-structure caches may hold.
     cached: RefCell<BTreeMap<u32, Option<(u32, u8)>>>,
@@ -276,6 +279,8 @@ impl FakeMachine {
             cpuid_faults: 0,
             revocations: AtomicU64::new(0),
             revoked: [const { AtomicU64::new(0) }; 64],
+            trace: AtomicU32::new(0),
+            pad3: 0,
         });
         Self {
             frames,
@@ -759,6 +764,12 @@ impl Host for FakeMachine {
     }
     fn in_place(&self, _: u32) -> bool {
         false
+    }
+    fn trap_entry(&self, traced: bool) -> u64 {
+        0x1000 + u64::from(traced)
+    }
+    fn trace_ring(&self) -> &Ring {
+        &self.cpu().trace
     }
     fn clock(&self) -> Clock {
         Clock::of_page(&self.page)

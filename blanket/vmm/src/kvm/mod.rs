@@ -36,6 +36,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, G
 use crate::builder::{Domain, GuestMemory};
 use crate::device;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine, Vcpu, within_limits};
+use crate::trace::Record;
 use cpuid::Cpuid;
 use image::Image;
 use space::{Plan, Space};
@@ -437,6 +438,20 @@ impl Machine for Handle {
 
     fn audit(&self) -> Result<Audit, device::Error> {
         Ok(self.0.space.audit()?)
+    }
+
+    fn trace(&self, on: bool) -> Result<(), device::Error> {
+        for vcpu in self.0.space.trace(on)? {
+            // KVM refuses for a vCPU that is not made yet, which looks when it starts.
+            if let Err(error) = self.0.interrupt(vcpu) {
+                tracing::debug!(vcpu, %error, "not interrupted");
+            }
+        }
+        Ok(())
+    }
+
+    fn trace_records(&self) -> Result<Vec<Record>, device::Error> {
+        Ok(self.0.space.trace_records()?)
     }
 
     fn host_exits(&self) -> Vec<HostExits> {

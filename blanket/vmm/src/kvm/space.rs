@@ -15,12 +15,14 @@ use blanket_abi::layout::{
     CPUID_TABLE, GFN_INFO, GFN_INFO_SIZE, HOLE_FIRST_SLOT, IMAGE, M2P, POOL, POOL_GFNS, POOL_INFO,
     POOL_INFO_SIZE, VCPU, VCPU_STRIDE, VM_PAGE, WINDOW, sel, vcpu as area,
 };
+use blanket_abi::trace::Ring;
 use vm_memory::{Bytes as _, MmapRegion, VolatileMemory as _};
 
 use super::Error;
 use super::audit::Use;
 use super::image::Image;
 use crate::builder::Domain;
+use crate::trace::Record;
 
 /// Bits of a page-table entry.
 pub(super) mod entry {
@@ -113,6 +115,8 @@ pub struct Space {
     pub(super) pool: (u64, u64),
     /// Offsets of the switch blocks.
     pub(super) switches: Vec<u64>,
+    /// Offsets of the vCPUs' traces.
+    traces: Vec<u64>,
     /// Offset of the image.
     image: u64,
     /// In the image: where the entry section begins, its size, the IDT.
@@ -152,6 +156,7 @@ impl Space {
             pool_info: 0,
             pool: (0, plan.pool),
             switches: Vec::new(),
+            traces: Vec::new(),
             image: 0,
             entry_section: (
                 header.entry_start,
@@ -431,6 +436,8 @@ impl Space {
         }
         let gdt = self.map_new(va + area::GDT, GDT_PAGES * PAGE_SIZE, RW)?;
         self.map_new(va + area::LDT, LDT_PAGES * PAGE_SIZE, RW)?;
+        let trace = self.map_new(va + area::TRACE, area::TRACE_SIZE, RW)?;
+        self.traces.push(trace);
 
         self.fill_gdt(gdt, va + area::HW + TSS)?;
         self.fill_tss(hw + TSS, va)?;
@@ -591,6 +598,46 @@ impl Space {
         let before = self.half(at)?.fetch_or(pending::RAISED, Ordering::SeqCst);
         // Who set the bit first has sent an interrupt, or is about to.
         Ok((before & pending::RAISED == 0).then_some(vcpu))
+    }
+
+    /// Switches the trace on or off. The vCPUs that must be interrupted to see it.
+    ///
+    /// # Errors
+    /// None that a built space has.
+    pub fn trace(&self, on: bool) -> Result<Vec<u32>, Error> {
+        let at = self.vm_page + offset_of!(VmPage, trace) as u64;
+        self.half(at)?.store(on.into(), Ordering::SeqCst);
+        let mut asked = Vec::new();
+        for vcpu in (0u32..).take(self.switches.len()) {
+            let at = self.switch_field(vcpu, offset_of!(Switch, pending))?;
+            let before = self.half(at)?.fetch_or(pending::KICK, Ordering::SeqCst);
+            // Who set the bit first has sent an interrupt, or is about to.
+            if before & pending::KICK == 0 {
+                asked.push(vcpu);
+            }
+        }
+        Ok(asked)
+    }
+
+    /// The last records of all vCPUs.
+    ///
+    /// # Errors
+    /// None that a built space has.
+    pub fn trace_records(&self) -> Result<Vec<Record>, Error> {
+        let mut all = Vec::new();
+        for (vcpu, &at) in (0u32..).zip(&self.traces) {
+            let at = usize::try_from(at).map_err(Error::memory)?;
+            let slice = self
+                .region
+                .get_slice(at, size_of::<Ring>())
+                .map_err(Error::memory)?;
+            let guard = slice.ptr_guard();
+            // SAFETY: `Ring` is all atomics, for which every content is valid; the
+            // slice has its size, lies on a page, and lives as long as `self`.
+            let ring = unsafe { &*guard.as_ptr().cast::<Ring>() };
+            all.extend(ring.read().map(|record| Record::of(vcpu, &record)));
+        }
+        Ok(all)
     }
 
     /// Exits by reason and the core's counters, summed over the vCPUs.

@@ -6,10 +6,13 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use blanket_abi::device::{Audit, Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
 
+use blanket_abi::trace::kind;
+
 use crate::builder::{Domain, GuestMemory};
 use crate::device::Error;
 use crate::hypervisor::{Exit, Hypervisor, Isolation, Kick, Machine, Vcpu};
 use crate::sync::lock;
+use crate::trace::Record;
 
 /// What a vCPU does at each RUN.
 pub type Program = Box<dyn FnMut(&Guest) -> Result<Exit, Error> + Send>;
@@ -34,6 +37,8 @@ pub struct Guest {
 struct Events {
     raised: VecDeque<u32>,
     stop: bool,
+    traced: bool,
+    records: Vec<Record>,
 }
 
 impl Guest {
@@ -154,6 +159,30 @@ impl Machine for FakeMachine {
             frames: 3,
             ..Audit::default()
         })
+    }
+
+    fn trace(&self, on: bool) -> Result<(), Error> {
+        lock(&self.guest.events).traced = on;
+        Ok(())
+    }
+
+    /// One for each time that it is asked while the trace is on.
+    fn trace_records(&self) -> Result<Vec<Record>, Error> {
+        let mut events = lock(&self.guest.events);
+        if events.traced {
+            let number = events.records.len() as u64 + 1;
+            events.records.push(Record {
+                vcpu: 0,
+                number,
+                tsc: number,
+                kind: kind::EXIT,
+                what: 4,
+                kernel: true,
+                rip: 0,
+                args: [0; 4],
+            });
+        }
+        Ok(events.records.clone())
     }
 }
 

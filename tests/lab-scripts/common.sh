@@ -1,0 +1,78 @@
+# For scripts that run in an instance: VMs in the background, and what the instance
+# holds. Cases have it in front of theirs; it changes into a directory of its own.
+cd "$(mktemp -d)" || exit 1
+fail() { echo "FAILED: $*"; for log in *.log; do echo "-- $log"; tail -n 20 "$log"; done; exit 1; }
+
+# A guest that works until it is ended: TICK n after each piece of work, BAD if one
+# went wrong.
+cat >tick <<'S'
+n=0
+while :; do
+    sum=$(dd if=/dev/zero bs=64k count=16 2>/dev/null | md5sum)
+    [ "${sum%% *}" = b6d81b360a5672d80c27430f39153e2c ] || { echo BAD; exit 1; }
+    n=$((n + 1))
+    echo "TICK $n"
+done
+S
+lab-initrd tick >tick.img
+
+# start NAME [options]: a VM in the background that ticks on NAME.log.
+start() {
+    name=$1
+    shift
+    blanket run --detach --name "$name" --kernel /guest/vmlinuz --initrd tick.img --memory 128M \
+        --cmdline "quiet panic=-1" --console "file:$name.log" "$@" >/dev/null || fail "$name does not start: $?"
+}
+ticks() { tr -d '\r' <"$1.log" | sed -n 's/^TICK //p' | tail -n 1; }
+# ticking NAME [N]: waits until it has worked N more times.
+ticking() {
+    from=$(ticks "$1")
+    until [ "$(ticks "$1")" -ge $((${from:-0} + ${2:-2})) ] 2>/dev/null; do
+        blanket stats "$1" >/dev/null 2>&1 || fail "$1 is gone"
+        ! grep -q BAD "$1.log" || fail "$1 has worked wrong"
+        sleep 0.2
+    done
+}
+
+# A number from 0 below N, from a seed: random N sets $random.
+random() {
+    seed=$(((seed * 1103515245 + 12345) & 0x7fffffff))
+    random=$((seed / 65536 % $1))
+}
+
+# Frames that are pinned, kernel memory that is not reclaimable and memory that is
+# available (both KiB), users of the module or of KVM.
+pinned() { awk '/^nr_foll_pin_acquired/ { n += $2 } /^nr_foll_pin_released/ { n -= $2 } END { print n + 0 }' /proc/vmstat; }
+meminfo() { awk -v k="$1:" '$1 == k { print $2 }' /proc/meminfo; }
+users() {
+    case $BLANKET_HOST in
+    module) cat /sys/module/blanket/refcnt ;;
+    *) cat /sys/module/kvm_amd/refcnt ;;
+    esac
+}
+# snapshot: what is held now that no VM runs, after all that is only cached is gone.
+snapshot() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    snap_pinned=$(pinned)
+    snap_users=$(users)
+    snap_kernel=$(($(meminfo SUnreclaim) + $(meminfo PageTables) + $(meminfo KernelStack) + $(meminfo Percpu)))
+    snap_available=$(meminfo MemAvailable)
+}
+# nothing_leaked WHAT: compares with the last snapshot. Pages that a processor keeps for
+# itself come back late, hence the tries; frames and users are exact.
+nothing_leaked() {
+    was_pinned=$snap_pinned was_users=$snap_users was_kernel=$snap_kernel was_available=$snap_available
+    tries=0
+    while :; do
+        snapshot
+        [ "$snap_pinned" = "$was_pinned" ] && [ "$snap_users" = "$was_users" ] &&
+            [ $((snap_kernel - was_kernel)) -le 3072 ] && [ $((was_available - snap_available)) -le 6144 ] && break
+        tries=$((tries + 1))
+        [ $tries -lt 40 ] || fail "$1: pinned frames $was_pinned to $snap_pinned, users $was_users to $snap_users, \
+kernel memory $was_kernel to $snap_kernel KiB, available $was_available to $snap_available KiB"
+        sleep 0.5
+    done
+    echo "ok: $1: pinned $snap_pinned, users $snap_users, kernel $((snap_kernel - was_kernel)) KiB more, \
+available $((snap_available - was_available)) KiB more"
+}

@@ -1,0 +1,145 @@
+//! `bench --density N`: N small VMs at once on one instance, and what each costs beside
+//! its memory.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::build;
+use crate::cases::DENSITY;
+use crate::initramfs::{self, Files};
+use crate::kernels::{self, Flavour};
+use crate::lab::Payload;
+use crate::project::{Project, write_if_changed};
+use crate::qemu::{self, End, Hardware, Machine};
+
+/// What the page's section begins with.
+const TITLE: &str = "\n## Density\n";
+const PAGE: &str = "docs/benchmarks.md";
+
+/// Runs it under the module, prints the section of the page, and writes it there.
+pub fn run(project: &Project, guests: u32) -> Result<()> {
+    let kernel = kernels::fetch(project, Flavour::Cloud)?;
+    let mut payload = Payload::new(project, &kernel, Hardware::Virtio, "EPYC,-svm")?;
+    payload.module(&build::module_for(project, &kernel)?);
+    payload.program(&build::command(project)?)?;
+    payload.guest_kernel(&kernel);
+    payload.guest_initrd(&initramfs::guest(project, None, &Files::new())?)?;
+    payload.command(&format!(
+        "export BLANKET_HOST=module\nGUESTS={guests}\n{DENSITY}"
+    ));
+    let machine = Machine {
+        cpu: "EPYC,-svm".into(),
+        hardware: Hardware::Virtio,
+        kernel: kernel.clone(),
+        memory: "6G".into(),
+        smp: 2,
+        icount: false,
+        append: String::new(),
+        node: 1,
+        group: None,
+        extra: Vec::new(),
+    };
+    let mut output = Tee(Vec::new());
+    let timeout = Duration::from_secs(120 + 120 * u64::from(guests));
+    let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut output)?;
+    if outcome.end != End::Exit(0) {
+        eprint!("{}", outcome.console_tail(100));
+        bail!("the instance ended with {:?}", outcome.end);
+    }
+    outcome.discard();
+    let text = section(&String::from_utf8_lossy(&output.0), &kernel.release)?;
+    println!("{text}");
+    let page = project.root.join(PAGE);
+    let old = fs::read_to_string(&page).with_context(|| format!("cannot read {PAGE}"))?;
+    let above = old.split(TITLE).next().unwrap_or_default();
+    write_if_changed(&page, format!("{above}{text}").as_bytes())?;
+    Ok(())
+}
+
+/// The section as it is on the page, for who writes the rest anew.
+pub fn kept(project: &Project) -> String {
+    let page = fs::read_to_string(project.root.join(PAGE)).unwrap_or_default();
+    page.split_once(TITLE)
+        .map(|(_, text)| format!("{TITLE}{text}"))
+        .unwrap_or_default()
+}
+
+/// Shows what comes, and keeps it.
+struct Tee(Vec<u8>);
+
+impl Write for Tee {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        std::io::stdout().write(bytes)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stdout().flush()
+    }
+}
+
+/// `DENSITY host=module guests=40 ...` as a section.
+fn section(output: &str, release: &str) -> Result<String> {
+    let line = output
+        .lines()
+        .find_map(|line| line.trim_end().strip_prefix("DENSITY "))
+        .context("no figures came")?;
+    let figures: BTreeMap<&str, &str> = line
+        .split_whitespace()
+        .filter_map(|word| word.split_once('='))
+        .collect();
+    let get = |name: &str| figures.get(name).copied().context("a figure is missing");
+    let mib = |name: &str| -> Result<String> {
+        let kib: f64 = get(name)?.parse()?;
+        Ok(format!("{:.1}", kib / 1024.0))
+    };
+    let guests = get("guests")?;
+    Ok(format!(
+        "{TITLE}\n\
+         Made by `cargo xtask bench --density {guests}`, which writes this section: {guests} VMs with one \
+         vCPU and {} of memory each under the module, on an instance with 2 CPUs and 6 GiB, all \
+         running the stock kernel {release} with a busybox. All answered on their consoles after the last had \
+         started. The figures are means of one run under emulation; they count memory, which an emulator does \
+         not change.\n\n\
+         | of each VM | MiB |\n|---|---:|\n\
+         | its memory that it has touched | {} |\n\
+         | beside that: the VMM (proportional set size without the VM's memory) | {} |\n\
+         | beside that: the kernel (core, tables, shadow pages, stacks; memory cgroup) | {} |\n\
+         | of these, shadow pages | {} |\n\
+         | **cost beside its memory** | **{}** |\n\
+         | the VM that costs most | {} |\n\
+         | the instance's available memory went down by, for all together | {} |\n\n\
+         No VM's memory was ballooned: frames that a guest's balloon gives back stay the guest's.\n",
+        get("memory")?,
+        mib("touched")?,
+        mib("vmm")?,
+        mib("kernel")?,
+        mib("shadow")?,
+        mib("cost")?,
+        mib("worst")?,
+        mib("taken")?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_become_a_section() {
+        let line = "all\nDENSITY host=module guests=8 memory=96M touched=61440 vmm=1024 kernel=2048 \
+                    shadow=1536 cost=3072 worst=4096 taken=524288\r\nDENSITY-OK\n";
+        let text = section(line, "6.1").expect("whole");
+        assert!(text.starts_with(TITLE) && text.contains("--density 8"));
+        assert!(
+            text.contains("| **cost beside its memory** | **3.0** |"),
+            "{text}"
+        );
+        assert!(text.contains("for all together | 512.0 |"), "{text}");
+        assert!(section("DENSITY guests=8\n", "6.1").is_err());
+        assert!(section("", "6.1").is_err());
+    }
+}
