@@ -47,6 +47,19 @@
 /* NMIs of the watchdog that end a visit to the core world. */
 #define BLANKET_WATCH_LIMIT	3
 
+/* Rules of an audit. */
+#define BLANKET_AUDIT_FOREIGN		1
+#define BLANKET_AUDIT_TABLE		2
+#define BLANKET_AUDIT_ABSENT		3
+#define BLANKET_AUDIT_BITS		4
+#define BLANKET_AUDIT_RIGHTS		5
+#define BLANKET_AUDIT_HOLE		6
+#define BLANKET_AUDIT_WINDOW		7
+#define BLANKET_AUDIT_OWN		8
+#define BLANKET_AUDIT_M2P		9
+#define BLANKET_AUDIT_ROOT		10
+#define BLANKET_AUDIT_TRANSITION	11
+
 /* Bits of blanket_switch.pending. */
 #define BLANKET_PENDING_KICK	1
 #define BLANKET_PENDING_RAISED	2
@@ -109,6 +122,11 @@
 #define BLANKET_GFN_INFO_SIZE	16
 #define BLANKET_POOL_INFO_SIZE	24
 #define BLANKET_POOL_GFNS_SIZE	2048
+#define BLANKET_POOL_INFO_LEVEL	12
+#define BLANKET_POOL_INFO_STATE	13
+#define BLANKET_POOL_SHADOW	1
+#define BLANKET_POOL_KERNEL_ROOT	4
+#define BLANKET_POOL_USER_ROOT	5
 
 /* Offsets in a vCPU area. */
 #define BLANKET_VCPU_ENTRY	0x0
@@ -117,6 +135,8 @@
 #define BLANKET_VCPU_STACK_SIZE	0x10000
 #define BLANKET_VCPU_HW		0x20000
 #define BLANKET_VCPU_HW_SIZE	0x2000
+#define BLANKET_VCPU_KERNEL_CR3	0x21020
+#define BLANKET_VCPU_USER_CR3	0x21028
 #define BLANKET_VCPU_PV		0x22000
 #define BLANKET_VCPU_IST	0x24000
 #define BLANKET_VCPU_GDT	0x30000
@@ -136,6 +156,10 @@
 #define BLANKET_FEATURE_LA57		(1ULL << 1)
 #define BLANKET_FEATURE_XSAVE		(1ULL << 2)
 #define BLANKET_FEATURE_CPUID_PROFILE	(1ULL << 3)
+#define BLANKET_FEATURE_ISOLATES	(1ULL << 4)
+
+#define BLANKET_CREATE_ISOLATE	(1U << 0)
+#define BLANKET_CREATE_SHARE	(1U << 1)
 
 struct blanket_info {
 	__u32 api;
@@ -193,6 +217,23 @@ struct blanket_vm_stats {
 	__u64 revoked;
 };
 
+struct blanket_audit {
+	__u64 roots;
+	__u64 loaded;
+	__u64 tables;
+	__u64 leaves;
+	__u64 writable;
+	__u64 own;
+	__u64 entry_area;
+	__u64 taken;
+	__u64 frames;
+	__u64 broken;
+	__u32 rule;
+	__u32 level;
+	__u64 va;
+	__u64 entry;
+};
+
 #define BLANKET_IOC		0xb7
 #define BLANKET_GET_INFO	_IOR(BLANKET_IOC, 0, struct blanket_info)
 #define BLANKET_CREATE_VM	_IOW(BLANKET_IOC, 1, struct blanket_create_vm)
@@ -201,6 +242,7 @@ struct blanket_vm_stats {
 #define BLANKET_GET_STATS	_IOR(BLANKET_IOC, 4, struct blanket_vm_stats)
 #define BLANKET_RUN		_IO(BLANKET_IOC, 5)
 #define BLANKET_RAISE_VIRQ	_IO(BLANKET_IOC, 6)
+#define BLANKET_AUDIT		_IOR(BLANKET_IOC, 8, struct blanket_audit)
 #define BLANKET_TRACE		_IO(BLANKET_IOC, 7)
 
 /* ---- between the module and the core ---- */
@@ -239,6 +281,7 @@ struct blanket_vm_page {
 	__u32 cpuid_faults;
 	__u64 revocations;
 	__u64 revoked[BLANKET_REVOKED_WORDS];
+	__u64 core_cr3;
 	__u32 trace;
 	__u32 pad3;
 };
@@ -323,6 +366,8 @@ struct blanket_image_header {
 	__u64 stubs;
 	__u64 smap;
 	__u64 smap_end;
+	__u64 isolate;
+	__u64 isolate_end;
 };
 
 #define BLANKET_SMAP_CLAC	(1ULL << 63)

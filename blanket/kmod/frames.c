@@ -36,12 +36,6 @@
 /* Frames that are taken back under one hold of the lock: one leaf table. */
 #define REVOKE_CHUNK 512
 
-/*
- * An absent entry of the window with this bit: the host has had the frame back. It
- * is brought in again only when it is needed itself, for it may be swapped out.
- */
-#define ENTRY_TAKEN (1ULL << 9)
-
 static u64 *window_entry(struct blanket_vm *vm, u64 gfn)
 {
 	return blanket_entry(vm, BLANKET_WINDOW + gfn * PAGE_SIZE);

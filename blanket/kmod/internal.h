@@ -23,6 +23,12 @@
 #define ENTRY_NX	(1ULL << 63)
 #define ENTRY_FRAME	0x000ffffffffff000ULL
 
+/*
+ * An absent entry of the window with this bit: the host has had the frame back. It
+ * is brought in again only when it is needed itself, for it may be swapped out.
+ */
+#define ENTRY_TAKEN	(1ULL << 9)
+
 #define MAP_RX		(ENTRY_P | ENTRY_A)
 #define MAP_RO		(ENTRY_P | ENTRY_A | ENTRY_NX)
 #define MAP_RW		(ENTRY_P | ENTRY_RW | ENTRY_A | ENTRY_D | ENTRY_NX)
@@ -36,6 +42,15 @@
 #define SLOT_POOL	3
 
 #define IST_STACKS	4
+
+/* What a page of vm->pages is for; kept in its private word, for the audit. */
+enum blanket_page_class {
+	CLASS_DATA,		/* as the allocator leaves the word */
+	CLASS_TABLE,		/* of the hole */
+	CLASS_POOL,
+	CLASS_M2P,
+	CLASS_ROOT,		/* of the core */
+};
 
 struct blanket_vm;
 struct blanket_user;
@@ -89,6 +104,10 @@ struct blanket_vm {
 	struct mutex lock;		/* tables, pool, fds */
 	struct list_head pages;		/* every single page that the VM owns */
 	u64 *l3[HOLE_SLOTS];
+	u64 hole[16];		/* level-4 entries of the hole */
+	bool isolated;
+	u64 core_root;		/* physical; 0 if the core runs on the guest's roots */
+	u64 *entry_l3;		/* the part of slot 257 that isolated guests' roots hold */
 	struct blanket_vm_page *page;
 	atomic64_t frames;		/* guest frames in the window */
 	/* What follows is frames.c's. */
@@ -144,6 +163,17 @@ int blanket_window_init(struct blanket_vm *vm);
 int blanket_frames_follow(struct blanket_vm *vm);
 void blanket_frames_forget(struct blanket_vm *vm);
 long blanket_frame(struct blanket_vm *vm, u64 gfn);
+
+/* isolate.c */
+bool blanket_cpu_leaks(void);
+int blanket_isolate_init(void);
+void blanket_isolate_exit(void);
+struct page *blanket_shared_page(const struct blanket_vm *vm, u64 off);
+int blanket_isolate(struct blanket_vm *vm);
+int blanket_show_area(struct blanket_vm *vm, u64 area);
+
+/* audit.c */
+long blanket_audit_vm(struct blanket_vm *vm, struct blanket_audit *out);
 
 /* run.c */
 long blanket_vcpu_run(struct blanket_vcpu *vcpu);

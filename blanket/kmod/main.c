@@ -155,6 +155,16 @@ static long get_stats(struct blanket_vm *vm, void __user *to)
 	return ret;
 }
 
+static long audit(struct blanket_vm *vm, void __user *to)
+{
+	struct blanket_audit audit = {};
+	long ret = blanket_audit_vm(vm, &audit);
+
+	if (ret)
+		return ret;
+	return copy_to_user(to, &audit, sizeof(audit)) ? -EFAULT : 0;
+}
+
 /*
  * The core finds its ring mapped when it reads the word, and reads it when it is
  * kicked. A VM that is never traced has no rings.
@@ -213,6 +223,8 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return raise_virq(vm, arg);
 	case BLANKET_GET_STATS:
 		return get_stats(vm, (void __user *)arg);
+	case BLANKET_AUDIT:
+		return audit(vm, (void __user *)arg);
 	case BLANKET_TRACE:
 		return trace(vm, arg);
 	default:
@@ -253,6 +265,8 @@ static long get_info(void __user *to)
 		info.features |= BLANKET_FEATURE_XSAVE;
 	if (blanket_host.cpuid_msr)
 		info.features |= BLANKET_FEATURE_CPUID_PROFILE;
+	if (blanket_cpu_leaks())
+		info.features |= BLANKET_FEATURE_ISOLATES;
 	return copy_to_user(to, &info, sizeof(info)) ? -EFAULT : 0;
 }
 
@@ -385,6 +399,8 @@ static int check_image(void)
 	    h->data_end > BLANKET_IMAGE_MAX || h->file_end > h->data_end ||
 	    h->file_end != size || h->entry_end - h->entry_start > BLANKET_VCPU_ENTRY_MAX ||
 	    h->start >= h->text_end || h->idt < h->rodata_end || h->idt >= h->data_end ||
+	    h->isolate > h->isolate_end || h->isolate_end > h->rodata_end ||
+	    h->isolate_end > size || ((h->isolate | h->isolate_end) & 15) ||
 	    h->stubs < h->entry_start ||
 	    h->stubs + 256 * BLANKET_STUB_STRIDE > h->entry_end)
 		return refuse("the core image's header is wrong");
@@ -433,13 +449,18 @@ static int __init blanket_init(void)
 	if (err)
 		return err;
 	blanket_speculation_init();
-	err = blanket_watch_init();
+	err = blanket_isolate_init();
 	if (err)
 		goto free;
+	err = blanket_watch_init();
+	if (err)
+		goto isolate;
 	err = misc_register(&device);
 	if (!err)
 		return 0;
 	blanket_watch_exit();
+isolate:
+	blanket_isolate_exit();
 free:
 	free_shared();
 	return err;
@@ -450,6 +471,7 @@ static void __exit blanket_exit(void)
 {
 	misc_deregister(&device);
 	blanket_watch_exit();
+	blanket_isolate_exit();
 	free_shared();
 }
 module_exit(blanket_exit);

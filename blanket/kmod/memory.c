@@ -58,6 +58,7 @@ int blanket_tables_init(struct blanket_vm *vm)
 
 		if (!page)
 			return -ENOMEM;
+		set_page_private(page, CLASS_TABLE);
 		vm->l3[slot] = page_address(page);
 		entry = page_to_phys(page) | ENTRY_P | ENTRY_RW | ENTRY_A;
 		/* Read-only at this level: the core sees its leaf entries, no more. */
@@ -89,6 +90,7 @@ u64 *blanket_leaf(struct blanket_vm *vm, u64 va, gfp_t extra)
 
 			if (!page)
 				return NULL;
+			set_page_private(page, CLASS_TABLE);
 			/* D too: through the recursive entry, tables are leaves. */
 			val = page_to_phys(page) | ENTRY_P | ENTRY_RW | ENTRY_A | ENTRY_D;
 			if (slot == SLOT_M2P)
@@ -162,6 +164,7 @@ long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
 		page = entry ? blanket_page(vm, soft) : NULL;
 		if (!page)
 			break;
+		set_page_private(page, CLASS_POOL);
 		smp_store_release(entry, page_to_phys(page) | MAP_RW);
 		added++;
 	}

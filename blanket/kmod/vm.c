@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 /* Making a VM and its vCPUs: everything that is in place before the first RUN. */
+#include <linux/capability.h>
 #include <linux/io.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -34,7 +35,9 @@ struct tss {
 	u16 iomap_base;
 } __packed;
 static_assert(sizeof(struct tss) == TSS_LIMIT + 1);
-static_assert(sizeof(struct blanket_switch) <= TSS_OFFSET);
+/* The first hardware page is the switch block's; isolated guests' roots have the second. */
+static_assert(sizeof(struct blanket_switch) <= PAGE_SIZE);
+static_assert(TSS_OFFSET >= PAGE_SIZE);
 static_assert(TSS_OFFSET + sizeof(struct tss) <= BLANKET_VCPU_HW_SIZE);
 static_assert(sizeof(struct blanket_vm_page) <= PAGE_SIZE);
 static_assert(sizeof(struct blanket_run) <= PAGE_SIZE);
@@ -76,6 +79,7 @@ static int map_m2p(struct blanket_vm *vm)
 
 		if (!page)
 			return -ENOMEM;
+		set_page_private(page, CLASS_M2P);
 		entry = page_address(page);
 		for (i = 0; i < per_page; i++)
 			entry[i] = first + i;
@@ -129,7 +133,7 @@ static int map_image(struct blanket_vm *vm)
 
 	for (off = 0; off < h->rodata_end; off += PAGE_SIZE) {
 		err = blanket_map(vm, BLANKET_IMAGE + off,
-				  blanket_shared_pages[off >> PAGE_SHIFT],
+				  blanket_shared_page(vm, off),
 				  off < h->text_end ? MAP_RX : MAP_RO);
 		if (err)
 			return err;
@@ -182,7 +186,7 @@ static int map_area(struct blanket_vcpu *vcpu, u64 area)
 
 	for (off = h->entry_start; off < h->entry_end; off += PAGE_SIZE) {
 		err = blanket_map(vm, area + BLANKET_VCPU_ENTRY + off - h->entry_start,
-				  blanket_shared_pages[off >> PAGE_SHIFT], MAP_RX);
+				  blanket_shared_page(vm, off), MAP_RX);
 		if (err)
 			return err;
 	}
@@ -301,10 +305,10 @@ static int vcpu_create(struct blanket_vm *vm, unsigned int id)
 			return -ENOMEM;
 		vcpu->root[511] = virt_to_phys(vcpu->root_p4d) | ENTRY_P | ENTRY_RW | ENTRY_A;
 	}
-	memcpy(vcpu->root_p4d + BLANKET_HOLE_FIRST_SLOT, vm->page->hole, sizeof(vm->page->hole));
+	memcpy(vcpu->root_p4d + BLANKET_HOLE_FIRST_SLOT, vm->hole, sizeof(vm->hole));
 	init_fpu(vcpu->xsave);
 
-	err = map_area(vcpu, area);
+	err = map_area(vcpu, area) ?: blanket_show_area(vm, area);
 	if (err)
 		return err;
 	fill_switch(vcpu, area);
@@ -345,7 +349,13 @@ MODULE_PARM_DESC(inject, "VMs may ask for a core that breaks on purpose (for Bla
 
 static int check_args(const struct blanket_create_vm *a)
 {
-	if (a->flags || !a->nr_vcpus || a->nr_vcpus > BLANKET_MAX_VCPUS)
+	if ((a->flags & ~(BLANKET_CREATE_ISOLATE | BLANKET_CREATE_SHARE)) ||
+	    a->flags == (BLANKET_CREATE_ISOLATE | BLANKET_CREATE_SHARE))
+		return -EINVAL;
+	/* The roots would show the guest where the host's kernel is. */
+	if ((a->flags & BLANKET_CREATE_SHARE) && blanket_cpu_leaks() && !capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	if (!a->nr_vcpus || a->nr_vcpus > BLANKET_MAX_VCPUS)
 		return -EINVAL;
 	if (!a->nr_frames || a->nr_frames > BLANKET_MAX_FRAMES)
 		return -EINVAL;
@@ -371,6 +381,7 @@ static int vm_build(struct blanket_vm *vm)
 	err = blanket_tables_init(vm) ?:
 	      map_m2p(vm) ?:
 	      map_image(vm) ?:
+	      blanket_isolate(vm) ?:
 	      blanket_map(vm, BLANKET_VM_PAGE, virt_to_page(vm->page), MAP_RW) ?:
 	      blanket_map_new(vm, BLANKET_GFN_INFO,
 			      PAGE_ALIGN(frames * BLANKET_GFN_INFO_SIZE), MAP_RW) ?:
@@ -418,6 +429,8 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	vm->user_addr = args->user_addr;
 	vm->nr_frames = args->nr_frames;
 	vm->nr_vcpus = args->nr_vcpus;
+	vm->isolated = args->flags & BLANKET_CREATE_ISOLATE ||
+		       (!args->flags && blanket_cpu_leaks());
 	vm->pool_limit = args->pool_limit ?: 1024 + args->nr_frames / 16;
 
 	err = blanket_user_get(vm);

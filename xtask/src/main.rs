@@ -5,6 +5,7 @@
 
 mod abi_check;
 mod apt;
+mod audit_check;
 mod bench;
 mod build;
 mod cases;

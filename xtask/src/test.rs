@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::abi_check;
+use crate::audit_check;
 use crate::bench;
 use crate::build;
 use crate::cases::{self, Adapter, Case, Expect, Guest, Work};
@@ -88,6 +89,11 @@ const STEPS: &[Step] = &[
         name: "bench-guard-long",
         long: true,
         run: bench_guard_long,
+    },
+    Step {
+        name: "module-audit",
+        long: false,
+        run: module_audit,
     },
     Step {
         name: "module-compiles",
@@ -286,6 +292,14 @@ fn module_compiles(project: &Project) -> Result<Tally> {
     Ok(tally)
 }
 
+fn module_audit(project: &Project) -> Result<Tally> {
+    println!("{}", audit_check::run(project)?);
+    Ok(Tally {
+        passed: 1,
+        failed: 0,
+    })
+}
+
 fn module_abi(project: &Project) -> Result<Tally> {
     println!("{}", abi_check::run(project)?);
     Ok(Tally {
@@ -444,12 +458,18 @@ impl<'a> Bench<'a> {
             Adapter::Kvm => "export BLANKET_HOST=kvm\n",
             Adapter::None => "",
         };
+        let isolate = if case.isolate {
+            "export BLANKET_ISOLATE=on\n"
+        } else {
+            ""
+        };
+        let settings = format!("{adapter}{isolate}");
         match &case.work {
             Work::Guest(guest) => {
                 payload.archive.text("root/script", 0o644, guest.script);
-                payload.command(&format!("{adapter}{}", guest_command(guest)));
+                payload.command(&format!("{settings}{}", guest_command(guest)));
             }
-            Work::Instance { script, .. } => payload.command(&format!("{adapter}{script}")),
+            Work::Instance { script, .. } => payload.command(&format!("{settings}{script}")),
         }
         let machine = Machine {
             cpu: case.cpu.into(),

@@ -39,6 +39,9 @@ pub const GET_STATS: u32 = ior(4, size_of::<VmStats>());
 pub const RUN: u32 = IOC | 5;
 /// On a VM: raise a virtual interrupt line of the toolstack on vCPU 0 (argument: VIRQ number).
 pub const RAISE_VIRQ: u32 = IOC | 6;
+/// On a VM none of whose vCPUs is in RUN: walks all page tables that a CPU may use
+/// for it and fills an [`Audit`].
+pub const AUDIT: u32 = ior(8, size_of::<Audit>());
 /// On a VM: argument 1 switches its trace on, 0 off. The rings are at offsets of
 /// [`crate::layout::vcpu::TRACE_SIZE`] of the VM's descriptor, in the order of the
 /// vCPUs, from the first time that it was on.
@@ -72,6 +75,8 @@ pub mod features {
     pub const XSAVE: u64 = 1 << 2;
     /// Programs of guests see the VM's CPUID, not the host's.
     pub const CPUID_PROFILE: u64 = 1 << 3;
+    /// The CPU has Meltdown: VMs are isolated from their core unless they are not to be.
+    pub const ISOLATES: u64 = 1 << 4;
 }
 
 /// Argument of [`CREATE_VM`].
@@ -86,10 +91,18 @@ pub struct CreateVm {
     pub pool_limit: u64,
     /// vCPUs, 1 to [`Info::max_vcpus`].
     pub nr_vcpus: u32,
-    /// Must be 0.
+    /// Bits of [`create`].
     pub flags: u32,
     /// How the first vCPU starts.
     pub boot: Boot,
+}
+
+/// Bits of [`CreateVm::flags`]. With neither, VMs are isolated on CPUs with Meltdown.
+pub mod create {
+    /// The guest's roots hold the entry area only, and the core runs on a root of its own.
+    pub const ISOLATE: u32 = 1 << 0;
+    /// They do not. On a CPU with Meltdown this is for root only.
+    pub const SHARE: u32 = 1 << 1;
 }
 
 /// What the core must know to start a domain: the result of the domain builder.
@@ -271,6 +284,70 @@ pub struct VmStats {
     pub revoked: u64,
 }
 
+/// Answer to [`AUDIT`]: what a VM's page tables map, found by walking them as the CPU
+/// does and asking others than the tables whose each frame is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// Guest roots that the core keeps.
+    pub roots: u64,
+    /// Roots that a vCPU goes back to when it runs on.
+    pub loaded: u64,
+    /// Tables of the guest's part of the address spaces.
+    pub tables: u64,
+    /// Leaves in them.
+    pub leaves: u64,
+    /// Leaves that may be written through.
+    pub writable: u64,
+    /// Leaves in the hypervisor's part.
+    pub own: u64,
+    /// Leaves of the entry area, the only part of the hypervisor's that the roots of an
+    /// isolated guest hold; 0 for other guests.
+    pub entry_area: u64,
+    /// Leaves of frames that the host has taken back: the core removes them before any
+    /// vCPU loads a root. Always 0 inside KVM.
+    pub taken: u64,
+    /// Guest frames that the host has given, by the owner's address space.
+    pub frames: u64,
+    /// Entries that break a rule.
+    pub broken: u64,
+    /// The first of them: which of [`audit`].
+    pub rule: u32,
+    /// Level of its table.
+    pub level: u32,
+    /// First address that it translates.
+    pub va: u64,
+    /// The entry, without the bits of the frame.
+    pub entry: u64,
+}
+
+/// Rules of [`Audit::rule`].
+pub mod audit {
+    /// A guest's leaf maps a frame that is not one of this VM's.
+    pub const FOREIGN: u32 = 1;
+    /// An entry points at a page that is not a page of tables.
+    pub const TABLE: u32 = 2;
+    /// An entry that is not present is not zero.
+    pub const ABSENT: u32 = 3;
+    /// An entry has bits that none may have: reserved, global, large page.
+    pub const BITS: u32 = 4;
+    /// An entry allows more, or less, than its place should.
+    pub const RIGHTS: u32 = 5;
+    /// The hypervisor's slots of a root are not this VM's.
+    pub const HOLE: u32 = 6;
+    /// A window entry is not the frame that the owner has there.
+    pub const WINDOW: u32 = 7;
+    /// A page of the hypervisor's part is not what belongs there.
+    pub const OWN: u32 = 8;
+    /// The identity table is not the identity.
+    pub const M2P: u32 = 9;
+    /// A vCPU's root is none of the core's roots.
+    pub const ROOT: u32 = 10;
+    /// A root of the world switch holds something besides the hypervisor's slots and
+    /// the host's kernel half.
+    pub const TRANSITION: u32 = 11;
+}
+
 /// Number of counters that the core keeps for each vCPU.
 pub const COUNTERS: usize = 64;
 
@@ -353,8 +430,9 @@ pub struct VmPage {
     /// Most pages that the pool may ever have: the length of the array at
     /// [`crate::layout::POOL_INFO`].
     pub pool_limit: u64,
-    /// Level-4 entries 256 to 271 that every root of this VM needs: the tables
-    /// of [`crate::layout`], built by the module.
+    /// Level-4 entries 256 to 271 that every root of the guest needs: the tables
+    /// of [`crate::layout`], built by the module, or the part of them that an isolated
+    /// guest's roots hold.
     pub hole: [u64; 16],
     /// What the core runs on, one of [`host`].
     pub host: u32,
@@ -373,6 +451,9 @@ pub struct VmPage {
     /// the bits at [`crate::layout::REVOKED`]. The module sets bits while no vCPU is
     /// in the core world, the core clears them.
     pub revoked: [AtomicU64; 64],
+    /// CR3 of the root that the core runs on, if the guest's roots hold the entry area
+    /// only; else 0.
+    pub core_cr3: u64,
     /// Nonzero: the core records what it does ([`crate::trace`]). It looks when a bit
     /// of [`Switch::pending`] makes it look at anything.
     pub trace: AtomicU32,
@@ -573,6 +654,11 @@ pub struct ImageHeader {
     pub smap: u64,
     /// End of the array.
     pub smap_end: u64,
+    /// Array of pairs of u64, all in the entry section: where a NOP of five bytes
+    /// becomes a jump, and where to, for a core that runs on a root of its own.
+    pub isolate: u64,
+    /// End of the array.
+    pub isolate_end: u64,
 }
 
 /// Bit in an entry of [`ImageHeader::smap`]: the place gets CLAC.

@@ -47,6 +47,16 @@ pub const GFN_INFO: u64 = 0xffff_8080_4000_0000;
 pub const GFN_INFO_SIZE: u64 = 16;
 /// Bytes of a per-pool-page record.
 pub const POOL_INFO_SIZE: u64 = 24;
+/// Offset of the level in a per-pool-page record.
+pub const POOL_INFO_LEVEL: u64 = 12;
+/// Offset of the page's state in a per-pool-page record.
+pub const POOL_INFO_STATE: u64 = 13;
+/// State of a pool page that is a shadow table.
+pub const POOL_SHADOW: u64 = 1;
+/// Level of a shadow of a kernel root.
+pub const POOL_KERNEL_ROOT: u64 = 4;
+/// Level of a shadow of a user root.
+pub const POOL_USER_ROOT: u64 = 5;
 /// Array of per-pool-page records.
 pub const POOL_INFO: u64 = 0xffff_8090_0000_0000;
 /// Per-pool-page arrays of 512 u32: which gfn each shadow leaf maps.
@@ -82,6 +92,10 @@ pub mod vcpu {
     pub const HW: u64 = 0x2_0000;
     /// Bytes at [`HW`].
     pub const HW_SIZE: u64 = 0x2000;
+    /// CR3 of the guest's kernel root, 0 while there is none.
+    pub const KERNEL_CR3: u64 = HW + 0x1020;
+    /// CR3 of the guest's user root, 0 while there is none.
+    pub const USER_CR3: u64 = HW + 0x1028;
     /// A page that the vCPU shares with KVM ([`crate::kvm`]); absent under the module.
     pub const PV: u64 = 0x2_2000;
     /// Interrupt stacks for #DF, NMI, #DB, #MC in this order, each one page with

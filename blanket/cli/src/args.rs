@@ -101,6 +101,16 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Walk a VM's page tables and say what they map; exits with 1 if that is too much
+    ///
+    /// The VM stands still meanwhile.
+    Audit {
+        /// The VM
+        name: String,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Say whether a VM runs this blanket; a running VM cannot change to another one
     Upgrade {
         /// The VM
@@ -203,6 +213,16 @@ pub struct Run {
         env = "BLANKET_HOST"
     )]
     pub host: Host,
+    /// Keep the core out of the guest's address spaces, so that a CPU with Meltdown does
+    /// not show it to the guest
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        default_value = "auto",
+        env = "BLANKET_ISOLATE"
+    )]
+    pub isolate: Isolate,
     /// Write the VM's counters to standard error when it has ended
     #[arg(long)]
     pub stats_on_exit: bool,
@@ -232,6 +252,17 @@ pub enum Host {
     Module,
     /// This machine's KVM, which needs no module
     Kvm,
+}
+
+/// When the core is kept out of the guest's address spaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Isolate {
+    /// On CPUs with Meltdown
+    Auto,
+    /// Always; system calls and interrupts cost more
+    On,
+    /// Never; under the module, on a CPU with Meltdown, for root only
+    Off,
 }
 
 /// What a reboot of the guest does.

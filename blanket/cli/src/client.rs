@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::args::Format;
 use crate::control::{Answer, Info, Request, ask};
-use crate::exit::{hint, output};
+use crate::exit::{self, hint, output};
 use crate::prometheus;
 use crate::registry::Registry;
 
@@ -129,6 +129,25 @@ pub fn stats(name: Option<&str>, format: Format) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `blanket audit`.
+pub fn audit(name: &str, json: bool) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let Answer::Audit(report) = ask(&stream, &Request::Audit).with_context(|| name.to_owned())?
+    else {
+        bail!("{name} answered something else than an audit");
+    };
+    if json {
+        output(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
+    } else {
+        output(&report.to_string())?;
+    }
+    Ok(if report.broken == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(exit::FAILURE)
+    })
 }
 
 /// `blanket upgrade`: a VM is bound to the process that made it (`docs/operations.md`

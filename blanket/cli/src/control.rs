@@ -11,6 +11,7 @@ use blanket_vmm::instance::Instance;
 use blanket_vmm::trace::Record;
 use serde::{Deserialize, Serialize};
 
+use crate::audit::Report;
 use crate::stats::Stats;
 
 /// Longest request.
@@ -26,6 +27,8 @@ pub enum Request {
     Info,
     /// Its counters.
     Stats,
+    /// Walk its page tables.
+    Audit,
     /// Ask its guest to power off.
     Stop {
         /// Milliseconds that it has.
@@ -59,6 +62,8 @@ pub enum Answer {
     Info(Box<Info>),
     /// Its counters.
     Stats(Box<Stats>),
+    /// What its page tables map.
+    Audit(Report),
     /// Its trace was switched.
     Trace {
         /// It was on before.
@@ -173,6 +178,11 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
         Ok(Request::Stats) => match instance.stats() {
             Ok(Some(stats)) => Answer::Stats(Box::new(Stats::from(stats))),
             Ok(None) => Answer::Error("there are no counters yet".into()),
+            Err(error) => Answer::Error(error.to_string()),
+        },
+        Ok(Request::Audit) => match instance.audit() {
+            Ok(Some(found)) => Answer::Audit(found.into()),
+            Ok(None) => Answer::Error("the VM does not run, or never stands still".into()),
             Err(error) => Answer::Error(error.to_string()),
         },
         Ok(Request::Stop { timeout_ms }) => {
@@ -296,6 +306,7 @@ mod tests {
             mergeable: false,
             inject: false,
             pool_limit: 0,
+            isolation: blanket_vmm::hypervisor::Isolation::Auto,
             trace: false,
         };
         let fake = Fake::new(|_, id| {
@@ -350,6 +361,13 @@ mod tests {
         };
         assert_eq!(stats.guest_ns, 5);
 
+        // The VM runs on afterwards, and can be asked again.
+        for _ in 0..2 {
+            let Ok(Answer::Audit(report)) = ask(&connect(), &Request::Audit) else {
+                panic!("no audit")
+            };
+            assert_eq!((report.roots, report.broken), (2, 0));
+        }
         let records = |after: Vec<u64>, boots| {
             let request = Request::TraceRecords { after, boots };
             let Ok(Answer::TraceRecords(trace)) = ask(&connect(), &request) else {

@@ -1,6 +1,7 @@
 //! `blanket`: VMs on a machine without nested virtualization.
 
 mod args;
+mod audit;
 mod client;
 mod control;
 mod crash;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
             json,
         } => trace::command(&name, follow, off, json),
         Command::Upgrade { name } => client::upgrade(&name),
+        Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),
         Command::Generate { what } => generate(&what),

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use blanket_vmm::console::{Console, IoThread, Sink};
 use blanket_vmm::device::Error as DeviceError;
+use blanket_vmm::hypervisor::Isolation;
 use blanket_vmm::instance::{Instance, OnReboot, Spec};
 use blanket_vmm::vm::End;
 use serde::Serialize;
@@ -66,6 +67,11 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         trace: run.trace,
         inject: run.inject,
         pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
+        isolation: match run.isolate {
+            args::Isolate::Auto => Isolation::Auto,
+            args::Isolate::On => Isolation::On,
+            args::Isolate::Off => Isolation::Off,
+        },
     };
     let console = Console::new().context("cannot make a console")?;
     let instance = Instance::new(spec, hypervisor, console)?;

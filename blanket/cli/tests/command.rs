@@ -52,7 +52,9 @@ fn nothing_runs_and_nothing_is_found() {
     let ps = blanket(directory.path(), &["ps", "--json"]);
     assert!(ps.status.success());
     assert_eq!(text(&ps.stdout).trim(), "[]");
-    for command in ["stop", "kill", "stats", "trace", "upgrade", "console"] {
+    for command in [
+        "stop", "kill", "stats", "audit", "trace", "upgrade", "console",
+    ] {
         let output = blanket(directory.path(), &[command, "nobody"]);
         assert_eq!(output.status.code(), Some(1), "{command}");
         let error = text(&output.stderr);

@@ -370,6 +370,9 @@ impl<M: Machine> Context<'_, M> {
     #[inline]
     pub fn copy_in(&mut self, va: Va, to: &mut [u8]) -> Result<(), i64> {
         Self::guest_range(va, to.len())?;
+        if self.fast.isolated != 0 {
+            return self.copy_in_by_frame(va, to);
+        }
         let mut rounds = Rounds::new(self.v.revocations);
         loop {
             match self.m.copy_from_guest(va, to) {
@@ -387,6 +390,9 @@ impl<M: Machine> Context<'_, M> {
     #[inline]
     pub fn copy_out(&mut self, va: Va, from: &[u8]) -> Result<(), i64> {
         Self::guest_range(va, from.len())?;
+        if self.fast.isolated != 0 {
+            return self.copy_out_by_frame(va, from);
+        }
         let mut rounds = Rounds::new(self.v.revocations);
         loop {
             match self.m.copy_to_guest(va, from) {

@@ -14,6 +14,7 @@
 //! | [`evtchn`], [`grant`] | event channels, grant table |
 //! | [`time`] | pvclock, timers, run-state |
 //! | [`context`] | a vCPU at work: frames, copies, kicks, the way back to the guest |
+//! | `copy` | copies for a core on a root of its own |
 //! | [`trace`] | records of entries and exits, while they are wanted |
 //! | [`insn`], [`cpuid`] | decoders and the CPUID policy |
 #![no_std]
@@ -26,6 +27,7 @@ pub use blanket_abi::cpuid;
 
 mod arrive;
 pub mod context;
+mod copy;
 pub mod emulate;
 pub mod evtchn;
 pub mod grant;

@@ -23,6 +23,11 @@ pub trait Memory {
     fn frame(&self, gfn: Gfn) -> Option<&Words>;
     /// The same frame as bytes.
     fn frame_bytes(&self, gfn: Gfn) -> Option<&[AtomicU8; 4096]>;
+    /// Copies from a frame; false while the host has not given it. The range must be
+    /// inside of the frame.
+    fn copy_from_frame(&self, gfn: Gfn, offset: usize, to: &mut [u8]) -> bool;
+    /// Copies to a frame; as [`Self::copy_from_frame`].
+    fn copy_to_frame(&self, gfn: Gfn, offset: usize, from: &[u8]) -> bool;
     /// Host-frame bits for a leaf that maps `gfn` (0 while it is absent).
     fn frame_pte(&self, gfn: Gfn) -> u64;
     /// A pool page's words. `page` must be below the number of pool pages.
@@ -52,7 +57,9 @@ pub trait Memory {
 
 /// The physical CPU under the vCPU.
 pub trait Cpu {
-    /// Loads a root (physical address for CR3); flushes the TLB.
+    /// Loads a root (physical address for CR3); flushes the TLB. Where the core runs on
+    /// a root of its own, which has flushed all that was the guest's, the root is loaded
+    /// at the return to the guest.
     fn load_root(&self, cr3: u64);
     /// Flushes one address.
     fn invlpg(&self, va: Va);

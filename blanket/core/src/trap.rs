@@ -80,7 +80,6 @@ impl<M: Machine> Context<'_, M> {
             self.f.rip = self.f.rip.wrapping_sub(2);
             self.inject(vector::UD, None);
         } else {
-            self.f.rflags &= !crate::vcpu::rflags::DF;
             self.bounce(handler, mask, None);
             self.f.rflags &= !crate::vcpu::rflags::DF;
         }
@@ -212,6 +211,7 @@ impl<M: Machine> Context<'_, M> {
             Ok((page, mmu.root_cr3(m, page)))
         });
         self.v.kernel_root = page;
+        self.v.root_gfns[0] = root;
         self.fast.kernel_cr3 = cr3;
         self.set_events_masked(true);
         self.publish_wall_clock();

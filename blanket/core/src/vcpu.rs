@@ -155,8 +155,11 @@ pub struct Fast {
     pub kernel_mode: u8,
     /// Nonzero: iret hypercalls take the slow path.
     pub slow_iret: u8,
+    /// Nonzero: the core runs on a root of its own, which has nothing of the guest's
+    /// address space.
+    pub isolated: u8,
     /// Padding.
-    pub pad: [u8; 6],
+    pub pad: [u8; 5],
     /// Fast system calls taken.
     pub fast_syscalls: u64,
     /// Fast irets taken.
@@ -166,6 +169,18 @@ pub struct Fast {
     pub trap: u64,
     /// The trace is on.
     pub traced: bool,
+}
+
+impl Fast {
+    /// Bit of `slow_iret` that stays.
+    const ISOLATED: u8 = 2;
+
+    /// The core runs on a root of its own: the fast paths are off, because they reach
+    /// for the guest's stack and its vcpu_info.
+    pub fn isolate(&mut self) {
+        self.isolated = 1;
+        self.slow_iret |= Self::ISOLATED;
+    }
 }
 
 /// An entry of the virtual trap table.
@@ -237,6 +252,8 @@ pub struct Vcpu {
     pub kernel_root: u32,
     /// Shadow of the user root; 0 = none.
     pub user_root: u32,
+    /// The tables that they shadow: kernel's, user's.
+    pub root_gfns: [Gfn; 2],
     /// The vcpu_info.
     pub info: Option<Place>,
     /// How the vCPU starts, until it has.
@@ -328,6 +345,7 @@ impl Vcpu {
             kernel_sp: 0,
             kernel_root: 0,
             user_root: 0,
+            root_gfns: [Gfn(u64::MAX); 2],
             info: None,
             start: None,
             time_area: None,

@@ -85,6 +85,7 @@ enum Op {
         va: u64,
         len: usize,
         write: bool,
+        isolated: bool,
     },
     Poke {
         gfn: u64,
@@ -172,8 +173,8 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(cpu, va, write, fetch)| Op::Access { cpu, va, write, fetch }),
         3 => (cpu(), va(), entry()).prop_map(|(cpu, va, val)| Op::Store { cpu, va, val }),
         3 => (cpu(), va(), entry()).prop_map(|(cpu, va, val)| Op::Emulate { cpu, va, val }),
-        1 => (cpu(), va(), 1usize..9000, any::<bool>())
-            .prop_map(|(cpu, va, len, write)| Op::Copy { cpu, va, len, write }),
+        2 => (cpu(), va(), 1usize..9000, any::<bool>(), any::<bool>())
+            .prop_map(|(cpu, va, len, write, isolated)| Op::Copy { cpu, va, len, write, isolated }),
         4 => (gfn(), index(), entry()).prop_map(|(gfn, i, val)| Op::Poke { gfn, i, val }),
         1 => cpu().prop_map(|cpu| Op::User { cpu }),
         1 => cpu().prop_map(|cpu| Op::Leave { cpu }),
@@ -273,16 +274,29 @@ fn step(w: &mut World, op: &Op) {
             va,
             len,
             write,
+            isolated,
         } => {
             let mut bytes = vec![0; len];
+            let mut read = |isolated: bool| {
+                w.on(cpu, |c| {
+                    c.fast.isolated = u8::from(isolated);
+                    let done = if write {
+                        c.copy_out(Va(va), &bytes)
+                    } else {
+                        c.copy_in(Va(va), &mut bytes)
+                    };
+                    c.fast.isolated = 0;
+                    done
+                })
+                .map(|()| bytes.clone())
+            };
             // The outcome is the guest's business.
-            let _fault = w.on(cpu, |c| {
-                if write {
-                    c.copy_out(Va(va), &bytes)
-                } else {
-                    c.copy_in(Va(va), &mut bytes)
-                }
-            });
+            let outcome = read(isolated);
+            if !write && outcome.is_ok() {
+                // Accessed bits are set now, so the tables do not change by reading, and
+                // a core on a root of its own reads what one on the guest's does.
+                assert_eq!(read(true), read(false), "{len} bytes at {va:#x}");
+            }
         }
         Op::Poke { gfn, i, val } => {
             if gfn < w.setup.frames() {

@@ -128,10 +128,18 @@ fn system_calls() {
     enter(&mut w, entry::SYSCALL, 0);
     let f = w.regs[0];
     assert_eq!((f.rip, f.rsp), (SYSCALL, KERNEL_SP - 56));
-    let flags = before.rflags & !rflags::DF;
+    // The program gets its direction flag back, the kernel begins without.
     assert_eq!(
         frame(&w),
-        [0xcccc, 0x1111, before.rip, 0x33, flags, before.rsp, 0x2b]
+        [
+            0xcccc,
+            0x1111,
+            before.rip,
+            0x33,
+            before.rflags,
+            before.rsp,
+            0x2b
+        ]
     );
     assert!(masked(&w), "the callback was registered so");
     assert_eq!(f.rflags & rflags::DF, 0);

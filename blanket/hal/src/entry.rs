@@ -16,8 +16,16 @@
 //! registers as they were: a zero in a field of `Fast`, a pending event, masked
 //! events, or a fault on the guest's stack, for which each access has an entry
 //! in the exception table.
+//!
+//! An *isolated* guest's roots hold of the hole only what is used before CR3 changes:
+//! this section, the IDT, and of each vCPU the topmost page of the main stack, the
+//! second hardware page, the stacks of the IST, GDT and LDT. The places marked with
+//! `isolate_site` are NOPs, and jumps to `isolate_*` for such guests: every entry from
+//! CPL 3 loads the core's root first, and the last thing before the return is the
+//! guest's. The fast paths are not taken then: they need the window.
 
-use blanket_abi::device::SMAP_CLAC;
+use crate::machine::{LOCAL, Local};
+use blanket_abi::device::{SMAP_CLAC, Switch};
 use blanket_abi::layout::{self, VCPU_STRIDE, sel, vcpu as area};
 use blanket_core::vcpu::{Fast, TrapFrame, entry, rflags};
 use core::arch::global_asm;
@@ -28,6 +36,12 @@ pub const FAST: usize = 0x1000;
 
 const _: () = assert!(size_of::<TrapFrame>() == 176);
 const _: () = assert!(area::HW == area::STACK + area::STACK_SIZE);
+// The first hardware page is not in an isolated guest's roots, the second is.
+const _: () = assert!(size_of::<Switch>() <= FAST && FAST == 0x1000);
+const _: () = assert!(
+    area::KERNEL_CR3 == area::HW + (FAST + offset_of!(Fast, kernel_cr3)) as u64
+        && area::USER_CR3 == area::HW + (FAST + offset_of!(Fast, user_cr3)) as u64
+);
 
 // The 256 stubs come first, 16 bytes apart; AT&T syntax, for an immediate that is
 // a symbol.
@@ -76,6 +90,14 @@ global_asm!(
 701: .byte 0x0f, 0x1f, 0x00
     .pushsection .smap, "a"
     .quad 701b - {BASE} + {CLAC}
+    .popsection
+    .endm
+
+    # A NOP, or a jump for isolated guests.
+    .macro isolate_site to
+702: .byte 0x0f, 0x1f, 0x44, 0x00, 0x00
+    .pushsection .isolate, "a"
+    .quad 702b - {BASE}, \to - {BASE}
     .popsection
     .endm
 
@@ -147,16 +169,36 @@ save_and_call:
     push_all
     cld
     clac_site
+    isolate_site isolate_enter
     mov rdi, rsp
     # The frame is the topmost thing on the main stack, and the hardware page follows.
     call qword ptr [rsp + {FRAME} + {F_TRAP}]
     .global blanket_return
 blanket_return:
+    isolate_site isolate_leave
+restore:
     pop_all
     add rsp, 16
     .global blanket_iret_slow
 blanket_iret_slow:
     iretq
+
+    # The frame is on top of the main stack. The core's frames are kept off that page.
+isolate_enter:
+    mov rax, [rsp + {FRAME} + {L_CORE}]
+    mov cr3, rax
+    mov rdi, rsp
+    mov rax, [rsp + {FRAME} + {F_TRAP}]
+    and rsp, -4096
+    call rax
+    jmp blanket_return
+isolate_leave:
+    mov rax, rsp
+    and rax, -{STRIDE}
+    mov rcx, [rax + {HW} + {L_GUEST}]
+    lea rsp, [rax + {HW} - {FRAME}]
+    mov cr3, rcx
+    jmp restore
 
     # A fault in ring 0: in the exception table, in an iretq to the guest, or a bug.
 core_fault:
@@ -179,20 +221,36 @@ core_fault:
     sub rax, rcx
     cmp rax, {AREAS}
     jae wrong_stack
+    isolate_site isolate_fault
     movabs rax, offset blanket_core_fault
     call rax
     # 0: go on at the changed RIP. Otherwise: a trap frame to handle as an entry.
     test rax, rax
-    jnz 3f
+    jnz fault_to_entry
     pop_all
     add rsp, 16
     iretq
-3:
+fault_to_entry:
     clac_site
     mov rsp, rax
+    isolate_site isolate_enter
     mov rdi, rax
     call qword ptr [rsp + {FRAME} + {F_TRAP}]
     jmp blanket_return
+
+    # It may have been the IRETQ to the guest, on the guest's root.
+isolate_fault:
+    mov r12, cr3
+    mov rax, rsp
+    and rax, -{STRIDE}
+    mov rax, [rax + {HW} + {L_CORE}]
+    mov cr3, rax
+    movabs rax, offset blanket_core_fault
+    call rax
+    test rax, rax
+    jnz fault_to_entry
+    mov cr3, r12
+    jmp restore
 
     # The stack is the guest's, and what names the vCPU is the GDT.
 wrong_stack:
@@ -202,9 +260,24 @@ wrong_stack:
     and rsi, -{STRIDE}
     lea rsp, [rsi + {HW} - {FRAME} - 64]
     and rsp, -16
+    isolate_site isolate_wrong
+call_wrong:
     movabs rax, offset blanket_wrong_stack
     call rax
     ud2
+    # The core does not see the guest's stack: it gets a copy of the frame.
+isolate_wrong:
+    mov r8, rsi
+    mov rsi, rdi
+    sub rsp, {FRAME}
+    mov rdi, rsp
+    mov ecx, {FRAME} / 8
+    rep movsq
+    mov rdi, rsp
+    mov rsi, r8
+    mov rax, [rsi + {HW} + {L_CORE}]
+    mov cr3, rax
+    jmp call_wrong
 
     # Vectors with a stack of their own (#DB, NMI, #DF, #MC). From the guest: move
     # the frame to the main stack and go on as always. From ring 0: note it.
@@ -230,6 +303,7 @@ ist_entry:
 4:
     push_clobbered
     cld
+    isolate_site isolate_ist
     mov rdi, [rsp + 72]
     lea rsi, [rsp + 88]
     # The interrupted code may have the stack at any alignment: keep ours.
@@ -238,6 +312,7 @@ ist_entry:
     and rsp, -16
     movabs rax, offset blanket_core_ist
     call rax
+ist_done:
     mov rsp, rbp
     # 1: an NMI of the watchdog, which is answered, and the next must get through.
     test eax, eax
@@ -269,6 +344,26 @@ ist_entry:
     pop_clobbered
     add rsp, 16
     iretq
+
+    # From ring 0 on either root: back to the same one.
+isolate_ist:
+    mov rdi, [rsp + 72]
+    lea rsi, [rsp + 88]
+    push rbp
+    mov rbp, rsp
+    and rsp, -16
+    mov rax, cr3
+    push rax
+    push rax
+    mov rax, rsp
+    and rax, -{STRIDE}
+    mov rax, [rax + {HW} + {L_CORE}]
+    mov cr3, rax
+    movabs rax, offset blanket_core_ist
+    call rax
+    pop rax
+    mov cr3, rax
+    jmp ist_done
 
     # ---- syscall, 64-bit ----
     .balign 64
@@ -522,6 +617,8 @@ blanket_leave:
     HW = const area::HW,
     STRIDE = const VCPU_STRIDE,
     FRAME = const size_of::<TrapFrame>(),
+    L_CORE = const LOCAL + offset_of!(Local, core_cr3),
+    L_GUEST = const LOCAL + offset_of!(Local, guest_cr3),
     F_RSP = const FAST + offset_of!(Fast, scratch_rsp),
     F_TMP0 = const FAST + offset_of!(Fast, tmp),
     F_TMP1 = const FAST + offset_of!(Fast, tmp) + 8,
@@ -543,9 +640,9 @@ blanket_leave:
     USER_FLAGS = const 0x3f_7fd5 & !rflags::HYPERVISOR,
     E_SYSCALL = const entry::SYSCALL,
     E_SYSCALL32 = const entry::SYSCALL32,
-    S_TRANS = const offset_of!(blanket_abi::device::Switch, trans_cr3),
-    S_RSP = const offset_of!(blanket_abi::device::Switch, core_rsp),
-    S_EXIT = const offset_of!(blanket_abi::device::Switch, exit_entry),
+    S_TRANS = const offset_of!(Switch, trans_cr3),
+    S_RSP = const offset_of!(Switch, core_rsp),
+    S_EXIT = const offset_of!(Switch, exit_entry),
 );
 
 // SAFETY: these are labels in the assembly above; the functions among them
@@ -561,7 +658,7 @@ unsafe extern "C" {
     pub static blanket_iret_slow: u8;
     pub fn blanket_copy(to: *mut u8, from: *const u8, bytes: usize) -> u64;
     pub fn blanket_load_selectors(ds: u32, es: u32, fs: u32, gs: u32) -> u32;
-    pub fn blanket_leave(switch: *mut blanket_abi::device::Switch);
+    pub fn blanket_leave(switch: *mut Switch);
     /// The exception table: pairs of (address, where to go on).
     pub static blanket_extable: [u64; 2];
     pub static blanket_extable_end: u8;

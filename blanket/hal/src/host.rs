@@ -17,6 +17,14 @@ impl Hal {
         self.vm_page().host == host::KVM
     }
 
+    /// Loads the core's own root, if it has one: the world is entered on another.
+    pub(crate) fn load_core_root(&self) {
+        let cr3 = self.local().core_cr3.load(Ordering::Relaxed);
+        if cr3 != 0 {
+            crate::cpu::write_cr3(cr3);
+        }
+    }
+
     /// Another vCPU's switch block; `vcpu` is one of this VM's.
     pub(crate) fn switch_of(&self, vcpu: u32) -> &Switch {
         let hw = VCPU + u64::from(vcpu) * VCPU_STRIDE + area::HW;

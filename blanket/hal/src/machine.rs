@@ -20,11 +20,16 @@ use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 pub struct Local {
     /// Debug registers 0 to 3 of the guest.
     pub(crate) dr: [AtomicU64; 4],
+    /// CR3 of the core's own root; 0 if it runs on the guest's.
+    pub(crate) core_cr3: AtomicU64,
+    /// CR3 for the return to the guest, if the core has its own root.
+    pub(crate) guest_cr3: AtomicU64,
     /// LDT entries of the guest.
     ldt: AtomicU32,
 }
 
-const LOCAL: usize = FAST + 0x200;
+/// Offset of [`Local`] in the hardware page.
+pub(crate) const LOCAL: usize = FAST + 0x200;
 const _: () = assert!(size_of::<Fast>() <= 0x200 && LOCAL + size_of::<Local>() <= 0x1c00);
 
 /// The machine under one vCPU. Made from an address inside the vCPU's area.
@@ -168,6 +173,19 @@ impl Memory for Hal {
         // SAFETY: as for `frame`.
         Self::bytes_present(gfn).then(|| unsafe { at(WINDOW + gfn.base()) })
     }
+    fn copy_from_frame(&self, gfn: Gfn, offset: usize, to: &mut [u8]) -> bool {
+        let from = (WINDOW + gfn.base()) as usize + offset;
+        // SAFETY: the logic passes a frame of the VM and a range inside of it; a window
+        // entry that is absent ends the copy through the exception table.
+        Self::bytes_present(gfn)
+            && unsafe { entry::blanket_copy(to.as_mut_ptr(), from as *const u8, to.len()) } == 0
+    }
+    fn copy_to_frame(&self, gfn: Gfn, offset: usize, from: &[u8]) -> bool {
+        let to = (WINDOW + gfn.base()) as usize + offset;
+        // SAFETY: as for `copy_from_frame`.
+        Self::bytes_present(gfn)
+            && unsafe { entry::blanket_copy(to as *mut u8, from.as_ptr(), from.len()) } == 0
+    }
     #[inline]
     fn frame_pte(&self, gfn: Gfn) -> u64 {
         let entry = Self::window_pte(gfn);
@@ -219,7 +237,14 @@ impl Memory for Hal {
 impl Cpu for Hal {
     #[inline]
     fn load_root(&self, cr3: u64) {
-        cpu::write_cr3(cr3);
+        let local = self.local();
+        if local.core_cr3.load(Ordering::Relaxed) == 0 {
+            cpu::write_cr3(cr3);
+        } else {
+            // The entry to the core has flushed all of the guest's translations, and
+            // the return loads this.
+            local.guest_cr3.store(cr3, Ordering::Relaxed);
+        }
     }
     #[inline]
     fn invlpg(&self, va: Va) {

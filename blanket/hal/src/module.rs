@@ -24,6 +24,7 @@ pub fn exit(hal: &Hal, reason: u32, args: [u64; 4]) -> i64 {
         // module expects it (`Switch::exit_entry`).
         unsafe { entry::blanket_leave(sw) }
     });
+    hal.load_core_root();
     if dr7 & 0xff != 0 {
         for (nr, dr) in (0u8..).zip(&hal.local().dr) {
             cpu::set_dr(nr, dr.load(Ordering::Relaxed));

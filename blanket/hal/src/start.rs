@@ -94,6 +94,13 @@ pub fn trap_entry(traced: bool) -> u64 {
 extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
     // SAFETY: as for `blanket_trap`.
     let hal = unsafe { Hal::containing(f as u64) };
+    let isolated = hal.vm_page().core_cr3;
+    if isolated != 0 {
+        hal.local().core_cr3.store(isolated, Ordering::Relaxed);
+        hal.load_core_root();
+        // SAFETY: no `Context` of this vCPU exists yet.
+        unsafe { (*hal.fast()).isolate() };
+    }
     let first = hal.id() == 0;
     if first && !CLAIMED.swap(true, Ordering::SeqCst) {
         VM.call_once(|| {

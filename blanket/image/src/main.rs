@@ -26,6 +26,8 @@ mod header {
         .quad blanket_stubs - {BASE}
         .quad blanket_smap - {BASE}
         .quad blanket_smap_end - {BASE}
+        .quad blanket_isolate - {BASE}
+        .quad blanket_isolate_end - {BASE}
         .text
         "#,
         MAGIC = const IMAGE_MAGIC,

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blanket_abi::device::{
-    API_VERSION, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO, GET_STATS,
-    Info, RAISE, RUN, RUN_DATA, Run, TRACE, VmStats, exit,
+    API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
+    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, TRACE, VmStats, create, exit,
 };
 use blanket_abi::layout::vcpu::TRACE_SIZE;
 use blanket_abi::trace::Ring;
@@ -17,7 +17,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use crate::builder::{Domain, GuestMemory};
-use crate::hypervisor::{Crash, Exit, Hypervisor, Kick, Machine, Vcpu, within_limits};
+use crate::hypervisor::{Crash, Exit, Hypervisor, Isolation, Kick, Machine, Vcpu, within_limits};
 use crate::kvm;
 use crate::shared_page::SharedPage;
 use crate::sync::lock;
@@ -184,6 +184,7 @@ impl Hypervisor for Device {
         domain: &Domain,
         vcpus: u32,
         pool_limit: u64,
+        isolation: Isolation,
     ) -> Result<Arc<dyn Machine>, Error> {
         within_limits(&self.info, domain, vcpus)?;
         ask_for_branch_barriers();
@@ -199,7 +200,11 @@ impl Hypervisor for Device {
             nr_frames: domain.frames,
             pool_limit,
             nr_vcpus: vcpus,
-            flags: 0,
+            flags: match isolation {
+                Isolation::Auto => 0,
+                Isolation::On => create::ISOLATE,
+                Isolation::Off => create::SHARE,
+            },
             boot: domain.boot,
         };
         let fd = loop {
@@ -298,6 +303,16 @@ impl Machine for DeviceVm {
         Ok(stats)
     }
 
+    fn audit(&self) -> Result<Audit, Error> {
+        let mut audit = Audit::default();
+        // SAFETY: AUDIT writes at most size_of::<Audit>() bytes to its argument, for
+        // which every bit pattern is valid.
+        if unsafe { ioctl_with_mut_ref(&self.fd, AUDIT.into(), &mut audit) } < 0 {
+            return Err(refused("walk its page tables"));
+        }
+        Ok(audit)
+    }
+
     fn trace(&self, on: bool) -> Result<(), Error> {
         // SAFETY: TRACE takes a number.
         if unsafe { ioctl_with_val(&self.fd, TRACE.into(), on.into()) } < 0 {
@@ -390,6 +405,10 @@ impl RunPage {
 impl Kick for RunPage {
     fn stop(&self) {
         self.immediate_exit().store(1, Ordering::Release);
+    }
+
+    fn go(&self) {
+        self.immediate_exit().store(0, Ordering::Release);
     }
 }
 

@@ -4,11 +4,24 @@
 use std::sync::Arc;
 
 use blanket_abi::PAGE_SIZE;
-use blanket_abi::device::{Info, VmStats, crash};
+use blanket_abi::device::{Audit, Info, VmStats, crash};
 
 use crate::builder::Domain;
 use crate::device::Error;
 use crate::trace::Record;
+
+/// Whether the guest's roots hold the entry area only, and the core runs on a root of
+/// its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Isolation {
+    /// On CPUs with Meltdown.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
 
 /// Makes VMs.
 pub trait Hypervisor: Send + Sync {
@@ -28,6 +41,7 @@ pub trait Hypervisor: Send + Sync {
         domain: &Domain,
         vcpus: u32,
         pool_limit: u64,
+        isolation: Isolation,
     ) -> Result<Arc<dyn Machine>, Error>;
 }
 
@@ -50,6 +64,13 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// What the host refused.
     fn stats(&self) -> Result<VmStats, Error>;
+
+    /// Walks all page tables that a CPU may use for the VM. No vCPU may be in
+    /// [`Vcpu::run`], and each must be [`Vcpu::at_rest`].
+    ///
+    /// # Errors
+    /// What the host refused; a rule that is broken is no error.
+    fn audit(&self) -> Result<Audit, Error>;
 
     /// Switches the trace on or off.
     ///
@@ -107,6 +128,11 @@ pub trait Vcpu: Send {
     /// What the host refused; an exit that is not known.
     fn run(&mut self) -> Result<Exit, Error>;
 
+    /// Whether the core is in the middle of nothing, now that the vCPU does not run.
+    fn at_rest(&self) -> bool {
+        true
+    }
+
     /// The way to make [`Vcpu::run`] return from another thread.
     fn kick(&self) -> Arc<dyn Kick>;
 
@@ -133,6 +159,9 @@ pub trait Kick: Send + Sync {
     /// Makes the current or the next run return [`Exit::Interrupted`], and all
     /// after it. A thread that waits in the kernel needs a signal besides.
     fn stop(&self);
+
+    /// Takes it back.
+    fn go(&self);
 }
 
 /// Why a vCPU returned.

@@ -7,14 +7,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use blanket_abi::device::VmStats;
+use blanket_abi::device::{Audit, VmStats};
 use blanket_abi::xen::domid;
 use blanket_xenstore::{DomainSpec, Errno};
 
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
-use crate::hypervisor::{HostExits, Hypervisor, Machine};
+use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
 use crate::kernel::{self, Kernel};
 use crate::sync::lock;
 use crate::trace;
@@ -46,6 +46,8 @@ pub struct Spec {
     pub inject: bool,
     /// Most pages of shadow memory; 0 = the module's default.
     pub pool_limit: u64,
+    /// Whether the guest's roots hold the entry area only.
+    pub isolation: Isolation,
     /// Trace it from the start.
     pub trace: bool,
 }
@@ -210,9 +212,9 @@ impl Instance {
         };
         tracing::info!(elapsed = ?begun.elapsed(), "domain built");
 
-        let machine = self
-            .hypervisor
-            .create(&domain, spec.vcpus, spec.pool_limit)?;
+        let machine =
+            self.hypervisor
+                .create(&domain, spec.vcpus, spec.pool_limit, spec.isolation)?;
         let description = DomainSpec {
             domain: domid::GUEST,
             name: spec.name.clone(),
@@ -343,6 +345,18 @@ impl Instance {
             Some(running) => Counters::of(&*running.machine).map(Some),
             None => Ok(last),
         }
+    }
+
+    /// Walks all page tables that a CPU may use for the VM, while it stands still.
+    /// `None` if it does not run, or never stands still.
+    ///
+    /// # Errors
+    /// What the host refused.
+    pub fn audit(&self) -> Result<Option<Audit>, device::Error> {
+        let running = lock(&self.now).running.clone();
+        running
+            .and_then(|now| now.handle.paused(|| now.machine.audit()))
+            .transpose()
     }
 
     /// Switches the trace on or off. The answer is whether it was on before.

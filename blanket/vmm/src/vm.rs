@@ -93,7 +93,10 @@ struct Shared {
     backends: Backends,
     kicks: Vec<Arc<dyn Kick>>,
     /// Thread ids of the vCPUs; 0 before they run.
-    threads: Vec<AtomicI32>,
+    tids: Vec<AtomicI32>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Held while the VM is paused.
+    pause: Mutex<()>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -102,12 +105,22 @@ struct Shared {
 struct State {
     end: Option<End>,
     ended: bool,
+    /// vCPUs are to wait before their next RUN.
+    paused: bool,
+    /// How many do.
+    parked: usize,
+    /// How many of them are where their core's state is whole.
+    at_rest: usize,
 }
+
+/// How often a VM is paused again whose core was in the middle of something.
+const PAUSES: u32 = 500;
+/// How long it runs in between.
+const BETWEEN_PAUSES: Duration = Duration::from_millis(2);
 
 /// A running VM. Dropping it kills it.
 pub struct Vm {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
     watch: Option<JoinHandle<()>>,
 }
 
@@ -135,13 +148,14 @@ impl Vm {
             machine,
             backends,
             kicks: vcpus.iter().map(|vcpu| vcpu.kick()).collect(),
-            threads: vcpus.iter().map(|_| AtomicI32::new(0)).collect(),
+            tids: vcpus.iter().map(|_| AtomicI32::new(0)).collect(),
+            threads: Mutex::default(),
+            pause: Mutex::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
         let mut vm = Self {
             shared: Arc::clone(&shared),
-            threads: Vec::new(),
             watch: None,
         };
         let watched: Vec<(usize, Watched)> = vcpus
@@ -155,7 +169,7 @@ impl Vm {
                 .name(format!("vcpu-{id}"))
                 .spawn(move || run(&shared, id, vcpu));
             match thread {
-                Ok(thread) => vm.threads.push(thread),
+                Ok(thread) => lock(&vm.shared.threads).push(thread),
                 // Dropping `vm` stops those that run already.
                 Err(source) => return Err(Failure::Thread { vcpu: id, source }),
             }
@@ -199,7 +213,8 @@ impl Vm {
         for kick in &self.shared.kicks {
             kick.stop();
         }
-        for (id, thread) in (0u32..).zip(self.threads.drain(..)) {
+        let threads = std::mem::take(&mut *lock(&self.shared.threads));
+        for (id, thread) in (0u32..).zip(threads) {
             // Also reaches a thread that is blocked in a system call. One that is
             // between two calls sees its kick at the next RUN.
             let _ = thread.kill(SIGRTMIN());
@@ -234,6 +249,12 @@ impl Handle {
     /// What the host refused.
     pub fn stats(&self) -> Option<Result<VmStats, device::Error>> {
         self.0.upgrade().map(|shared| shared.machine.stats())
+    }
+
+    /// Does `work` while no vCPU runs and the core is in the middle of nothing. `None`
+    /// if the VM has ended, or was busy in its core whenever it was looked at.
+    pub fn paused<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+        self.0.upgrade()?.paused(work)
     }
 
     /// Waits until the VM has ended. Returns whether it did so in time.
@@ -282,6 +303,79 @@ impl Shared {
         lock(&self.state).ended
     }
 
+    /// See [`Handle::paused`].
+    fn paused<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
+        let _alone = lock(&self.pause);
+        for _ in 0..PAUSES {
+            if self.stop_all()? {
+                let done = work();
+                self.resume();
+                return Some(done);
+            }
+            self.resume();
+            // There is nothing to wait for: the vCPUs must only get on a little.
+            std::thread::sleep(BETWEEN_PAUSES);
+        }
+        None
+    }
+
+    /// Makes all vCPUs wait. Returns whether they stand where the core's state is
+    /// whole; `None` if the VM has ended.
+    fn stop_all(&self) -> Option<bool> {
+        lock(&self.state).paused = true;
+        for kick in &self.kicks {
+            kick.stop();
+        }
+        for thread in &*lock(&self.threads) {
+            // As in `Vm::stop_threads`.
+            let _ = thread.kill(SIGRTMIN());
+        }
+        let mut state = lock(&self.state);
+        while state.parked < self.kicks.len() {
+            if state.ended {
+                return None;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        Some(state.at_rest == self.kicks.len())
+    }
+
+    /// Lets the vCPUs go on, unless the VM is to end.
+    fn resume(&self) {
+        let mut state = lock(&self.state);
+        state.paused = false;
+        if !state.ended {
+            for kick in &self.kicks {
+                kick.go();
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits while the VM is paused.
+    fn park(&self, vcpu: &dyn Vcpu) {
+        let mut state = lock(&self.state);
+        if !state.paused || state.ended {
+            return;
+        }
+        let at_rest = usize::from(vcpu.at_rest());
+        state.parked += 1;
+        state.at_rest += at_rest;
+        self.changed.notify_all();
+        while state.paused && !state.ended {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        state.parked -= 1;
+        state.at_rest -= at_rest;
+    }
+
     /// Serves an exit. Returns how the VM ended, if it did.
     fn serve(&self, exit: Exit) -> Option<End> {
         match exit {
@@ -323,11 +417,12 @@ fn run(shared: &Shared, id: u32, mut vcpu: Box<dyn Vcpu>) {
         }
     }
     let _guard = OnPanic(shared, id);
-    if let Some(thread) = shared.threads.get(id as usize) {
+    if let Some(thread) = shared.tids.get(id as usize) {
         let own = rustix::thread::gettid().as_raw_nonzero().get();
         thread.store(own, Ordering::Release);
     }
     while !shared.has_ended() {
+        shared.park(&*vcpu);
         let end = match vcpu.run() {
             Ok(exit) => shared.serve(exit),
             Err(error) => Some(End::Failed(error.into())),
@@ -343,7 +438,7 @@ fn run(shared: &Shared, id: u32, mut vcpu: Box<dyn Vcpu>) {
 fn watch(shared: &Shared, mut vcpus: Vec<(usize, Watched)>) {
     while !shared.wait_ended(WATCH_EVERY) {
         for (id, watched) in &mut vcpus {
-            let Some(thread) = shared.threads.get(*id) else {
+            let Some(thread) = shared.tids.get(*id) else {
                 continue;
             };
             let thread = thread.load(Ordering::Acquire);

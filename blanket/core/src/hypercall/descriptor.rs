@@ -140,7 +140,8 @@ impl<M: Machine> Context<'_, M> {
             && handler != 0
             && Va(handler).is_guest()
             && self.fast.kernel_sp != 0
-            && self.fast.vcpu_info != 0;
+            && self.fast.vcpu_info != 0
+            && self.fast.isolated == 0;
         self.fast.syscall = if fast { handler } else { 0 };
     }
 

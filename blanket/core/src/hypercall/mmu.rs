@@ -233,6 +233,7 @@ impl<M: Machine> Context<'_, M> {
             Ok((page, mmu.root_cr3(m, page)))
         });
         self.v.kernel_root = page;
+        self.v.root_gfns[0] = gfn;
         self.fast.kernel_cr3 = cr3;
         self.load_root();
         self.mmu(|mmu, m, ep| {
@@ -252,6 +253,7 @@ impl<M: Machine> Context<'_, M> {
             }),
         };
         self.v.user_root = page;
+        self.v.root_gfns[1] = gfn.unwrap_or(Gfn(u64::MAX));
         self.fast.user_cr3 = cr3;
         self.mmu(|mmu, m, ep| {
             mmu.root_put(m, ep, old);

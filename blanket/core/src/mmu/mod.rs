@@ -33,7 +33,10 @@ pub use fault::{Access, Fault};
 
 use crate::idx;
 use crate::machine::{Host, Memory};
-use blanket_abi::layout::{GFN_INFO_SIZE, POOL_INFO_SIZE};
+use blanket_abi::layout::{
+    GFN_INFO_SIZE, POOL_INFO_LEVEL, POOL_INFO_SIZE, POOL_INFO_STATE, POOL_KERNEL_ROOT, POOL_SHADOW,
+    POOL_USER_ROOT,
+};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// What the core knows of a guest frame. The module allocates 16 bytes for each.
@@ -74,6 +77,15 @@ pub struct PoolInfo {
 
 const _: () = assert!(
     size_of::<GfnInfo>() as u64 == GFN_INFO_SIZE && size_of::<PoolInfo>() as u64 == POOL_INFO_SIZE
+);
+
+// Whoever audits the tables from outside finds the roots by these.
+const _: () = assert!(
+    core::mem::offset_of!(PoolInfo, level) as u64 == POOL_INFO_LEVEL
+        && core::mem::offset_of!(PoolInfo, state) as u64 == POOL_INFO_STATE
+        && POOL_KERNEL_ROOT == 4
+        && POOL_USER_ROOT == USER_ROOT as u64
+        && POOL_SHADOW == SHADOW as u64
 );
 
 /// Level of a shadow of a user root: an L4 without the M2P slot.

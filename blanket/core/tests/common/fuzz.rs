@@ -30,6 +30,7 @@ pub fn start(setup: Setup) -> (World, Guest) {
                 Ok((page, mmu.root_cr3(m, page)))
             });
             c.v.kernel_root = page;
+            c.v.root_gfns[0] = Gfn(g.root);
             c.fast.kernel_cr3 = cr3;
             c.load_root();
         });

@@ -276,6 +276,7 @@ impl FakeMachine {
             host: host::MODULE,
             kvm_features: 0,
             cpuid_entries: 0,
+            core_cr3: 0,
             cpuid_faults: 0,
             revocations: AtomicU64::new(0),
             revoked: [const { AtomicU64::new(0) }; 64],
@@ -555,6 +556,27 @@ impl Memory for FakeMachine {
         } else {
             0
         }
+    }
+    fn copy_from_frame(&self, gfn: Gfn, offset: usize, to: &mut [u8]) -> bool {
+        self.step();
+        let Some(bytes) = self.frame_bytes(gfn) else {
+            return false;
+        };
+        let bytes = &bytes[offset..][..to.len()];
+        for (to, byte) in to.iter_mut().zip(bytes) {
+            *to = byte.load(SeqCst);
+        }
+        true
+    }
+    fn copy_to_frame(&self, gfn: Gfn, offset: usize, from: &[u8]) -> bool {
+        self.step();
+        let Some(bytes) = self.frame_bytes(gfn) else {
+            return false;
+        };
+        for (from, byte) in from.iter().zip(&bytes[offset..][..from.len()]) {
+            byte.store(*from, SeqCst);
+        }
+        true
     }
     fn pool(&self, page: u32) -> &Words {
         assert!(

@@ -32,6 +32,7 @@ fn spec(kernel: &std::path::Path) -> Spec {
         mergeable: false,
         inject: false,
         pool_limit: 0,
+        isolation: crate::hypervisor::Isolation::Auto,
         trace: false,
     }
 }

@@ -56,6 +56,8 @@ impl Image {
             || !(header.rodata_end..header.data_end).contains(&header.idt)
             || !(header.text_end..=header.rodata_end).contains(&header.smap)
             || !(header.smap..=header.rodata_end).contains(&header.smap_end)
+            || !(header.text_end..=header.rodata_end).contains(&header.isolate)
+            || !(header.isolate..=header.rodata_end).contains(&header.isolate_end)
         {
             return Err(Error::BadImage("its sections are out of order"));
         }
@@ -63,19 +65,58 @@ impl Image {
     }
 }
 
+/// A NOP of five bytes, which the image has where a jump may come.
+const LONG_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
 /// A NOP of three bytes, which the image has where STAC or CLAC may come.
 const NOP: [u8; 3] = [0x0f, 0x1f, 0x00];
 const STAC: [u8; 3] = [0x0f, 0x01, 0xcb];
 const CLAC: [u8; 3] = [0x0f, 0x01, 0xca];
 
 impl Image {
-    /// The file's bytes for a core that runs with SMAP.
+    /// The file's bytes for a core that runs with SMAP, or on a root of its own.
     ///
     /// # Errors
     /// A place that is named has no NOP.
-    pub fn with_smap(&self) -> Result<Vec<u8>, Error> {
-        let bad = || Error::BadImage("its SMAP sites are not where it says");
+    pub fn prepared(&self, smap: bool, isolate: bool) -> Result<Vec<u8>, Error> {
         let mut bytes = self.bytes.to_vec();
+        if smap {
+            self.put_smap(&mut bytes)?;
+        }
+        if isolate {
+            self.put_jumps(&mut bytes)?;
+        }
+        Ok(bytes)
+    }
+
+    /// The jumps of a core on a root of its own, all inside of the entry section.
+    fn put_jumps(&self, bytes: &mut [u8]) -> Result<(), Error> {
+        let bad = || Error::BadImage("its jumps are not where it says");
+        let header = &self.header;
+        let range = usize::try_from(header.isolate).map_err(|_| bad())?
+            ..usize::try_from(header.isolate_end).map_err(|_| bad())?;
+        let entry = header.entry_start..header.entry_end;
+        for pair in self.bytes.get(range).ok_or_else(bad)?.chunks_exact(16) {
+            let half = |at: usize| pair[at..at + 8].try_into().map(u64::from_le_bytes);
+            let (site, to) = (half(0).map_err(|_| bad())?, half(8).map_err(|_| bad())?);
+            let next = site.saturating_add(LONG_NOP.len() as u64);
+            if !entry.contains(&site) || next > entry.end || !entry.contains(&to) {
+                return Err(bad());
+            }
+            let distance = i32::try_from(to.cast_signed() - next.cast_signed());
+            let at = usize::try_from(site).map_err(|_| bad())?;
+            let place = &mut bytes[at..at + LONG_NOP.len()];
+            if *place != LONG_NOP {
+                return Err(bad());
+            }
+            place[0] = 0xe9;
+            place[1..].copy_from_slice(&distance.map_err(|_| bad())?.to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn put_smap(&self, bytes: &mut [u8]) -> Result<(), Error> {
+        let bad = || Error::BadImage("its SMAP sites are not where it says");
         let range = usize::try_from(self.header.smap).map_err(|_| bad())?
             ..usize::try_from(self.header.smap_end).map_err(|_| bad())?;
         for site in self.bytes.get(range).ok_or_else(bad)?.chunks_exact(8) {
@@ -87,7 +128,7 @@ impl Image {
             }
             place.copy_from_slice(if site & SMAP_CLAC != 0 { &CLAC } else { &STAC });
         }
-        Ok(bytes)
+        Ok(())
     }
 }
 
@@ -116,6 +157,8 @@ fn header(bytes: &[u8]) -> Option<ImageHeader> {
         stubs: word(80)?,
         smap: word(88)?,
         smap_end: word(96)?,
+        isolate: word(104)?,
+        isolate_end: word(112)?,
     })
 }
 
@@ -139,6 +182,8 @@ mod tests {
             (72, 0x1000),
             (88, 0x9000),
             (96, 0x2000),
+            (104, 0x9000),
+            (112, 0x3000),
         ] {
             let mut bytes = good.bytes.to_vec();
             bytes[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
@@ -151,11 +196,35 @@ mod tests {
     }
 
     #[test]
+    fn jumps_are_put_where_the_image_says_and_nowhere_else() {
+        let good = super::super::space::tests::image();
+        let bytes = good.prepared(false, true).expect("good sites");
+        // From behind 0x1105 back to 0x1080.
+        assert_eq!(bytes[0x1100..0x1105], [0xe9, 0x7b, 0xff, 0xff, 0xff]);
+        let changed = (0..bytes.len()).filter(|&at| bytes[at] != good.bytes[at]);
+        assert_eq!(changed.count(), 5);
+        for (site, to) in [(0x1101u64, 0x1080u64), (0x1ffe, 0x1080), (0x1100, 0x2000)] {
+            let mut bytes = good.bytes.to_vec();
+            bytes[0x3010..0x3018].copy_from_slice(&site.to_le_bytes());
+            bytes[0x3018..0x3020].copy_from_slice(&to.to_le_bytes());
+            let image = Image::parse(bytes.leak()).expect("the header is good");
+            let refused = image.prepared(false, true);
+            assert!(
+                matches!(refused, Err(Error::BadImage(_))),
+                "{site:#x} {to:#x}"
+            );
+        }
+    }
+
+    #[test]
     fn a_smap_site_without_its_nop_is_refused() {
         let good = super::super::space::tests::image();
         let mut bytes = good.bytes.to_vec();
         bytes[0x2100] = 0x90;
         let image = Image::parse(bytes.leak()).expect("the header is good");
-        assert!(matches!(image.with_smap(), Err(Error::BadImage(_))));
+        assert!(matches!(
+            image.prepared(true, false),
+            Err(Error::BadImage(_))
+        ));
     }
 }

@@ -8,8 +8,10 @@
 //! itself (`blanket/hal/src/kvm.rs`); the rest are exits through one port, served
 //! in [`vcpu`].
 
+mod audit;
 mod cpuid;
 mod image;
+mod meltdown;
 mod probe;
 mod space;
 mod stats;
@@ -21,7 +23,7 @@ use std::io;
 use std::sync::Arc;
 
 use blanket_abi::PAGE_SIZE;
-use blanket_abi::device::{API_VERSION, Info, VmStats, features};
+use blanket_abi::device::{API_VERSION, Audit, Info, VmStats, features};
 use blanket_abi::kvm::{RAM_BASE, vector};
 use blanket_abi::layout::{MAX_FRAMES, MAX_POOL, MAX_VCPUS};
 use kvm_bindings::{
@@ -34,7 +36,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, G
 use crate::builder::{Domain, GuestMemory};
 use crate::core_image::BUILD_ID;
 use crate::device;
-use crate::hypervisor::{HostExits, Hypervisor, Machine, Vcpu, within_limits};
+use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine, Vcpu, within_limits};
 use crate::trace::Record;
 use cpuid::Cpuid;
 use image::Image;
@@ -195,12 +197,17 @@ impl Kvm {
         } else {
             features::XSAVE
         };
+        let isolates = if meltdown::affects(&kvm)? {
+            features::ISOLATES
+        } else {
+            0
+        };
         let info = Info {
             api: API_VERSION,
             max_vcpus: u32::try_from(most).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
             max_frames: MAX_FRAMES,
             build_id: BUILD_ID,
-            features: xsave | features::CPUID_PROFILE,
+            features: xsave | features::CPUID_PROFILE | isolates,
             tsc_khz,
         };
         Ok(Self {
@@ -226,7 +233,13 @@ impl Kvm {
         given.join(", ")
     }
 
-    fn create_vm(&self, domain: &Domain, vcpus: u32, pool_limit: u64) -> Result<Arc<KvmVm>, Error> {
+    fn create_vm(
+        &self,
+        domain: &Domain,
+        vcpus: u32,
+        pool_limit: u64,
+        isolation: Isolation,
+    ) -> Result<Arc<KvmVm>, Error> {
         let pool = match pool_limit {
             0 => 1024 + domain.frames / 16,
             limit => limit.min(MAX_POOL),
@@ -241,6 +254,11 @@ impl Kvm {
             features: self.cpuid.features,
             quirks: cpuid::quirks(),
             smap: self.cpuid.smap,
+            isolate: match isolation {
+                Isolation::On => true,
+                Isolation::Off => false,
+                Isolation::Auto => self.info.features & features::ISOLATES != 0,
+            },
             cpuid: &self.cpuid.for_core(),
         })?;
         let (base, bytes, address) = space.slot();
@@ -346,9 +364,10 @@ impl Hypervisor for Kvm {
         domain: &Domain,
         vcpus: u32,
         pool_limit: u64,
+        isolation: Isolation,
     ) -> Result<Arc<dyn Machine>, device::Error> {
         within_limits(&self.info, domain, vcpus)?;
-        let vm = self.create_vm(domain, vcpus, pool_limit)?;
+        let vm = self.create_vm(domain, vcpus, pool_limit, isolation)?;
         Ok(Arc::new(Handle(vm)))
     }
 }
@@ -422,6 +441,10 @@ impl Machine for Handle {
             revocations: 0,
             revoked: 0,
         })
+    }
+
+    fn audit(&self) -> Result<Audit, device::Error> {
+        Ok(self.0.space.audit()?)
     }
 
     fn trace(&self, on: bool) -> Result<(), device::Error> {

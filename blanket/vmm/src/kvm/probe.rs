@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::{Error, Kvm};
 use crate::builder::{self, Config};
-use crate::hypervisor::Hypervisor as _;
+use crate::hypervisor::{Hypervisor as _, Isolation};
 use crate::kernel::Kernel;
 use crate::vm::{Backends, EarlyConsole, End, Vm};
 
@@ -110,10 +110,12 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
     };
     let domain =
         builder::build(&Kernel::bare(code()), None, &config).map_err(|error| broken(&error))?;
-    let machine = kvm.create(&domain, 1, 0).map_err(|error| match error {
-        crate::device::Error::Kvm(error) => error,
-        other => broken(&other),
-    })?;
+    let machine = kvm
+        .create(&domain, 1, 0, Isolation::Auto)
+        .map_err(|error| match error {
+            crate::device::Error::Kvm(error) => error,
+            other => broken(&other),
+        })?;
     let backends = Backends {
         ports: BTreeMap::new(),
         early_console: Arc::new(Silent),

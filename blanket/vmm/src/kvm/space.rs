@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{
-    Boot, COUNTERS, CPUID_MAX, CpuidEntry, EXIT_REASONS, RUN_DATA, STUB_STRIDE, Switch, VmPage,
-    host, pending,
+    Boot, COUNTERS, CPUID_MAX, CpuidEntry, EXIT_REASONS, ImageHeader, RUN_DATA, STUB_STRIDE,
+    Switch, VmPage, host, pending,
 };
 use blanket_abi::kvm::RAM_BASE;
 use blanket_abi::layout::{
@@ -19,12 +19,13 @@ use blanket_abi::trace::Ring;
 use vm_memory::{Bytes as _, MmapRegion, VolatileMemory as _};
 
 use super::Error;
+use super::audit::Use;
 use super::image::Image;
 use crate::builder::Domain;
 use crate::trace::Record;
 
 /// Bits of a page-table entry.
-mod entry {
+pub(super) mod entry {
     pub const P: u64 = 1;
     pub const RW: u64 = 1 << 1;
     pub const US: u64 = 1 << 2;
@@ -34,18 +35,19 @@ mod entry {
     pub const FRAME: u64 = 0x000f_ffff_ffff_f000;
 }
 
-const RX: u64 = entry::P | entry::A;
-const RO: u64 = entry::P | entry::A | entry::NX;
-const RW: u64 = entry::P | entry::RW | entry::A | entry::D | entry::NX;
-const USER_RO: u64 = RO | entry::US;
+pub(super) const RX: u64 = entry::P | entry::A;
+pub(super) const RO: u64 = entry::P | entry::A | entry::NX;
+pub(super) const RW: u64 = entry::P | entry::RW | entry::A | entry::D | entry::NX;
+pub(super) const USER_RO: u64 = RO | entry::US;
 
 /// Slots of the hole that have tables: M2P, core, window, pool.
-const SLOTS: usize = 4;
-const SLOT_M2P: usize = 0;
-const SLOT_WINDOW: usize = 2;
-const SLOT_POOL: usize = 3;
+pub(super) const SLOTS: usize = 4;
+pub(super) const SLOT_M2P: usize = 0;
+pub(super) const SLOT_CORE: usize = 1;
+pub(super) const SLOT_WINDOW: usize = 2;
+pub(super) const SLOT_POOL: usize = 3;
 /// L3 index of the recursive entry of window and pool.
-const RECURSIVE: u64 = 511;
+pub(super) const RECURSIVE: u64 = 511;
 
 /// The TSS lies behind the switch block, in the second hardware page.
 pub const TSS: u64 = 0x1c00;
@@ -85,6 +87,8 @@ pub struct Plan<'a> {
     pub quirks: u32,
     /// The core runs with SMAP.
     pub smap: bool,
+    /// The core runs on a root of its own.
+    pub isolate: bool,
     /// CPUID as the core sees it.
     pub cpuid: &'a [CpuidEntry],
 }
@@ -93,18 +97,30 @@ pub struct Plan<'a> {
 pub struct Space {
     region: MmapRegion<()>,
     /// Guest-physical address of it.
-    base: u64,
+    pub(super) base: u64,
+    /// Frames of the guest, from [`RAM_BASE`].
+    pub(super) frames: u64,
     /// Offset of the first byte that is not given out.
     next: u64,
+    /// What has been given out, for what: where each range ends.
+    pub(super) uses: Vec<(u64, Use)>,
     /// Offsets of the slots' L3 tables.
-    l3: [u64; SLOTS],
+    pub(super) l3: [u64; SLOTS],
+    /// Offset of the table that isolated guests' roots have in place of the core's.
+    pub(super) entry_l3: Option<u64>,
     vm_page: u64,
+    /// Offset of the records of the pool's pages.
+    pub(super) pool_info: u64,
+    /// Offset of the pool, and its pages.
+    pub(super) pool: (u64, u64),
     /// Offsets of the switch blocks.
-    switches: Vec<u64>,
+    pub(super) switches: Vec<u64>,
     /// Offsets of the vCPUs' traces.
     traces: Vec<u64>,
     /// Offset of the image.
     image: u64,
+    /// In the image: where the entry section begins, its size, the IDT.
+    pub(super) entry_section: (u64, u64, u64),
     root: u64,
 }
 
@@ -131,27 +147,40 @@ impl Space {
         let mut space = Self {
             region: reserve(size.next_multiple_of(2 << 20))?,
             base: (RAM_BASE + frames * PAGE_SIZE).next_multiple_of(1 << 30),
+            frames,
             next: 0,
+            uses: Vec::new(),
             l3: [0; SLOTS],
+            entry_l3: None,
             vm_page: 0,
+            pool_info: 0,
+            pool: (0, plan.pool),
             switches: Vec::new(),
             traces: Vec::new(),
             image: 0,
+            entry_section: (
+                header.entry_start,
+                header.entry_end - header.entry_start,
+                header.idt,
+            ),
             root: 0,
         };
-        let hole = space.make_slots()?;
+        let mut hole = space.make_slots()?;
         space.map_m2p(frames)?;
-        space.map_image(plan.image, plan.smap)?;
+        space.map_image(plan.image, plan.smap, plan.isolate)?;
         space.vm_page = space.map_new(VM_PAGE, PAGE_SIZE, RW)?;
         let cpuid = space.map_new(CPUID_TABLE, PAGE_SIZE, RO)?;
         space.map_new(GFN_INFO, frames * GFN_INFO_SIZE, RW)?;
-        space.map_new(POOL_INFO, plan.pool * POOL_INFO_SIZE, RW)?;
+        space.pool_info = space.map_new(POOL_INFO, plan.pool * POOL_INFO_SIZE, RW)?;
         space.map_new(POOL_GFNS, plan.pool * POOL_GFNS_SIZE, RW)?;
         space.map(WINDOW, RAM_BASE, frames, RW)?;
         for id in 0..plan.vcpus {
             space.map_area(plan.image, id)?;
         }
-        space.map_new(POOL, plan.pool * PAGE_SIZE, RW)?;
+        if plan.isolate {
+            hole = space.make_entry_area(header, plan.vcpus, &hole)?;
+        }
+        space.pool.0 = space.map_new(POOL, plan.pool * PAGE_SIZE, RW)?;
         space.fill_cpuid(cpuid, plan.cpuid)?;
         space.fill_vm_page(plan, &hole)?;
         Ok(space)
@@ -171,16 +200,17 @@ impl Space {
     // ---- pages and words ----
 
     /// `count` pages in a row, zeroed; the offset of the first.
-    fn pages(&mut self, count: u64) -> Result<u64, Error> {
+    fn pages(&mut self, count: u64, what: Use) -> Result<u64, Error> {
         let at = self.next;
         self.next += count * PAGE_SIZE;
+        self.uses.push((self.next, what));
         if self.next > self.region.size() as u64 {
             return Err(Error::NoMemory("hold the core"));
         }
         Ok(at)
     }
 
-    fn word(&self, at: u64) -> Result<&AtomicU64, Error> {
+    pub(super) fn word(&self, at: u64) -> Result<&AtomicU64, Error> {
         let at = usize::try_from(at).map_err(Error::memory)?;
         self.region.get_atomic_ref(at).map_err(Error::memory)
     }
@@ -210,7 +240,7 @@ impl Space {
     fn make_slots(&mut self) -> Result<[u64; 16], Error> {
         let mut hole = [0; 16];
         for (slot, word) in hole.iter_mut().enumerate().take(SLOTS) {
-            let at = self.pages(1)?;
+            let at = self.pages(1, Use::Table)?;
             self.l3[slot] = at;
             let address = self.base + at;
             // Read-only at this level: the core sees its leaf entries, no more.
@@ -220,22 +250,72 @@ impl Space {
             let user = if slot == SLOT_M2P { entry::US } else { 0 };
             *word = address | entry::P | entry::RW | entry::A | user;
         }
-        self.root = self.pages(1)?;
+        self.root = self.pages(1, Use::Root)?;
         self.put(self.root + HOLE_FIRST_SLOT as u64 * 8, &hole)?;
         Ok(hole)
+    }
+
+    /// The part of the hole that an isolated guest's roots hold: what is used before the
+    /// entry code has changed CR3. The level-4 entries for it.
+    fn make_entry_area(
+        &mut self,
+        header: &ImageHeader,
+        vcpus: u32,
+        hole: &[u64; 16],
+    ) -> Result<[u64; 16], Error> {
+        let l3 = self.pages(1, Use::Table)?;
+        self.entry_l3 = Some(l3);
+        let text = header.entry_end - header.entry_start;
+        self.show(l3, IMAGE + header.entry_start, text)?;
+        // The CPU only reads the IDT.
+        let idt = self.show(l3, IMAGE + header.idt, PAGE_SIZE)?;
+        let readable = self.word(idt)?.load(Ordering::Relaxed) & !(entry::RW | entry::D);
+        self.put(idt, &[readable])?;
+        for id in 0..vcpus {
+            let va = VCPU + u64::from(id) * VCPU_STRIDE;
+            self.show(l3, va + area::ENTRY, text)?;
+            self.show(l3, va + area::HW - PAGE_SIZE, PAGE_SIZE)?;
+            self.show(l3, va + area::HW + PAGE_SIZE, PAGE_SIZE)?;
+            for stack in 0..IST_STACKS {
+                let page = va + area::IST + (2 * stack + 1) * PAGE_SIZE;
+                self.show(l3, page, PAGE_SIZE)?;
+            }
+            self.show(l3, va + area::GDT, GDT_PAGES * PAGE_SIZE)?;
+            self.show(l3, va + area::LDT, LDT_PAGES * PAGE_SIZE)?;
+        }
+        let mut entries = [0; 16];
+        entries[SLOT_M2P] = hole[SLOT_M2P];
+        entries[SLOT_CORE] = (self.base + l3) | entry::P | entry::RW | entry::A;
+        Ok(entries)
+    }
+
+    /// Maps in the tables below `l3` what a range of the hole maps; where its last entry is.
+    fn show(&mut self, l3: u64, va: u64, size: u64) -> Result<u64, Error> {
+        let mut last = 0;
+        for at in (va..va + size).step_by(4096) {
+            let from = self.leaf_table(at)? + index(at, 1) * 8;
+            last = self.table_below(l3, at, 0)? + index(at, 1) * 8;
+            let word = self.word(from)?.load(Ordering::Relaxed);
+            self.put(last, &[word])?;
+        }
+        Ok(last)
     }
 
     /// Offset of the leaf table for `va`, with the tables above it made.
     fn leaf_table(&mut self, va: u64) -> Result<u64, Error> {
         let slot = usize::try_from(index(va, 4)).map_err(Error::memory)? - HOLE_FIRST_SLOT;
-        let mut table = self.l3[slot];
+        let user = if slot == SLOT_M2P { entry::US } else { 0 };
+        self.table_below(self.l3[slot], va, user)
+    }
+
+    /// As [`Self::leaf_table`], below the L3 table at offset `table`.
+    fn table_below(&mut self, mut table: u64, va: u64, user: u64) -> Result<u64, Error> {
         for level in [3, 2] {
             let at = table + index(va, level) * 8;
             let mut word = self.word(at)?.load(Ordering::Relaxed);
             if word & entry::P == 0 {
-                let user = if slot == SLOT_M2P { entry::US } else { 0 };
                 // D too: through the recursive entry, tables are leaves.
-                word = (self.base + self.pages(1)?)
+                word = (self.base + self.pages(1, Use::Table)?)
                     | entry::P
                     | entry::RW
                     | entry::A
@@ -267,7 +347,13 @@ impl Space {
     /// Maps new zeroed pages over `size` bytes; the offset of the first.
     fn map_new(&mut self, va: u64, size: u64, flags: u64) -> Result<u64, Error> {
         let count = size.div_ceil(PAGE_SIZE);
-        let at = self.pages(count)?;
+        let what = match va {
+            M2P..IMAGE => Use::M2p,
+            POOL.. => Use::Pool,
+            _ if flags == RO => Use::Rodata,
+            _ => Use::Data,
+        };
+        let at = self.pages(count, what)?;
         self.map(va, self.base + at, count, flags)?;
         Ok(at)
     }
@@ -282,15 +368,16 @@ impl Space {
         self.put(at, &words)
     }
 
-    fn map_image(&mut self, image: &Image, smap: bool) -> Result<(), Error> {
+    fn map_image(&mut self, image: &Image, smap: bool, isolate: bool) -> Result<(), Error> {
         let header = &image.header;
-        let at = self.pages(header.data_end / PAGE_SIZE)?;
+        let at = self.pages(header.text_end / PAGE_SIZE, Use::Text)?;
+        self.pages(
+            (header.rodata_end - header.text_end) / PAGE_SIZE,
+            Use::Rodata,
+        )?;
+        self.pages((header.data_end - header.rodata_end) / PAGE_SIZE, Use::Data)?;
         let bytes = usize::try_from(header.file_end).map_err(Error::memory)?;
-        let file = if smap {
-            &image.with_smap()?
-        } else {
-            image.bytes
-        };
+        let file = image.prepared(smap, isolate)?;
         self.put_bytes(at, &file[..bytes])?;
         self.fill_idt(at + header.idt, header.stubs)?;
         let mut from = 0;
@@ -428,6 +515,8 @@ impl Space {
         half(offset_of!(VmPage, xcr0_mask), plan.xcr0_mask)?;
         self.put(field(offset_of!(VmPage, tsc_khz)), &[plan.tsc_khz])?;
         self.put(field(offset_of!(VmPage, hole)), hole)?;
+        let core_cr3 = if plan.isolate { self.root() } else { 0 };
+        self.put(field(offset_of!(VmPage, core_cr3)), &[core_cr3])?;
         half(offset_of!(VmPage, host), host::KVM)?;
         half(offset_of!(VmPage, kvm_features), plan.features)?;
         half(offset_of!(VmPage, quirks), plan.quirks)?;
@@ -625,7 +714,7 @@ pub(super) mod tests {
     use crate::builder::{self, Config};
     use crate::kernel::Kernel;
 
-    const POOL_PAGES: u64 = 700;
+    pub const POOL_PAGES: u64 = 700;
     const VCPUS: u32 = 3;
 
     /// An image of six pages: header and text, entry section, text, read-only data
@@ -646,6 +735,8 @@ pub(super) mod tests {
             0x1000,
             0x3000,
             0x3010,
+            0x3010,
+            0x3020,
         ];
         let put = |bytes: &mut Vec<u8>, at: usize, words: &[u64]| {
             for (i, word) in words.iter().enumerate() {
@@ -658,6 +749,9 @@ pub(super) mod tests {
         }
         let clac = blanket_abi::device::SMAP_CLAC;
         put(&mut bytes, 0x3000, &[0x2100, 0x2200 | clac]);
+        // A jump in the entry section.
+        bytes[0x1100..0x1105].copy_from_slice(&[0x0f, 0x1f, 0x44, 0x00, 0x00]);
+        put(&mut bytes, 0x3010, &[0x1100, 0x1080]);
         Image::parse(bytes.leak()).expect("a good image")
     }
 
@@ -672,7 +766,11 @@ pub(super) mod tests {
         builder::build(&Kernel::bare(vec![0x90; 64]), None, &config).expect("it fits")
     }
 
-    fn space(smap: bool) -> (Space, Domain) {
+    pub fn space(smap: bool) -> (Space, Domain) {
+        space_of(smap, false)
+    }
+
+    pub fn space_of(smap: bool, isolate: bool) -> (Space, Domain) {
         let domain = domain();
         let space = Space::build(&Plan {
             image: &image(),
@@ -684,12 +782,24 @@ pub(super) mod tests {
             features: 0,
             quirks: 0,
             smap,
+            isolate,
             cpuid: &[],
         });
         (space.expect("it fits"), domain)
     }
 
     impl Space {
+        /// The level-4 entries that the core puts into guests' roots.
+        pub fn guest_hole(&self) -> Vec<u64> {
+            let at = self.vm_page + offset_of!(VmPage, hole) as u64;
+            (0..16)
+                .map(|slot| {
+                    let word = self.word(at + slot * 8).expect("inside");
+                    word.load(Ordering::Relaxed)
+                })
+                .collect()
+        }
+
         /// What the CPU finds at `va`: physical address, and whether all levels
         /// allow writes, access from CPL 3, and execution.
         fn walk(&self, va: u64) -> Option<(u64, bool, bool, bool)> {

@@ -10,7 +10,8 @@ use blanket_abi::device::{exit, pending};
 use blanket_abi::kvm::EXIT_PORT;
 use blanket_abi::layout::{IMAGE, VCPU, VCPU_STRIDE, sel, vcpu as area};
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, kvm_dtable, kvm_mp_state, kvm_regs, kvm_run, kvm_segment, kvm_xcrs,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_dtable, kvm_mp_state, kvm_regs, kvm_run,
+    kvm_segment, kvm_xcrs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -304,6 +305,15 @@ impl Vcpu for KvmVcpu {
         }
     }
 
+    fn at_rest(&self) -> bool {
+        // At CPL 3, or in the core's HLT: it holds no lock and has changed nothing by half.
+        let user = self.fd.get_sregs().is_ok_and(|s| s.cs.selector & 3 == 3);
+        user || self
+            .fd
+            .get_mp_state()
+            .is_ok_and(|state| state.mp_state == KVM_MP_STATE_HALTED)
+    }
+
     fn kick(&self) -> Arc<dyn Kick> {
         Arc::clone(&self.stop) as Arc<dyn Kick>
     }
@@ -367,11 +377,21 @@ impl StopPage {
     }
 }
 
-impl Kick for StopPage {
-    fn stop(&self) {
+impl StopPage {
+    fn set(&self, value: u8) {
         // SAFETY: a byte inside of the mapping, which lives as long as `self`; this
         // program accesses it through this atomic only.
         unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) }
-            .store(1, Ordering::Release);
+            .store(value, Ordering::Release);
+    }
+}
+
+impl Kick for StopPage {
+    fn stop(&self) {
+        self.set(1);
+    }
+
+    fn go(&self) {
+        self.set(0);
     }
 }

@@ -1,15 +1,16 @@
 //! A hypervisor whose guests are closures, for tests of everything above the device.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
-use blanket_abi::device::{Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
+use blanket_abi::device::{Audit, Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
 
 use blanket_abi::trace::kind;
 
 use crate::builder::{Domain, GuestMemory};
 use crate::device::Error;
-use crate::hypervisor::{Exit, Hypervisor, Kick, Machine, Vcpu};
+use crate::hypervisor::{Exit, Hypervisor, Isolation, Kick, Machine, Vcpu};
 use crate::sync::lock;
 use crate::trace::Record;
 
@@ -77,6 +78,7 @@ struct FakeMachine {
 struct FakeVcpu {
     guest: Arc<Guest>,
     program: Program,
+    rests: AtomicU32,
 }
 
 struct FakeKick(Arc<Guest>);
@@ -94,7 +96,13 @@ impl<F: Fn(u32, u32) -> Program + Send + Sync> Hypervisor for Fake<F> {
         }
     }
 
-    fn create(&self, domain: &Domain, vcpus: u32, _: u64) -> Result<Arc<dyn Machine>, Error> {
+    fn create(
+        &self,
+        domain: &Domain,
+        vcpus: u32,
+        _: u64,
+        _: Isolation,
+    ) -> Result<Arc<dyn Machine>, Error> {
         let mut boots = lock(&self.boots);
         let programs = (0..vcpus)
             .map(|id| Some((self.programs)(*boots, id)))
@@ -121,6 +129,7 @@ impl Machine for FakeMachine {
         Ok(Box::new(FakeVcpu {
             guest: Arc::clone(&self.guest),
             program,
+            rests: AtomicU32::new(0),
         }))
     }
 
@@ -139,6 +148,16 @@ impl Machine for FakeMachine {
             guest_ns: 5,
             revocations: 0,
             revoked: 0,
+        })
+    }
+
+    fn audit(&self) -> Result<Audit, Error> {
+        // As a host that cannot while a vCPU runs.
+        assert!(lock(&self.guest.events).stop, "the VM runs");
+        Ok(Audit {
+            roots: 2,
+            frames: 3,
+            ..Audit::default()
         })
     }
 
@@ -168,6 +187,11 @@ impl Machine for FakeMachine {
 }
 
 impl Vcpu for FakeVcpu {
+    fn at_rest(&self) -> bool {
+        // Every other time it is not, as a vCPU inside KVM may be.
+        self.rests.fetch_add(1, Ordering::Relaxed) % 2 == 1
+    }
+
     fn run(&mut self) -> Result<Exit, Error> {
         if lock(&self.guest.events).stop {
             return Ok(Exit::Interrupted);
@@ -184,5 +208,9 @@ impl Kick for FakeKick {
     fn stop(&self) {
         lock(&self.0.events).stop = true;
         self.0.changed.notify_all();
+    }
+
+    fn go(&self) {
+        lock(&self.0.events).stop = false;
     }
 }
