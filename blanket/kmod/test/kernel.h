@@ -24,6 +24,7 @@ typedef long long s64;
 #define READ_ONCE(x)	(*(volatile __typeof__(x) *)&(x))
 #define min(a, b)	((a) < (b) ? (a) : (b))
 #define asmlinkage
+#define DECLARE_PER_CPU(type, name)	extern type name
 
 struct list_head { struct list_head *next, *prev; };
 #define list_for_each_entry(at, head, member)					\
