@@ -5,6 +5,8 @@
  * where the host has its kernel, so on its way out a CPU is like one that comes
  * from a VM, not like one that comes from a program.
  */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <linux/module.h>
 #include <linux/percpu.h>
 #include <asm/cpufeature.h>

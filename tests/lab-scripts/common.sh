@@ -41,7 +41,8 @@ random() {
 }
 
 # Frames that are pinned, kernel memory that is not reclaimable and memory that is
-# available (both KiB), users of the module or of KVM.
+# available (both KiB), users of the module or of KVM. Files of the initramfs count as
+# available until the kernel first wants their pages, and as unevictable afterwards.
 pinned() { awk '/^nr_foll_pin_acquired/ { n += $2 } /^nr_foll_pin_released/ { n -= $2 } END { print n + 0 }' /proc/vmstat; }
 meminfo() { awk -v k="$1:" '$1 == k { print $2 }' /proc/meminfo; }
 users() {
@@ -57,7 +58,7 @@ snapshot() {
     snap_pinned=$(pinned)
     snap_users=$(users)
     snap_kernel=$(($(meminfo SUnreclaim) + $(meminfo PageTables) + $(meminfo KernelStack) + $(meminfo Percpu)))
-    snap_available=$(meminfo MemAvailable)
+    snap_available=$(($(meminfo MemAvailable) + $(meminfo Unevictable)))
 }
 # nothing_leaked WHAT: compares with the last snapshot. Pages that a processor keeps for
 # itself come back late, hence the tries; frames and users are exact.

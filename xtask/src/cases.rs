@@ -269,6 +269,10 @@ fn single() -> Vec<Case> {
         },
         hard_times("memory-short", 420, MEMORY_SHORT),
         Case {
+            long: true,
+            ..hard_times("memory-short-instance", 900, MEMORY_SHORT_INSTANCE)
+        },
+        Case {
             append: "module.sig_enforce=1",
             ..hard_times("signed-only", 240, SIGNED_ONLY)
         },
@@ -480,6 +484,7 @@ const KILL_VMM_LONG: &str = with_common!("ROUNDS=100 SEED=2\n", "kill-vmm.sh");
 const HOST_CPUS: &str = with_common!("host-cpus.sh");
 const SUSPEND: &str = with_common!("suspend.sh");
 const MEMORY_SHORT: &str = with_common!("memory-short.sh");
+const MEMORY_SHORT_INSTANCE: &str = with_common!("WHOLE=yes\n", "memory-short.sh");
 
 const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
 const KEXEC_CRASH: &str = with_common!("export HOW=crash\n", "kexec.sh");

@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use blanket_abi::device::{
-    Boot, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, Info, RAISE, RAISE_VIRQ, RUN,
-    boot_flags,
+    AUDIT, Boot, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, Info, RAISE, RAISE_VIRQ,
+    RUN, TRACE, boot_flags, create,
 };
 
 use crate::device::{Answer, close, in_child, ioctl, memory, mmap, open, vm};
@@ -80,6 +80,8 @@ fn core_image(c: &mut Checks, device: i32, machine: i32, vcpu: i32) {
         GET_STATS,
         RUN,
         RAISE_VIRQ,
+        TRACE,
+        AUDIT,
     ];
     let image = vec![0xccu8; 1 << 20];
     for (name, fd) in [("device", device), ("VM", machine), ("vCPU", vcpu)] {
@@ -152,7 +154,12 @@ fn arguments(c: &mut Checks, device: i32, machine: i32, vcpu: i32, good: &Create
         }
         answer
     };
-    c.refused("flags", with(|r| r.flags = 1), libc::EINVAL);
+    c.refused("unknown flags", with(|r| r.flags = 1 << 31), libc::EINVAL);
+    c.refused(
+        "flags that exclude each other",
+        with(|r| r.flags = create::ISOLATE | create::SHARE),
+        libc::EINVAL,
+    );
     c.refused("no vCPU", with(|r| r.nr_vcpus = 0), libc::EINVAL);
     c.refused("65 vCPUs", with(|r| r.nr_vcpus = 65), libc::EINVAL);
     c.refused("no frame", with(|r| r.nr_frames = 0), libc::EINVAL);

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
 
 use blanket_abi::device::{
-    CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, RAISE, RAISE_VIRQ, RUN,
+    AUDIT, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, RAISE, RAISE_VIRQ, RUN, TRACE,
 };
 
 use crate::device::{close, discard, in_child, ioctl, memory, mmap, mprotect, munmap, open, vm};
@@ -84,6 +84,8 @@ pub fn run(seed: u64, steps: u64) {
                 }
             });
         }
+        // The kernel would give all of them to this one.
+        leave_signals_to_others();
     });
     let mut line = format!("IOCTL-FUZZ seed={seed} calls={}", steps * THREADS);
     for (name, count) in NAMES.iter().zip(&pool.done) {
@@ -109,6 +111,17 @@ fn interrupt_often() {
         action.sa_sigaction = nothing as *const () as usize;
         libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut());
         libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut());
+    }
+}
+
+/// Of the thread that waits for the others.
+fn leave_signals_to_others() {
+    // SAFETY: a set of signals on the stack, filled before it is used.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGALRM);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
     }
 }
 
@@ -209,7 +222,7 @@ fn step(pool: &Pool, rng: &mut Rng) {
             }
         }
         19..23 => {
-            let cmd = rng.pick(&[RAISE, RAISE_VIRQ]);
+            let cmd = rng.pick(&[RAISE, RAISE_VIRQ, TRACE]);
             if ioctl(fd, cmd, odd(rng, pool)).is_ok() {
                 pool.count(5);
             }
@@ -224,7 +237,7 @@ fn step(pool: &Pool, rng: &mut Rng) {
             };
             // Never into the room behind a random number: that may be this program.
             let ours = to == (&raw mut room) as u64 || to < 4096 || to >> 47 != 0;
-            if ours && ioctl(fd, rng.pick(&[GET_STATS, GET_INFO]), to).is_ok() {
+            if ours && ioctl(fd, rng.pick(&[GET_STATS, GET_INFO, AUDIT]), to).is_ok() {
                 pool.count(6);
             }
         }
@@ -235,7 +248,7 @@ fn step(pool: &Pool, rng: &mut Rng) {
                 1 => 0xb700 | rng.below(256) as u32,
                 _ => 0xb700 | rng.below(16) as u32 | (rng.next() as u32) << 16,
             };
-            if cmd != GET_INFO && cmd != GET_STATS {
+            if ![GET_INFO, GET_STATS, AUDIT].contains(&cmd) {
                 let _ = ioctl(fd, cmd, rng.below(4096));
             }
         }
