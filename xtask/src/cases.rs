@@ -260,7 +260,10 @@ fn single() -> Vec<Case> {
             long: true,
             ..hard_times("kill-vmm-long", 3600, KILL_VMM_LONG)
         },
-        kvm(hard_times("kvm-kill-vmm", 600, KILL_VMM)),
+        Case {
+            long: true,
+            ..kvm(hard_times("kvm-kill-vmm", 600, KILL_VMM))
+        },
         hard_times("host-cpus", 420, HOST_CPUS),
         kvm(hard_times("kvm-host-cpus", 600, HOST_CPUS)),
         Case {
@@ -361,7 +364,10 @@ fn single() -> Vec<Case> {
         kvm(audit("kvm-audit")),
         isolated(audit("audit")).expecting("isolated: the guest's roots show"),
         isolated(kvm(audit("kvm-audit"))).expecting("isolated: the guest's roots show"),
-        isolated(hostile("hostile")),
+        Case {
+            long: true,
+            ..isolated(hostile("hostile"))
+        },
         hostile("hostile"),
         kvm(hostile("kvm-hostile")),
         Case {
