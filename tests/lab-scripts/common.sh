@@ -61,14 +61,16 @@ snapshot() {
     snap_available=$(($(meminfo MemAvailable) + $(meminfo Unevictable)))
 }
 # nothing_leaked WHAT: compares with the last snapshot. Pages that a processor keeps for
-# itself come back late, hence the tries; frames and users are exact.
+# itself come back late, hence the tries. Kernel memory, frames and users are exact enough
+# to see one VM's; what is available was seen to vary by 37 MiB, so it shows only when the
+# memory of VMs stays: each has touched about a hundred.
 nothing_leaked() {
     was_pinned=$snap_pinned was_users=$snap_users was_kernel=$snap_kernel was_available=$snap_available
     tries=0
     while :; do
         snapshot
         [ "$snap_pinned" = "$was_pinned" ] && [ "$snap_users" = "$was_users" ] &&
-            [ $((snap_kernel - was_kernel)) -le 3072 ] && [ $((was_available - snap_available)) -le 6144 ] && break
+            [ $((snap_kernel - was_kernel)) -le 3072 ] && [ $((was_available - snap_available)) -le 49152 ] && break
         tries=$((tries + 1))
         [ $tries -lt 40 ] || fail "$1: pinned frames $was_pinned to $snap_pinned, users $was_users to $snap_users, \
 kernel memory $was_kernel to $snap_kernel KiB, available $was_available to $snap_available KiB"
