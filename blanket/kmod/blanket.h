@@ -242,8 +242,8 @@ struct blanket_audit {
 #define BLANKET_GET_STATS	_IOR(BLANKET_IOC, 4, struct blanket_vm_stats)
 #define BLANKET_RUN		_IO(BLANKET_IOC, 5)
 #define BLANKET_RAISE_VIRQ	_IO(BLANKET_IOC, 6)
-#define BLANKET_AUDIT		_IOR(BLANKET_IOC, 8, struct blanket_audit)
 #define BLANKET_TRACE		_IO(BLANKET_IOC, 7)
+#define BLANKET_AUDIT		_IOR(BLANKET_IOC, 8, struct blanket_audit)
 
 /* ---- between the module and the core ---- */
 

@@ -410,12 +410,11 @@ static u32 enter(struct blanket_vcpu *vcpu)
 	save_watchpoints(&host);
 	swap_msrs_in(sw, &host);
 	fpu_in(vcpu, &host);
-	blanket_speculation_enter(vcpu->vm);
-
 	/* See watch.c. */
 	WRITE_ONCE(sw->watch, 0);
 	this_cpu_write(blanket_visit.sw, sw);
 	this_cpu_inc(blanket_visit.count);
+	blanket_speculation_enter(vcpu->vm);
 	blanket_world_switch(sw);
 	this_cpu_inc(blanket_visit.count);
 

@@ -18,8 +18,9 @@ static bool speculation = true;
 module_param(speculation, bool, 0444);
 MODULE_PARM_DESC(speculation, "barriers between VMs and the host (on)");
 
-/* Serial number of the VM that a CPU predicts branches for; 0 is none. */
-static DEFINE_PER_CPU(u64, predicts_for);
+/* Serial number of the last VM on a CPU, and whether it has trained the predictors since. */
+static DEFINE_PER_CPU(u64, last_vm);
+static DEFINE_PER_CPU(bool, trained);
 
 static bool ibpb, verw;
 
@@ -57,9 +58,12 @@ void blanket_speculation_enter(const struct blanket_vm *vm)
 {
 	static const u16 data_segment = __KERNEL_DS;
 
-	if (ibpb && this_cpu_read(predicts_for) != vm->serial) {
-		barrier_of_branches();
-		this_cpu_write(predicts_for, vm->serial);
+	if (ibpb) {
+		if (this_cpu_read(last_vm) != vm->serial) {
+			barrier_of_branches();
+			this_cpu_write(last_vm, vm->serial);
+		}
+		this_cpu_write(trained, true);
 	}
 	if (verw)
 		asm volatile("verw %0" :: "m" (data_segment) : "cc");
@@ -75,9 +79,7 @@ void blanket_speculation_to_user(void)
 	if (!ibpb)
 		return;
 	preempt_disable();
-	if (this_cpu_read(predicts_for)) {
+	if (this_cpu_xchg(trained, false))
 		barrier_of_branches();
-		this_cpu_write(predicts_for, 0);
-	}
 	preempt_enable();
 }

@@ -7,16 +7,13 @@
 //! again. These are the few that the core reaches for at any moment, where it could
 //! not ask: shared info, the vcpu_infos, and this vCPU's time and run-state areas.
 
-use crate::context::Context;
+use crate::context::{Context, SPINS};
 use crate::machine::Machine;
 use crate::vcpu::Place;
 use blanket_abi::Gfn;
 use blanket_abi::device::{crash, exit};
 use blanket_abi::xen::errno;
 use core::sync::atomic::Ordering::{Acquire, SeqCst};
-
-/// Looks at the MMU lock before the host is asked to run others.
-const SPINS: u32 = 4096;
 
 /// Translations that one copy from or to the guest may miss.
 const COPY_ROUNDS: u32 = 16;

@@ -23,7 +23,7 @@ pub type Hyper = Result<i64, i64>;
 const BREATH: u32 = 2048;
 
 /// Looks at a lock, or at another vCPU, before the host is asked to run others.
-const SPINS: u32 = 4096;
+pub(crate) const SPINS: u32 = 4096;
 
 /// Pages that the shadow pool grows by. What is added stays, so a small guest should
 /// not be given much more than it needs.

@@ -610,8 +610,9 @@ impl Space {
         self.half(at)?.store(on.into(), Ordering::SeqCst);
         let mut asked = Vec::new();
         for vcpu in (0u32..).take(self.switches.len()) {
-            let at = self.switch_field(vcpu, offset_of!(Switch, pending))?;
-            let before = self.half(at)?.fetch_or(pending::KICK, Ordering::SeqCst);
+            let before = self
+                .pending(vcpu)?
+                .fetch_or(pending::KICK, Ordering::SeqCst);
             // Who set the bit first has sent an interrupt, or is about to.
             if before & pending::KICK == 0 {
                 asked.push(vcpu);
