@@ -6,7 +6,8 @@
  * arrive between any two instructions. What keeps them survivable:
  *
  *   While the IDT is the host's, the gates' code selector (host CS) and the
- *   interrupted CS and SS must be in the GDT, CR4 and the GS base must be the
+ *   interrupted CS and SS (IRETQ loads both, unless SS is null, as it is behind a
+ *   trap from the guest) must be in the GDT, CR4 and the GS base must be the
  *   host's (paranoid entry uses RDGSBASE, or the sign of the base), and bit 12
  *   of CR3 must be clear or mean what page-table isolation takes it for.
  *   While the IDT is the core's, CS must be the core's (its NMI stub returns
@@ -29,12 +30,12 @@
  *   -------------------------+------+------+------+-------+------+------+------
  *   (entry)                  | core | core | core | core  | core | any  | trans
  *   lgdt                     | core | core | core | trans | core | any  | trans
- *   selectors, wrmsr, dr7    | core | core | core | trans | core | host | trans
+ *   selectors, wrmsr, dr7, SS| core | core | core | trans | core | host | trans
  *   mov cr4                  | core | core | core | trans | host | host | trans
  *   lidt                     | host | core | core | trans | host | host | trans
  *   lretq                    | host | core | host | trans | host | host | trans
  *   ltr                      | host | host | host | trans | host | host | trans
- *   lgdt, lldt, SS           | host | host | host | host  | host | host | trans
+ *   lgdt, lldt               | host | host | host | host  | host | host | trans
  *   mov cr3                  | host | host | host | host  | host | host | host
  *
  * The transition GDT is a copy of the host's first page with its TSS not busy,
@@ -142,6 +143,8 @@ SYM_INNER_LABEL(blanket_world_exit, SYM_L_GLOBAL)
 	xorl	%eax, %eax
 	movq	%rax, %db7
 .Lno_watchpoints:
+	/* The core's SS, if it came by a system call, is not in the host's GDT. */
+	movw	SW_HOST_SS(%rdi), %ss
 	movq	SW_HOST_CR4(%rdi), %rax
 	movq	%rax, %cr4
 	lidt	SW_HOST_IDTR+DTR_LIMIT(%rdi)
@@ -155,7 +158,6 @@ SYM_INNER_LABEL(blanket_world_exit, SYM_L_GLOBAL)
 	ltr	SW_HOST_TR(%rdi)
 	lgdt	SW_HOST_GDTR+DTR_LIMIT(%rdi)
 	lldt	SW_HOST_LDT(%rdi)
-	movw	SW_HOST_SS(%rdi), %ss
 	movq	SW_HOST_RSP(%rdi), %rsp
 	movq	SW_HOST_CR3(%rdi), %rax
 	movq	%rax, %cr3

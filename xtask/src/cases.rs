@@ -377,15 +377,11 @@ fn single() -> Vec<Case> {
         },
         Case {
             long: true,
-            timeout: 1200,
-            work: Work::Instance {
-                script: concat!(
-                    "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
-                    include_str!("../../tests/lab-scripts/hostile.sh")
-                ),
-                guests: vec![Flavour::Cloud],
-            },
-            ..hostile("hostile-memory-moves")
+            ..hard_times("hostile-memory-moves", 1200, HOSTILE_MOVES)
+        },
+        Case {
+            long: true,
+            ..hard_times("hostile-soak", 4 * 3600, HOSTILE_SOAK)
         },
         memory_taken("memory-taken", TAKEN_SAMPLE),
         Case {
@@ -492,6 +488,13 @@ const SUSPEND: &str = with_common!("suspend.sh");
 const MEMORY_SHORT: &str = with_common!("memory-short.sh");
 const MEMORY_SHORT_INSTANCE: &str = with_common!("WHOLE=yes\n", "memory-short.sh");
 
+const HOSTILE: &str = with_common!("hostile.sh");
+const HOSTILE_SOAK: &str = with_common!("SEEDS=600 DEADLY=100 STEPS=600\n", "hostile.sh");
+const HOSTILE_MOVES: &str = with_common!(
+    "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
+    "hostile.sh"
+);
+
 const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
 const KEXEC_CRASH: &str = with_common!("export HOW=crash\n", "kexec.sh");
 
@@ -593,15 +596,7 @@ fn core_failure(name: &str) -> Case {
 
 /// A kernel that attacks the core, beside a VM that works.
 fn hostile(name: &str) -> Case {
-    Case {
-        name: name.into(),
-        timeout: 600,
-        work: Work::Instance {
-            script: include_str!("../../tests/lab-scripts/hostile.sh"),
-            guests: vec![Flavour::Cloud],
-        },
-        ..Case::default()
-    }
+    hard_times(name, 600, HOSTILE)
 }
 
 impl Case {
@@ -643,18 +638,8 @@ fn guest(name: &str, timeout: u64, vcpus: u32, script: &'static str) -> Case {
     }
 }
 
-/// `memory-taken.sh` with its arguments before it.
-macro_rules! memory_taken_script {
-    ($arguments:literal) => {
-        concat!(
-            $arguments,
-            "\n",
-            include_str!("../../tests/lab-scripts/memory-taken.sh")
-        )
-    };
-}
-const TAKEN_SAMPLE: &str = memory_taken_script!("LIMIT=100M CPUS=2 MIB=12 ROUNDS=1");
-const TAKEN_SOAK: &str = memory_taken_script!("LIMIT=100M CPUS=4 MIB=12 ROUNDS=10");
+const TAKEN_SAMPLE: &str = with_common!("LIMIT=100M CPUS=2 MIB=12 ROUNDS=1\n", "memory-taken.sh");
+const TAKEN_SOAK: &str = with_common!("LIMIT=100M CPUS=4 MIB=12 ROUNDS=10\n", "memory-taken.sh");
 
 /// The host takes a VM's memory: it moves and swaps it.
 fn memory_taken(name: &str, script: &'static str) -> Case {

@@ -11,6 +11,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// RIP, in the order of gdb's registers for x86-64.
 const RIP: u32 = 16;
+/// SS, in the same order.
+const SS: u32 = 19;
 
 /// A connection to the stub of an instance with one CPU, which is stopped unless it
 /// is in [`Gdb::run_to`].
@@ -52,9 +54,28 @@ impl Gdb {
 
     /// Where the CPU is.
     pub fn rip(&mut self) -> Result<u64> {
-        let text = self.ask(&format!("p{RIP:x}"))?;
-        let value = u64::from_str_radix(&text, 16).with_context(|| format!("RIP is {text:?}"))?;
-        Ok(value.swap_bytes())
+        Ok(u64::from_le_bytes(self.register(RIP)?))
+    }
+
+    /// The stack's selector.
+    pub fn ss(&mut self) -> Result<u64> {
+        Ok(u32::from_le_bytes(self.register(SS)?).into())
+    }
+
+    /// A register of so many bytes.
+    fn register<const BYTES: usize>(&mut self, number: u32) -> Result<[u8; BYTES]> {
+        let text = self.ask(&format!("p{number:x}"))?;
+        let mut bytes = [0; BYTES];
+        ensure!(
+            text.len() == 2 * BYTES,
+            "register {number} is {text:?}, not {BYTES} bytes"
+        );
+        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+            let digits = str::from_utf8(digits)?;
+            *byte = u8::from_str_radix(digits, 16)
+                .with_context(|| format!("register {number} is {text:?}"))?;
+        }
+        Ok(bytes)
     }
 
     /// A command of QEMU's monitor that answers nothing.

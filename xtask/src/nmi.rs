@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use blanket_abi::layout::VCPU;
+use blanket_abi::layout::{VCPU, sel};
 use elf::ElfBytes;
 use elf::endian::LittleEndian;
 
@@ -27,7 +27,13 @@ struct Sweep {
     end: u32,
     /// These.
     stride: u32,
+    /// Only when the CPU comes by with this SS: null behind a trap from the guest, the
+    /// core's behind a system call.
+    ss: Option<u64>,
 }
+
+/// So often a CPU may come by until it does so with the SS that is waited for.
+const MOST_PASSES: u32 = 1000;
 
 /// The ways in and out are walked instruction by instruction as long as tables of
 /// both worlds are mixed or the stack is the guest's; what follows is sampled.
@@ -38,6 +44,7 @@ const SWEEPS: &[Sweep] = &[
         dense: 48,
         end: 200,
         stride: 13,
+        ss: None,
     },
     Sweep {
         name: "blanket_world_exit",
@@ -45,6 +52,15 @@ const SWEEPS: &[Sweep] = &[
         dense: 52,
         end: 52,
         stride: 1,
+        ss: Some(0),
+    },
+    Sweep {
+        name: "blanket_world_exit",
+        module: true,
+        dense: 52,
+        end: 52,
+        stride: 1,
+        ss: Some(sel::CORE_SS as u64),
     },
     Sweep {
         name: "blanket_leave",
@@ -52,6 +68,7 @@ const SWEEPS: &[Sweep] = &[
         dense: 30,
         end: 30,
         stride: 1,
+        ss: None,
     },
     Sweep {
         name: "blanket_syscall64",
@@ -59,6 +76,7 @@ const SWEEPS: &[Sweep] = &[
         dense: 50,
         end: 150,
         stride: 13,
+        ss: None,
     },
     Sweep {
         name: "blanket_iret_fast",
@@ -66,6 +84,7 @@ const SWEEPS: &[Sweep] = &[
         dense: 12,
         end: 12,
         stride: 1,
+        ss: None,
     },
     Sweep {
         name: "trap_entry",
@@ -73,6 +92,7 @@ const SWEEPS: &[Sweep] = &[
         dense: 30,
         end: 300,
         stride: 29,
+        ss: None,
     },
 ];
 
@@ -128,10 +148,10 @@ fn walk(gdb: &mut Gdb, sweep: &Sweep, start: u64, handler: u64) -> Result<u32> {
     let mut count = 0;
     for steps in (0..sweep.dense).chain(sampled) {
         let mut at = start;
-        inject(gdb, start, steps, &mut at, handler).with_context(|| {
+        inject(gdb, sweep, start, steps, &mut at, handler).with_context(|| {
             format!(
-                "an NMI {steps} instructions behind {}, at {at:#x}",
-                sweep.name
+                "an NMI {steps} instructions behind {}, at {at:#x}, SS there {:x?}",
+                sweep.name, sweep.ss
             )
         })?;
         count += 1;
@@ -139,8 +159,27 @@ fn walk(gdb: &mut Gdb, sweep: &Sweep, start: u64, handler: u64) -> Result<u32> {
     Ok(count)
 }
 
-fn inject(gdb: &mut Gdb, start: u64, steps: u32, at: &mut u64, handler: u64) -> Result<()> {
+fn inject(
+    gdb: &mut Gdb,
+    sweep: &Sweep,
+    start: u64,
+    steps: u32,
+    at: &mut u64,
+    handler: u64,
+) -> Result<()> {
     gdb.run_to(start)?;
+    if let Some(ss) = sweep.ss {
+        let mut passes = 0;
+        while gdb.ss()? != ss {
+            ensure!(
+                passes < MOST_PASSES,
+                "the CPU never comes by with SS {ss:#x}"
+            );
+            passes += 1;
+            gdb.step()?;
+            gdb.run_to(start)?;
+        }
+    }
     for _ in 0..steps {
         gdb.step()?;
     }
