@@ -65,6 +65,16 @@ fn one(k: &Kernel, rng: &mut Rng) -> (u64, [u64; 5]) {
     (number, args)
 }
 
+/// A call that this kernel survives, as far as it can be told by its number and arguments.
+pub fn one_with_a_point(k: &Kernel, rng: &mut Rng) -> (u64, [u64; 5]) {
+    loop {
+        let (number, args) = one(k, rng);
+        if !pointless(number, &args) {
+            return (number, args);
+        }
+    }
+}
+
 pub fn attack(k: &Kernel, rng: &mut Rng) {
     for _ in 0..16 {
         if rng.once_in(6) {
@@ -73,12 +83,7 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
             let mut row = (0, [0; 5]);
             let list = k.fill(rng, calls * 8, |rng, i| match i % 8 {
                 0 => {
-                    loop {
-                        row = one(k, rng);
-                        if !pointless(row.0, &row.1) {
-                            break;
-                        }
-                    }
+                    row = one_with_a_point(k, rng);
                     row.0
                 }
                 1 | 7 => rng.next(),

@@ -14,7 +14,7 @@ use blanket_abi::xen::shared::{guest_context as gc, shared_info};
 use crate::rng::Rng;
 use crate::{
     descriptors, events, grants, hypercalls, instructions, memory, preemption, races, shapes,
-    tables, user,
+    storm, tables, user,
 };
 
 /// Where frame 0 is mapped.
@@ -31,8 +31,9 @@ pub const KERNEL_SS: u64 = 0xe02b;
 
 #[repr(C, align(4096))]
 struct Pages<const N: usize>([[AtomicU64; 512]; N]);
-static PAGES: Pages<{ SCRATCH as usize }> =
-    Pages([const { [const { AtomicU64::new(0) }; 512] }; SCRATCH as usize]);
+/// One more than are attacked with: what crosses the end of the last one spoils nothing.
+static PAGES: Pages<{ SCRATCH as usize + 1 }> =
+    Pages([const { [const { AtomicU64::new(0) }; 512] }; SCRATCH as usize + 1]);
 /// vCPUs that attack.
 pub const VCPUS: usize = 2;
 const STACK_PAGES: usize = 8;
@@ -451,7 +452,7 @@ fn prepare(k: &Kernel, step: u64) {
 
 /// One attack.
 fn one(k: &Kernel, rng: &mut Rng) {
-    let family = rng.below(24);
+    let family = rng.below(26);
     attempt(k, || match family {
         0..5 => hypercalls::attack(k, rng),
         5..9 => tables::attack(k, rng),
@@ -463,6 +464,7 @@ fn one(k: &Kernel, rng: &mut Rng) {
         19 => shapes::attack(k, rng),
         20 | 21 => races::attack(k, rng),
         22 => user::attack(k, rng),
+        23 | 24 => storm::attack(k, rng),
         _ => preemption::attack(k, rng),
     });
 }

@@ -40,6 +40,8 @@ mod rng;
 #[cfg(target_os = "none")]
 mod shapes;
 #[cfg(target_os = "none")]
+mod storm;
+#[cfg(target_os = "none")]
 mod tables;
 #[cfg(target_os = "none")]
 mod user;
