@@ -10,7 +10,7 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	4
+#define BLANKET_API_VERSION	5
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
@@ -38,6 +38,7 @@
 #define BLANKET_EXIT_CONSOLE		17
 #define BLANKET_EXIT_SHUTDOWN		18
 #define BLANKET_EXIT_CRASH		19
+#define BLANKET_EXIT_BALLOON		20
 
 /* Argument 0 of CRASH. */
 #define BLANKET_CRASH_GUEST	1
@@ -244,6 +245,7 @@ struct blanket_audit {
 #define BLANKET_RAISE_VIRQ	_IO(BLANKET_IOC, 6)
 #define BLANKET_TRACE		_IO(BLANKET_IOC, 7)
 #define BLANKET_AUDIT		_IOR(BLANKET_IOC, 8, struct blanket_audit)
+#define BLANKET_TARGET		_IO(BLANKET_IOC, 9)
 
 /* ---- between the module and the core ---- */
 
@@ -284,6 +286,7 @@ struct blanket_vm_page {
 	__u64 core_cr3;
 	__u32 trace;
 	__u32 pad3;
+	__u64 target;
 };
 
 #define BLANKET_HOST_MODULE	0

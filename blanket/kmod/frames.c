@@ -255,6 +255,29 @@ long blanket_frame(struct blanket_vm *vm, u64 gfn)
 	}
 }
 
+/*
+ * The guest has given frames up, and the VMM is about to give their memory to the
+ * host, which takes back what is in the window. What never was there must not come
+ * in beside a neighbour. The list may be read by others: every number is bounded.
+ */
+void blanket_frames_out(struct blanket_vm *vm, const u32 *gfns, unsigned int count)
+{
+	unsigned int i;
+
+	for (i = 0; i < count; i++) {
+		u32 gfn = READ_ONCE(gfns[i]);
+		u64 *entry;
+
+		if (gfn >= vm->nr_frames)
+			continue;
+		entry = window_entry(vm, gfn);
+		spin_lock(&vm->frames_lock);
+		if (!*entry)
+			WRITE_ONCE(*entry, ENTRY_TAKEN);
+		spin_unlock(&vm->frames_lock);
+	}
+}
+
 /* ---- life ---- */
 
 /* The window's tables for every frame, all leaf entries absent. */

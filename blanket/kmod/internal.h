@@ -163,6 +163,7 @@ int blanket_window_init(struct blanket_vm *vm);
 int blanket_frames_follow(struct blanket_vm *vm);
 void blanket_frames_forget(struct blanket_vm *vm);
 long blanket_frame(struct blanket_vm *vm, u64 gfn);
+void blanket_frames_out(struct blanket_vm *vm, const u32 *gfns, unsigned int count);
 
 /* isolate.c */
 bool blanket_cpu_leaks(void);

@@ -227,6 +227,12 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return audit(vm, (void __user *)arg);
 	case BLANKET_TRACE:
 		return trace(vm, arg);
+	case BLANKET_TARGET:
+		/* The core looks at it when the guest asks for frames. */
+		if (!arg || arg > vm->nr_frames)
+			return -EINVAL;
+		WRITE_ONCE(vm->page->target, arg);
+		return 0;
 	default:
 		return -ENOTTY;
 	}

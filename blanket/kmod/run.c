@@ -457,7 +457,8 @@ static long to_user(struct blanket_vcpu *vcpu, u32 reason)
 	struct blanket_run *run = vcpu->run;
 	u64 len = 0;
 
-	if (reason == BLANKET_EXIT_CONSOLE || reason == BLANKET_EXIT_CRASH) {
+	if (reason == BLANKET_EXIT_CONSOLE || reason == BLANKET_EXIT_CRASH ||
+	    reason == BLANKET_EXIT_BALLOON) {
 		len = min_t(u64, sw->args[3], BLANKET_RUN_DATA);
 		memcpy(run->data, sw->data, len);
 	}
@@ -466,6 +467,8 @@ static long to_user(struct blanket_vcpu *vcpu, u32 reason)
 	run->exit = reason;
 	if (reason == BLANKET_EXIT_CRASH)
 		vm_kill(vcpu);
+	else if (reason == BLANKET_EXIT_BALLOON)
+		blanket_frames_out(vcpu->vm, (const u32 *)run->data, len / sizeof(u32));
 	return 0;
 }
 

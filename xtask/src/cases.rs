@@ -270,6 +270,8 @@ fn single() -> Vec<Case> {
             host: Flavour::Generic,
             ..hard_times("suspend", 420, SUSPEND)
         },
+        hard_times("balloon", 600, BALLOON),
+        kvm(hard_times("kvm-balloon", 1800, BALLOON)),
         hard_times("memory-short", 420, MEMORY_SHORT),
         Case {
             long: true,
@@ -494,6 +496,8 @@ const HOSTILE_MOVES: &str = with_common!(
     "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
     "hostile.sh"
 );
+
+const BALLOON: &str = with_common!("balloon.sh");
 
 const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
 const KEXEC_CRASH: &str = with_common!("export HOW=crash\n", "kexec.sh");

@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicI8, AtomicU8, AtomicU32, AtomicU64};
 
 /// Version of everything in this module. The VMM, the core and the module must
 /// agree on it exactly.
-pub const API_VERSION: u32 = 4;
+pub const API_VERSION: u32 = 5;
 
 /// `'B' << 8`, the ioctl type.
 const IOC: u32 = 0xb7 << 8;
@@ -46,6 +46,9 @@ pub const AUDIT: u32 = ior(8, size_of::<Audit>());
 /// [`crate::layout::vcpu::TRACE_SIZE`] of the VM's descriptor, in the order of the
 /// vCPUs, from the first time that it was on.
 pub const TRACE: u32 = IOC | 7;
+/// On a VM: argument is how many frames of RAM the guest may have at most; it gets no
+/// more back of what it has given up. It keeps what it has.
+pub const TARGET: u32 = IOC | 9;
 
 /// Answer to [`GET_INFO`].
 #[repr(C)]
@@ -224,6 +227,10 @@ pub mod exit {
     pub const SHUTDOWN: u32 = 18;
     /// The guest cannot go on; `data` is the report, arg 0 one of [`super::crash`].
     pub const CRASH: u32 = 19;
+    /// The guest has given frames up, or has got some back. `data` has arg 0 frame
+    /// numbers of 32 bits that it has given up, whose memory the VMM gives to the
+    /// host; arg 1 = frames of RAM that the guest has now.
+    pub const BALLOON: u32 = 20;
 
     /// A reason in a word.
     #[must_use]
@@ -245,6 +252,7 @@ pub mod exit {
             CONSOLE => "console",
             SHUTDOWN => "shutdown",
             CRASH => "crash",
+            BALLOON => "balloon",
             _ => return None,
         })
     }
@@ -459,6 +467,8 @@ pub struct VmPage {
     pub trace: AtomicU32,
     /// Padding.
     pub pad3: u32,
+    /// Frames of RAM that the guest may have at most; 0 = all of [`Boot::ram_frames`].
+    pub target: AtomicU64,
 }
 
 /// Values of [`VmPage::host`].

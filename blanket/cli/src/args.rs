@@ -42,6 +42,13 @@ core asked of its host, with time, place and arguments. Without --follow it swit
 off, shows what there is, and leaves it on. System calls and returns that take the core's fast paths are \
 not recorded.";
 
+/// What `balloon` is.
+const BALLOON: &str = "\
+Asks a VM's guest to have so much of its memory, and waits until it has. What the guest gives up goes to \
+this machine; it gets it back, zeroed, when it is asked to have more. The guest's balloon driver does it, as \
+fast as it finds pages that it can spare, and goes on after the command has given up waiting (exit code 1). \
+The VM's reboots keep what was asked for.";
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -85,6 +92,21 @@ pub enum Command {
         /// How they are written
         #[arg(long, value_enum, value_name = "FORMAT")]
         format: Option<Format>,
+    },
+    /// Ask a VM's guest to have so much of its memory, and wait until it has
+    #[command(long_about = BALLOON)]
+    Balloon {
+        /// The VM
+        name: String,
+        /// Memory that the guest is to have, such as 64M; at most what it was started with
+        #[arg(value_parser = size)]
+        size: u64,
+        /// Seconds to wait for the guest
+        #[arg(long, default_value = "30", value_parser = seconds)]
+        timeout: Duration,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Record what a VM's guest asks of the core and the core of its host, and show it
     #[command(long_about = TRACE)]
@@ -177,6 +199,10 @@ pub struct Run {
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,
+    /// How much of the memory the guest is asked to have from the start, such as 64M;
+    /// `blanket balloon` changes it [default: all]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub balloon: Option<u64>,
     /// Let the host merge pages of the memory with equal ones of other VMs (KSM)
     #[arg(long)]
     pub mergeable: bool,

@@ -49,7 +49,7 @@ pub fn ps(json: bool) -> Result<ExitCode> {
             vm.pid.to_string(),
             vm.host.clone(),
             vm.vcpus.to_string(),
-            format!("{}M", vm.memory >> 20),
+            memory(vm),
             duration(vm.uptime_seconds),
             vm.boots.to_string(),
             vm.console.clone(),
@@ -58,6 +58,16 @@ pub fn ps(json: bool) -> Result<ExitCode> {
     }));
     output(&table(&rows))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A VM's memory, behind what its guest has of it if that is less.
+fn memory(vm: &Info) -> String {
+    let current = vm.balloon.current_bytes;
+    if current == 0 || current == vm.memory {
+        format!("{}M", vm.memory >> 20)
+    } else {
+        format!("{}M/{}M", current >> 20, vm.memory >> 20)
+    }
 }
 
 /// Columns as wide as their widest cell.
@@ -148,6 +158,48 @@ pub fn audit(name: &str, json: bool) -> Result<ExitCode> {
     } else {
         ExitCode::from(exit::FAILURE)
     })
+}
+
+/// `blanket balloon`.
+pub fn balloon(name: &str, size: u64, timeout: Duration, json: bool) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let request = Request::Balloon {
+        bytes: size,
+        timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+    };
+    let Answer::Balloon(memory) = ask(&stream, &request).with_context(|| name.to_owned())? else {
+        bail!("{name} ended before its guest had changed its memory");
+    };
+    let reached = memory.current_bytes == memory.target_bytes;
+    if json {
+        output(&format!("{}\n", serde_json::to_string_pretty(&memory)?))?;
+    } else {
+        let mib = |bytes: u64| bytes >> 20;
+        let rest = if reached {
+            String::new()
+        } else {
+            format!(", and is to have {}", mib(memory.target_bytes))
+        };
+        output(&format!(
+            "{name} has {} of {} MiB{rest}\n",
+            mib(memory.current_bytes),
+            mib(memory.most_bytes)
+        ))?;
+    }
+    if reached {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let error = anyhow!(
+        "the guest of {name} has not got there within {} seconds",
+        timeout.as_secs()
+    );
+    let next = if memory.current_bytes == memory.most_bytes {
+        "its kernel needs a balloon driver (CONFIG_XEN_BALLOON), and must have booted"
+    } else {
+        "it goes on by itself; `blanket ps` shows how far it is, and a guest that is short of \
+         memory cannot give up more"
+    };
+    Err(hint(&error, next))
 }
 
 /// `blanket upgrade`: a VM is bound to the process that made it (`docs/operations.md`

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
+use blanket_vmm::balloon;
 use blanket_vmm::instance::Instance;
 use blanket_vmm::trace::Record;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,13 @@ pub enum Request {
     Stats,
     /// Walk its page tables.
     Audit,
+    /// Ask its guest to have so much memory.
+    Balloon {
+        /// Bytes.
+        bytes: u64,
+        /// Milliseconds to wait for it.
+        timeout_ms: u64,
+    },
     /// Ask its guest to power off.
     Stop {
         /// Milliseconds that it has.
@@ -64,6 +72,8 @@ pub enum Answer {
     Stats(Box<Stats>),
     /// What its page tables map.
     Audit(Report),
+    /// How far its guest came with its memory.
+    Balloon(Memory),
     /// Its trace was switched.
     Trace {
         /// It was on before.
@@ -89,6 +99,27 @@ pub struct Trace {
     pub records: Vec<Record>,
 }
 
+/// A VM's memory, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// What it was started with.
+    pub most_bytes: u64,
+    /// What its guest is asked to have.
+    pub target_bytes: u64,
+    /// What its guest has.
+    pub current_bytes: u64,
+}
+
+impl From<balloon::Memory> for Memory {
+    fn from(memory: balloon::Memory) -> Self {
+        Self {
+            most_bytes: memory.most,
+            target_bytes: memory.target,
+            current_bytes: memory.current,
+        }
+    }
+}
+
 /// What a VM is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Info {
@@ -104,6 +135,9 @@ pub struct Info {
     pub vcpus: u32,
     /// Memory, bytes.
     pub memory: u64,
+    /// How much of it the guest has, and is to have.
+    #[serde(default)]
+    pub balloon: Memory,
     /// Seconds since it was started.
     pub uptime_seconds: f64,
     /// How often it was booted.
@@ -167,6 +201,7 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
                 host: instance.host().to_owned(),
                 vcpus: spec.vcpus,
                 memory: spec.memory,
+                balloon: instance.memory().into(),
                 uptime_seconds: instance.uptime().as_secs_f64(),
                 boots: instance.boots(),
                 kernel: spec.kernel.display().to_string(),
@@ -185,6 +220,12 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
             Ok(None) => Answer::Error("the VM does not run, or never stands still".into()),
             Err(error) => Answer::Error(error.to_string()),
         },
+        Ok(Request::Balloon { bytes, timeout_ms }) => {
+            match instance.balloon(*bytes, Duration::from_millis(*timeout_ms)) {
+                Ok(memory) => Answer::Balloon(memory.into()),
+                Err(error) => Answer::Error(error.to_string()),
+            }
+        }
         Ok(Request::Stop { timeout_ms }) => {
             match instance.stop(Duration::from_millis(*timeout_ms)) {
                 Ok(()) => Answer::Done,
@@ -299,6 +340,7 @@ mod tests {
             kernel,
             initrd: None,
             memory: 64 << 20,
+            balloon: None,
             vcpus: 2,
             cmdline: "quiet".into(),
             on_reboot: OnReboot::Exit,

@@ -45,6 +45,12 @@ fn main() -> ExitCode {
             off,
             json,
         } => trace::command(&name, follow, off, json),
+        Command::Balloon {
+            name,
+            size,
+            timeout,
+            json,
+        } => client::balloon(&name, size, timeout, json),
         Command::Upgrade { name } => client::upgrade(&name),
         Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),

@@ -90,6 +90,18 @@ const FAMILIES: &[Family] = &[
         samples: |info, _| one(number(info.memory)),
     },
     Family {
+        name: "memory_target_bytes",
+        kind: "gauge",
+        help: "Memory that the VM's guest is asked to have.",
+        samples: |_, stats| one(number(stats.memory.target_bytes)),
+    },
+    Family {
+        name: "memory_current_bytes",
+        kind: "gauge",
+        help: "Memory that the VM's guest has: the rest is given up to the instance.",
+        samples: |_, stats| one(number(stats.memory.current_bytes)),
+    },
+    Family {
         name: "memory_present_bytes",
         kind: "gauge",
         help: "Frames of guest memory that the instance has given.",
@@ -269,6 +281,7 @@ mod tests {
     use prometheus_parse::{Scrape, Value};
 
     use super::*;
+    use crate::control::Memory;
 
     fn vm(name: &str, host: &str) -> (Info, Stats) {
         let info = Info {
@@ -278,6 +291,7 @@ mod tests {
             host: host.into(),
             vcpus: 2,
             memory: 256 << 20,
+            balloon: Memory::default(),
             uptime_seconds: 1.5,
             boots: 1,
             kernel: "k".into(),
@@ -298,6 +312,11 @@ mod tests {
                 BTreeMap::new()
             },
             frames: 100,
+            memory: Memory {
+                most_bytes: 256 << 20,
+                target_bytes: 64 << 20,
+                current_bytes: 65 << 20,
+            },
             revocations: 21,
             revoked_frames: 23,
             shadow_pages: 19,
@@ -348,6 +367,8 @@ mod tests {
             0.0,
         );
         is("blanket_shadow_pages", &[one], 19.0);
+        is("blanket_memory_target_bytes", &[one], 67_108_864.0);
+        is("blanket_memory_current_bytes", &[one], 68_157_440.0);
         is("blanket_memory_present_bytes", &[one], 409_600.0);
         is("blanket_guest_seconds_total", &[one], 1.5);
         is(

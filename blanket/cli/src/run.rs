@@ -56,6 +56,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         kernel: run.kernel.clone(),
         initrd: run.initrd.clone(),
         memory: run.memory,
+        balloon: run.balloon,
         vcpus: run.cpus,
         cmdline: args::with_console(&run.cmdline),
         on_reboot: match run.on_reboot {

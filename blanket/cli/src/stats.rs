@@ -7,6 +7,8 @@ use blanket_abi::device::{counter, exit};
 use blanket_vmm::instance::Counters;
 use serde::{Deserialize, Serialize};
 
+use crate::control::Memory;
+
 /// A VM's counters, by name; those that are 0 are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
@@ -22,6 +24,9 @@ pub struct Stats {
     pub host: BTreeMap<String, u64>,
     /// Frames of guest memory that are present.
     pub frames: u64,
+    /// The guest's memory: what it is to have, and has.
+    #[serde(default)]
+    pub memory: Memory,
     /// Pages of shadow memory.
     pub shadow_pages: u64,
     /// Nanoseconds that vCPUs spent in the guest.
@@ -105,6 +110,7 @@ impl From<Counters> for Stats {
         let mut stats = Self {
             host: all.host.into_iter().map(|e| (e.name, e.count)).collect(),
             frames: raw.frames,
+            memory: all.memory.into(),
             shadow_pages: raw.pool,
             guest_ns: raw.guest_ns,
             revocations: raw.revocations,
@@ -149,6 +155,20 @@ impl fmt::Display for Stats {
             )?;
         }
         writeln!(f, "guest memory   {} MiB present", mib(self.frames))?;
+        let Memory {
+            most_bytes,
+            target_bytes,
+            current_bytes,
+        } = self.memory;
+        if (target_bytes, current_bytes) != (most_bytes, most_bytes) {
+            writeln!(
+                f,
+                "balloon        the guest has {} of {} MiB, and is to have {}",
+                current_bytes >> 20,
+                most_bytes >> 20,
+                target_bytes >> 20
+            )?;
+        }
         if self.revocations > 0 {
             writeln!(
                 f,
@@ -185,6 +205,7 @@ impl fmt::Display for Stats {
 #[cfg(test)]
 mod tests {
     use blanket_abi::device::{COUNTERS, EXIT_REASONS, VmStats};
+    use blanket_vmm::balloon;
 
     use super::*;
 
@@ -208,6 +229,11 @@ mod tests {
         let stats = Stats::from(Counters {
             vm: raw,
             host: Vec::new(),
+            memory: balloon::Memory {
+                most: 256 << 20,
+                target: 64 << 20,
+                current: 65 << 20,
+            },
         });
         assert_eq!(stats.exits["send"], 7);
         assert_eq!(stats.exits["exit-31"], 1);
@@ -219,7 +245,8 @@ mod tests {
         assert!(
             text.contains("1.234 s")
                 && text.contains("2 MiB present")
-                && text.contains("11 frames in 9 revocations"),
+                && text.contains("11 frames in 9 revocations")
+                && text.contains("has 65 of 256 MiB, and is to have 64"),
             "{text}"
         );
         let json = serde_json::to_string(&stats).expect("plain data");

@@ -91,8 +91,8 @@ impl<M: Machine> Context<'_, M> {
         false
     }
 
-    /// A standing frame that is absent.
-    fn missing_frame(&self) -> Option<Gfn> {
+    /// Standing frames: those that the core reaches for at any moment.
+    fn standing_frames(&self) -> impl Iterator<Item = Gfn> {
         let place = |p: Place| p.gfn;
         let infos = self.vm.infos.iter().take(self.vm.nr_vcpus as usize);
         let infos = infos.map(|p| p.load(SeqCst)).filter(|&p| p != 0);
@@ -102,7 +102,20 @@ impl<M: Machine> Context<'_, M> {
             .chain(self.v.info.map(place))
             .chain(self.v.time_area.map(place))
             .chain(runstate.into_iter().flatten())
+    }
+
+    /// A standing frame that is absent.
+    fn missing_frame(&self) -> Option<Gfn> {
+        self.standing_frames()
             .find(|gfn| gfn.0 < self.vm.nr_frames && self.m.frame(*gfn).is_none())
+    }
+
+    /// Whether a frame is a standing one of any vCPU.
+    pub(crate) fn stands(&self, gfn: Gfn) -> bool {
+        let vcpus = self.vm.nr_vcpus as usize;
+        let areas = self.vm.areas.iter().take(vcpus).flatten();
+        areas.map(|a| a.load(SeqCst)).any(|a| a == gfn.0 + 1)
+            || self.standing_frames().any(|standing| standing == gfn)
     }
 
     /// Asks for standing frames that are absent, after one was added.

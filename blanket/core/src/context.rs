@@ -95,7 +95,7 @@ pub enum Shape {
 impl<'a, M: Machine> Context<'a, M> {
     /// Takes the MMU lock. Its holder may be off its CPU (inside KVM, where the host
     /// schedules CPL 0 as it likes), so a long spin asks the host to run others.
-    fn lock_mmu(&mut self) -> spin::MutexGuard<'a, Mmu> {
+    pub(crate) fn lock_mmu(&mut self) -> spin::MutexGuard<'a, Mmu> {
         let vm = self.vm;
         loop {
             for _ in 0..SPINS {
@@ -213,6 +213,24 @@ impl<M: Machine> Context<'_, M> {
             pool_tries += u32::from(need == Need::Pool);
             self.mend(need, pool_tries);
         }
+    }
+
+    /// As [`Self::mmu`], for an operation on a frame that the guest names.
+    ///
+    /// # Errors
+    /// EINVAL for a frame that the VM does not have, or that the guest has given up.
+    pub fn with_frame<T>(
+        &mut self,
+        gfn: Gfn,
+        mut op: impl FnMut(&mut Mmu, &M, &crate::mmu::Epochs) -> Result<T, Need>,
+    ) -> Result<T, i64> {
+        self.mmu(|mmu, m, ep| {
+            if mmu.has(gfn) {
+                op(mmu, m, ep).map(Ok)
+            } else {
+                Ok(Err(errno::EINVAL))
+            }
+        })
     }
 
     /// Counts `steps` of a hypercall that the guest can make as long as it likes,
@@ -455,13 +473,14 @@ impl<M: Machine> Context<'_, M> {
     /// Makes sure that the host has given a frame.
     ///
     /// # Errors
-    /// EINVAL for a frame that the VM does not have.
+    /// EINVAL for a frame that the VM does not have, or that the guest has given up.
     pub fn need_frame(&mut self, gfn: Gfn) -> Result<(), i64> {
         if gfn.0 >= self.vm.nr_frames {
             return Err(errno::EINVAL);
         }
-        self.mmu(|_, m, _| m.frame(gfn).map(|_| ()).ok_or(Need::Frame(gfn)));
-        Ok(())
+        self.with_frame(gfn, |_, m, _| {
+            m.frame(gfn).map(|_| ()).ok_or(Need::Frame(gfn))
+        })
     }
 
     /// Translates a kernel virtual address once, for an area of `size` bytes that

@@ -13,10 +13,20 @@ impl<M: Machine> Context<'_, M> {
     /// The frame at `va` in the guest's present address space, if its tables allow the
     /// access and say that it was made. The guest may change them at any time: what
     /// comes out is a frame of this VM all the same.
-    fn translate(&self, va: Va, write: bool) -> Option<Gfn> {
+    ///
+    /// If the guest has given frames up, it is one that it has: whoever gives up a frame
+    /// waits until all vCPUs have flushed, so it still is when the copy is done. (Not
+    /// waited for is a vCPU that KVM has off its CPU: its copy brings a zero page back.)
+    fn translate(&mut self, va: Va, write: bool) -> Option<Gfn> {
+        let given_up = self.vm.out.load(Relaxed) != 0;
+        let mmu = given_up.then(|| self.lock_mmu());
+        let has = |gfn: Gfn| match &mmu {
+            Some(mmu) => mmu.has(gfn),
+            None => gfn.0 < self.vm.nr_frames,
+        };
         let mut gfn = self.v.root_gfns[usize::from(!self.kernel_mode())];
         for level in [4, 3, 2, 1] {
-            if gfn.0 >= self.vm.nr_frames {
+            if !has(gfn) {
                 return None;
             }
             let entry = self.m.frame(gfn)?[va.index(level)].load(Relaxed);
@@ -35,7 +45,7 @@ impl<M: Machine> Context<'_, M> {
             }
             gfn = Gfn(pte::frame(entry));
         }
-        (gfn.0 < self.vm.nr_frames).then_some(gfn)
+        has(gfn).then_some(gfn)
     }
 
     /// Calls `copy` with each frame of the range, its offset there, and the part of the

@@ -384,7 +384,11 @@ impl<M: Machine> Context<'_, M> {
         {
             // Nearly all of them: clearing an entry and learning what it was.
             let new = self.f.gpr(num);
-            let (old, _) = self.mmu(|mmu, m, ep| mmu.write_entry(m, ep, gfn, index, |_| new));
+            let done = self.with_frame(gfn, |mmu, m, ep| {
+                mmu.write_entry(m, ep, gfn, index, |_| new)
+            });
+            // Another vCPU has given the frame up since the fault: it faults again.
+            let Ok((old, _)) = done else { return true };
             self.f.set_gpr(num, old);
         } else {
             let mask = if write.size >= 8 {
@@ -394,7 +398,7 @@ impl<M: Machine> Context<'_, M> {
             };
             let before = (self.f.gprs(), self.f.rflags);
             let mut after = before;
-            self.mmu(|mmu, m, ep| {
+            let done = self.with_frame(gfn, |mmu, m, ep| {
                 mmu.write_entry(m, ep, gfn, index, |old| {
                     after = before;
                     match write.apply(old >> shift & mask, &mut after.0, &mut after.1) {
@@ -403,6 +407,9 @@ impl<M: Machine> Context<'_, M> {
                     }
                 })
             });
+            if done.is_err() {
+                return true;
+            }
             self.f.set_gprs(&after.0);
             self.f.rflags = after.1;
         }

@@ -21,6 +21,8 @@ pub struct Vm {
     pub nr_vcpus: u32,
     /// The shadow MMU.
     pub mmu: Mutex<Mmu>,
+    /// Frames that the guest has given up, as [`Mmu::out`]: to be read without the lock.
+    pub out: AtomicU64,
     /// Who has reloaded CR3 since when.
     pub epochs: Epochs,
     /// Event channels.
@@ -43,6 +45,9 @@ pub struct Vm {
     /// when it comes up: where the area begins, and the frame of its last word plus
     /// one (0 = nothing there).
     pub runstates: [[AtomicU64; 2]; MAX_VCPUS as usize],
+    /// Frames of each vCPU's areas (time; run-state, its first word and its last) plus
+    /// one, 0 = none: the guest cannot give them up.
+    pub areas: [[AtomicU64; 3]; MAX_VCPUS as usize],
     /// Bit per vCPU whose vcpu_info the guest has moved.
     pub infos_moved: AtomicU64,
     /// Shutdown reason given in advance (SCHEDOP_shutdown_code), plus one.
@@ -68,6 +73,7 @@ impl Vm {
             nr_frames,
             nr_vcpus,
             mmu: Mutex::new(mmu),
+            out: AtomicU64::new(0),
             epochs: Epochs::new(),
             ports,
             ports_lock: Mutex::new(()),
@@ -78,6 +84,7 @@ impl Vm {
             nmi: AtomicU64::new(0),
             infos: [const { AtomicU64::new(0) }; MAX_VCPUS as usize],
             runstates: [const { [AtomicU64::new(0), AtomicU64::new(0)] }; MAX_VCPUS as usize],
+            areas: [const { [const { AtomicU64::new(0) }; 3] }; MAX_VCPUS as usize],
             infos_moved: AtomicU64::new(0),
             shutdown_code: AtomicU64::new(0),
             runstate_flag: AtomicBool::new(false),

@@ -102,6 +102,12 @@ enum Op {
         gfn: u64,
     },
     DropAll,
+    /// Frames given up, or asked for again.
+    Balloon {
+        cpu: u32,
+        gfns: Vec<u64>,
+        back: bool,
+    },
     Flush {
         cpu: u32,
         cmd: u32,
@@ -180,6 +186,13 @@ fn op() -> impl Strategy<Value = Op> {
         1 => cpu().prop_map(|cpu| Op::Leave { cpu }),
         2 => gfn().prop_map(|gfn| Op::Revoke { gfn }),
         1 => Just(Op::DropAll),
+        1 => (cpu(), prop::collection::vec(gfn(), 1..3))
+            .prop_map(|(cpu, gfns)| Op::Balloon { cpu, gfns, back: false }),
+        1 => (cpu(), gfn()).prop_map(|(cpu, first)| Op::Balloon {
+            cpu,
+            gfns: (first..first + 20).collect(),
+            back: true,
+        }),
         1 => (cpu(), prop::sample::select(vec![6u32, 7, 8, 9, 10, 11, 12]), va())
             .prop_map(|(cpu, cmd, va)| Op::Flush { cpu, cmd, va }),
     ]
@@ -322,6 +335,28 @@ fn step(w: &mut World, op: &Op) {
             }
         }
         Op::DropAll => w.vm.mmu.lock().drop_all(&w.m, &w.vm.epochs),
+        Op::Balloon {
+            cpu,
+            ref gfns,
+            back,
+        } => {
+            if back {
+                // One by one: a list ends at the first that is not out.
+                for &gfn in gfns {
+                    let before = w.vm.mmu.lock().out();
+                    let done = w.balloon(cpu, nr::memory::POPULATE_PHYSMAP, &[gfn]);
+                    let mmu = w.vm.mmu.lock();
+                    assert_eq!(mmu.out() + done.cast_unsigned(), before);
+                    assert!(done == 0 || mmu.has(Gfn(gfn)));
+                }
+            } else {
+                let done = w.balloon(cpu, nr::memory::DECREASE_RESERVATION, gfns);
+                let mmu = w.vm.mmu.lock();
+                for &gfn in &gfns[..usize::try_from(done).expect("a count")] {
+                    assert!(!mmu.has(Gfn(gfn)) && mmu.mapped(&w.m, Gfn(gfn)) == 0);
+                }
+            }
+        }
         Op::Flush { cpu, cmd, va } => {
             let mask = w.m.arg_words(0x4_0000, &[3]);
             w.mmuext(cpu, cmd, va, mask);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use blanket_abi::device::{
     API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
-    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, TRACE, VmStats, create, exit,
+    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, TARGET, TRACE, VmStats, create, exit,
 };
 use blanket_abi::layout::vcpu::TRACE_SIZE;
 use blanket_abi::trace::Ring;
@@ -303,6 +303,14 @@ impl Machine for DeviceVm {
         Ok(stats)
     }
 
+    fn target(&self, frames: u64) -> Result<(), Error> {
+        // SAFETY: TARGET takes a number.
+        if unsafe { ioctl_with_val(&self.fd, TARGET.into(), frames) } < 0 {
+            return Err(refused("set the VM's memory target"));
+        }
+        Ok(())
+    }
+
     fn audit(&self) -> Result<Audit, Error> {
         let mut audit = Audit::default();
         // SAFETY: AUDIT writes at most size_of::<Audit>() bytes to its argument, for
@@ -369,10 +377,10 @@ impl RunPage {
         let run = self.0.as_ptr();
         // SAFETY: all reads are inside of the mapping; integers have no invalid
         // values. Volatile, because the writer is not this program.
-        let (reason, arg, length) = unsafe {
+        let (reason, [arg, second, ..], length) = unsafe {
             (
                 (&raw const (*run).exit).read_volatile(),
-                (&raw const (*run).args[0]).read_volatile(),
+                (&raw const (*run).args).read_volatile(),
                 (&raw const (*run).data_len).read_volatile(),
             )
         };
@@ -393,6 +401,10 @@ impl RunPage {
             exit::SEND => Exit::Send(u32::try_from(arg).unwrap_or(u32::MAX)),
             exit::CONSOLE => Exit::Console(text()),
             exit::SHUTDOWN => Exit::Shutdown(arg),
+            exit::BALLOON => Exit::Balloon {
+                given_up: text(),
+                frames: second,
+            },
             exit::CRASH => Exit::Crash(Crash {
                 kind: arg.into(),
                 report: String::from_utf8_lossy(&text()).into_owned(),

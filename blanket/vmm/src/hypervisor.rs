@@ -65,6 +65,13 @@ pub trait Machine: Send + Sync {
     /// What the host refused.
     fn stats(&self) -> Result<VmStats, Error>;
 
+    /// Sets how many frames of RAM the guest may have at most: of what it has given
+    /// up it gets no more back. At least one.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn target(&self, frames: u64) -> Result<(), Error>;
+
     /// Walks all page tables that a CPU may use for the VM. No vCPU may be in
     /// [`Vcpu::run`], and each must be [`Vcpu::at_rest`].
     ///
@@ -171,6 +178,13 @@ pub enum Exit {
     Send(u32),
     /// The guest wrote with `console_io`.
     Console(Vec<u8>),
+    /// The guest has given up the frames of a list, or has got some back.
+    Balloon {
+        /// Numbers of 32 bits, as the core writes them.
+        given_up: Vec<u8>,
+        /// Frames of RAM that it has now.
+        frames: u64,
+    },
     /// The guest ended itself; the reason is one of `SHUTDOWN_*`.
     Shutdown(u64),
     /// The guest cannot go on.

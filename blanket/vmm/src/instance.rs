@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Audit, VmStats};
 use blanket_abi::xen::domid;
 use blanket_xenstore::{DomainSpec, Errno};
 
+use crate::balloon::{Balloon, Memory};
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
@@ -32,6 +34,8 @@ pub struct Spec {
     pub initrd: Option<PathBuf>,
     /// RAM, bytes.
     pub memory: u64,
+    /// What the guest is asked to have of it from the start; `None` = all.
+    pub balloon: Option<u64>,
     /// vCPUs.
     pub vcpus: u32,
     /// Kernel command line.
@@ -81,6 +85,9 @@ pub enum Error {
     /// The hypervisor.
     #[error(transparent)]
     Device(#[from] device::Error),
+    /// What the guest is to have of its memory.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// The vCPUs.
     #[error(transparent)]
     Start(#[from] vm::Failure),
@@ -118,6 +125,40 @@ pub enum StopError {
     Xenstore(Errno),
 }
 
+/// Why a guest's memory was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum BalloonError {
+    /// There is nothing to change.
+    #[error("the VM does not run")]
+    NotRunning,
+    /// More than there is.
+    #[error(
+        "the VM has {} MiB of memory, and cannot have {} MiB: it was started with that --memory",
+        most >> 20, wanted >> 20
+    )]
+    TooMuch {
+        /// Asked for, bytes.
+        wanted: u64,
+        /// The VM's, bytes.
+        most: u64,
+    },
+    /// No guest could go on.
+    #[error(
+        "no guest lives in less than {} MiB; give it more",
+        LEAST_MEMORY >> 20
+    )]
+    TooLittle,
+    /// The host.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    /// The request could not be written.
+    #[error("cannot ask the guest: {0}")]
+    Xenstore(Errno),
+}
+
+/// The least that a guest can be asked to have, bytes.
+pub const LEAST_MEMORY: u64 = 16 << 20;
+
 /// A VM over all its reboots.
 pub struct Instance {
     spec: Spec,
@@ -135,15 +176,8 @@ pub struct Counters {
     pub vm: VmStats,
     /// By the hypervisor below; empty where it counts nothing.
     pub host: Vec<HostExits>,
-}
-
-impl Counters {
-    fn of(machine: &dyn Machine) -> Result<Self, device::Error> {
-        Ok(Self {
-            vm: machine.stats()?,
-            host: machine.host_exits(),
-        })
-    }
+    /// The guest's memory.
+    pub memory: Memory,
 }
 
 /// What runs at the moment.
@@ -156,6 +190,8 @@ struct Now {
     stopping: u32,
     /// The trace is on, also over reboots.
     traced: bool,
+    /// What the guest is asked to have, bytes, also over reboots.
+    target: u64,
     last_stats: Option<Counters>,
 }
 
@@ -164,6 +200,7 @@ struct Running {
     machine: Arc<dyn Machine>,
     handle: vm::Handle,
     xenstore: Arc<Xenstore>,
+    balloon: Arc<Balloon>,
 }
 
 impl Instance {
@@ -177,6 +214,8 @@ impl Instance {
         console: Arc<Console>,
     ) -> Result<Arc<Self>, Error> {
         let traced = spec.trace;
+        let target = spec.balloon.unwrap_or(spec.memory);
+        target_fits(target, spec.memory)?;
         Ok(Arc::new(Self {
             spec,
             uuid: uuid().map_err(Error::Uuid)?,
@@ -185,6 +224,7 @@ impl Instance {
             started: Instant::now(),
             now: Mutex::new(Now {
                 traced,
+                target,
                 ..Now::default()
             }),
         }))
@@ -215,11 +255,13 @@ impl Instance {
         let machine =
             self.hypervisor
                 .create(&domain, spec.vcpus, spec.pool_limit, spec.isolation)?;
+        let target = lock(&self.now).target;
+        machine.target(target / PAGE_SIZE)?;
         let description = DomainSpec {
             domain: domid::GUEST,
             name: spec.name.clone(),
             uuid: self.uuid.clone(),
-            memory_kib: spec.memory >> 10,
+            memory_kib: target >> 10,
             max_memory_kib: spec.memory >> 10,
             vcpus: spec.vcpus,
             store_ring: (domain.layout.store.0, STORE_PORT),
@@ -237,9 +279,12 @@ impl Instance {
             (STORE_PORT, Arc::clone(&xenstore) as Arc<dyn Backend>),
             (CONSOLE_PORT, Arc::clone(&self.console) as Arc<dyn Backend>),
         ];
+        let balloon = Balloon::new(Arc::clone(&domain.memory), domain.boot.ram_frames);
+        let balloon = Arc::new(balloon);
         let backends = Backends {
             ports: BTreeMap::from(ports),
             early_console: Arc::clone(&self.console) as Arc<dyn EarlyConsole>,
+            balloon: Arc::clone(&balloon),
         };
         let vm = Vm::start(Arc::clone(&machine), spec.vcpus, backends)?;
 
@@ -255,6 +300,7 @@ impl Instance {
             machine,
             handle: vm.handle(),
             xenstore,
+            balloon,
         });
         Ok(vm)
     }
@@ -270,7 +316,8 @@ impl Instance {
             let (killed, stopping) = {
                 let mut now = lock(&self.now);
                 if let Some(running) = now.running.take() {
-                    match Counters::of(&*running.machine) {
+                    running.balloon.end();
+                    match self.counters(&running, now.target) {
                         Ok(stats) => now.last_stats = Some(stats),
                         Err(error) => tracing::warn!(%error, "the last counters are lost"),
                     }
@@ -337,14 +384,66 @@ impl Instance {
     /// # Errors
     /// What the host refused.
     pub fn stats(&self) -> Result<Option<Counters>, device::Error> {
-        let (running, last) = {
+        let (running, last, target) = {
             let now = lock(&self.now);
-            (now.running.clone(), now.last_stats.clone())
+            (now.running.clone(), now.last_stats.clone(), now.target)
         };
         match running {
-            Some(running) => Counters::of(&*running.machine).map(Some),
+            Some(running) => self.counters(&running, target).map(Some),
             None => Ok(last),
         }
+    }
+
+    fn counters(&self, running: &Running, target: u64) -> Result<Counters, device::Error> {
+        Ok(Counters {
+            vm: running.machine.stats()?,
+            host: running.machine.host_exits(),
+            memory: Memory {
+                most: self.spec.memory,
+                target,
+                current: running.balloon.current(),
+            },
+        })
+    }
+
+    /// The guest's memory. One that does not run has none.
+    pub fn memory(&self) -> Memory {
+        let now = lock(&self.now);
+        Memory {
+            most: self.spec.memory,
+            target: now.target,
+            current: now.running.as_ref().map_or(0, |now| now.balloon.current()),
+        }
+    }
+
+    /// Asks the guest to have `bytes` of its memory, and waits until it has, for
+    /// `patience` at most. What is no whole page is cut off. The answer is how far it
+    /// came; it goes on afterwards, and over reboots.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub fn balloon(&self, bytes: u64, patience: Duration) -> Result<Memory, BalloonError> {
+        let bytes = bytes & !(PAGE_SIZE - 1);
+        target_fits(bytes, self.spec.memory)?;
+        let running = {
+            let mut now = lock(&self.now);
+            let running = now.running.clone().ok_or(BalloonError::NotRunning)?;
+            // First what the guest may have: it asks when it reads what it is to have.
+            running.machine.target(bytes / PAGE_SIZE)?;
+            now.target = bytes;
+            running
+        };
+        let kib = (bytes >> 10).to_string();
+        running
+            .xenstore
+            .write("memory/target", kib.as_bytes())
+            .map_err(BalloonError::Xenstore)?;
+        running.balloon.wait(bytes, patience);
+        Ok(Memory {
+            most: self.spec.memory,
+            target: bytes,
+            current: running.balloon.current(),
+        })
     }
 
     /// Walks all page tables that a CPU may use for the VM, while it stands still.
@@ -436,6 +535,16 @@ impl Instance {
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
     }
+}
+
+fn target_fits(wanted: u64, most: u64) -> Result<(), BalloonError> {
+    if wanted > most {
+        return Err(BalloonError::TooMuch { wanted, most });
+    }
+    if wanted < LEAST_MEMORY.min(most) {
+        return Err(BalloonError::TooLittle);
+    }
+    Ok(())
 }
 
 /// Gives the host what the allocator keeps of the kernel's and the initrd's buffers:

@@ -5,6 +5,7 @@
 //! serve it, and [`instance`] ties them together over reboots. Guest memory is
 //! shared with a hostile writer: it is read once, checked, and never trusted.
 
+pub mod balloon;
 pub mod builder;
 pub mod console;
 pub mod core_image;

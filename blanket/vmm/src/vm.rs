@@ -11,6 +11,7 @@ use blanket_abi::device::VmStats;
 use blanket_abi::xen::hypercall::sched;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::balloon::Balloon;
 use crate::device;
 use crate::hypervisor::{Crash, Exit, Kick, Machine, Vcpu};
 use crate::sync::lock;
@@ -86,6 +87,8 @@ pub struct Backends {
     pub ports: BTreeMap<u32, Arc<dyn Backend>>,
     /// `console_io`.
     pub early_console: Arc<dyn EarlyConsole>,
+    /// Takes the memory that the guest gives up.
+    pub balloon: Arc<Balloon>,
 }
 
 struct Shared {
@@ -388,6 +391,10 @@ impl Shared {
             }
             Exit::Console(bytes) => {
                 self.backends.early_console.write(&bytes);
+                None
+            }
+            Exit::Balloon { given_up, frames } => {
+                self.backends.balloon.changed(&given_up, frames);
                 None
             }
             Exit::Shutdown(reason) => Some(match reason {

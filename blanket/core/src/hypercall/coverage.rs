@@ -104,7 +104,7 @@ pub const TABLE_ROWS: &[Row] = &[
         Some(nr::memory::DECREASE_RESERVATION),
         "decrease_reservation",
         Partial,
-        "the frames stay the guest's",
+        "order 0; not what the core itself uses",
         BOOT,
     ),
     row(
@@ -136,7 +136,7 @@ pub const TABLE_ROWS: &[Row] = &[
         Some(nr::memory::POPULATE_PHYSMAP),
         "populate_physmap",
         Partial,
-        "order 0, the frames named",
+        "order 0, frames that were given up",
         BOOT,
     ),
     row(

@@ -73,14 +73,13 @@ impl<M: Machine> Context<'_, M> {
         if ma & 7 != 0 {
             return Err(errno::EINVAL);
         }
-        self.need_frame(gfn)?;
         let index = ((ma & 0xfff) >> 3) as usize;
-        let is_table = self.mmu(|mmu, m, ep| {
+        let is_table = self.with_frame(gfn, |mmu, m, ep| {
             if mmu.is_table(gfn) {
                 return Ok(true);
             }
             mmu.write_entry(m, ep, gfn, index, |_| desc).map(|_| false)
-        });
+        })?;
         if is_table {
             return Err(errno::EINVAL);
         }

@@ -1,14 +1,29 @@
 //! memory_op (`public/memory.h`).
 
 use super::super::context::{Context, Hyper};
+use crate::idx;
 use crate::machine::Machine;
-use blanket_abi::Va;
+use blanket_abi::device::{RUN_DATA, exit};
 use blanket_abi::layout::M2P;
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall::memory;
+use blanket_abi::{Gfn, Va};
+use core::sync::atomic::Ordering::Relaxed;
 
 /// E820 type of RAM.
 const E820_RAM: u32 = 1;
+
+/// Frames that the host is told of at once: what the data of an exit has room for, and
+/// as many as Linux gives up in one call.
+const BATCH: usize = RUN_DATA / 4;
+
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "a frame of the VM, whose numbers have 32 bits"
+)]
+const fn low32(gfn: u64) -> u32 {
+    gfn as u32
+}
 
 impl<M: Machine> Context<'_, M> {
     /// `memory_op(cmd, ptr)`.
@@ -33,31 +48,116 @@ impl<M: Machine> Context<'_, M> {
                 self.write_u32(ptr, 1)?;
                 Ok(0)
             }
-            memory::CURRENT_RESERVATION | memory::MAXIMUM_RESERVATION => Ok(ram.cast_signed()),
+            memory::CURRENT_RESERVATION => Ok(self.frames_in().cast_signed()),
+            memory::MAXIMUM_RESERVATION => Ok(ram.cast_signed()),
             memory::MAXIMUM_RAM_PAGE => Ok(self.vm.nr_frames.cast_signed() - 1),
-            // Frames that the guest balloons out stay its own: taking them back
-            // from the host is for the balloon to come, and the guest sees no
-            // difference.
-            memory::DECREASE_RESERVATION | memory::POPULATE_PHYSMAP => self.reservation(ptr),
+            memory::DECREASE_RESERVATION => self.decrease_reservation(ptr),
+            memory::POPULATE_PHYSMAP => self.populate_physmap(ptr),
             _ => Err(errno::ENOSYS),
         }
     }
 
-    /// `struct xen_memory_reservation`: every extent must be the guest's RAM; the
-    /// identity map makes both directions the same check.
-    fn reservation(&mut self, ptr: u64) -> Hyper {
+    /// RAM that the guest has.
+    fn frames_in(&self) -> u64 {
+        let ram = self.vm.boot.ram_frames;
+        ram.saturating_sub(self.vm.out.load(Relaxed))
+    }
+
+    /// `struct xen_memory_reservation`: the list and its length. Single frames only:
+    /// larger extents are for who has contiguous machine memory to ask for.
+    fn extents(&mut self, ptr: u64) -> Result<(u64, u64), i64> {
         let [list, n, order_flags, _dom] = self.read_words::<4>(ptr)?;
-        let order = order_flags & 0xffff_ffff;
-        if order != 0 || n > self.vm.boot.ram_frames {
+        if order_flags & 0xffff_ffff != 0 || n > self.vm.boot.ram_frames {
             return Err(errno::EINVAL);
         }
-        for i in 0..n {
-            self.breathe(1);
-            let [gfn] = self.read_words::<1>(list.wrapping_add(8 * i))?;
-            if gfn >= self.vm.boot.ram_frames {
-                return Ok(i.cast_signed());
+        Ok((list, n))
+    }
+
+    /// The guest gives frames up. As in Xen, the answer is how many: fewer than asked
+    /// for when one cannot be read or is refused.
+    fn decrease_reservation(&mut self, ptr: u64) -> Hyper {
+        let (list, n) = self.extents(ptr)?;
+        let mut done = 0;
+        while done < n {
+            let mut batch = [[0u8; 4]; BATCH];
+            let want = (n - done).min(BATCH as u64);
+            let mut given = 0;
+            for slot in batch.iter_mut().take(idx(want)) {
+                self.breathe(1);
+                let at = list.wrapping_add(8 * (done + given));
+                match self.read_words::<1>(at) {
+                    Ok([gfn]) if self.give_up(Gfn(gfn)) => {
+                        *slot = low32(gfn).to_le_bytes();
+                        given += 1;
+                    }
+                    _ => break,
+                }
+            }
+            if let Some(given) = batch.get(..idx(given))
+                && !given.is_empty()
+            {
+                self.tell_balloon(given);
+            }
+            done += given;
+            if given < want {
+                break;
             }
         }
-        Ok(n.cast_signed())
+        Ok(done.cast_signed())
+    }
+
+    /// Takes one frame from the guest; false if it must keep it.
+    fn give_up(&mut self, gfn: Gfn) -> bool {
+        if gfn.0 >= self.vm.boot.ram_frames || self.stands(gfn) {
+            return false;
+        }
+        self.mmu(|mmu, m, ep| {
+            let given = mmu.give_up(m, ep, gfn)?;
+            self.vm.out.store(mmu.out(), Relaxed);
+            Ok(given)
+        })
+    }
+
+    /// Has the host take the memory of frames that are out, after the last translation
+    /// of them is gone.
+    fn tell_balloon(&mut self, frames: &[[u8; 4]]) {
+        if !frames.is_empty() {
+            self.flush_vcpus(u64::MAX);
+        }
+        let len = self.m.set_data(frames.as_flattened());
+        let args = [frames.len() as u64, self.frames_in(), 0, len as u64];
+        self.exit(exit::BALLOON, args);
+    }
+
+    /// The guest gets frames back that it has given up, up to its target. The answer is
+    /// how many; what is in them is zero, or what it was if the guest was so fast that
+    /// the host had not taken them.
+    fn populate_physmap(&mut self, ptr: u64) -> Hyper {
+        let (list, n) = self.extents(ptr)?;
+        let ram = self.vm.boot.ram_frames;
+        let floor = match self.m.vm_page().target.load(Relaxed) {
+            0 => 0,
+            target => ram.saturating_sub(target),
+        };
+        let mut done = 0;
+        while done < n {
+            self.breathe(1);
+            let Ok([gfn]) = self.read_words::<1>(list.wrapping_add(8 * done)) else {
+                break;
+            };
+            let back = self.mmu(|mmu, _, _| {
+                let back = mmu.take_in(Gfn(gfn), floor);
+                self.vm.out.store(mmu.out(), Relaxed);
+                Ok(back)
+            });
+            if !back {
+                break;
+            }
+            done += 1;
+        }
+        if done != 0 {
+            self.tell_balloon(&[]);
+        }
+        Ok(done.cast_signed())
     }
 }

@@ -57,15 +57,15 @@ impl<M: Machine> Context<'_, M> {
         }
         let index = ((ptr & 0xff8) >> 3) as usize;
         match ptr & 3 {
-            mmu::NORMAL => {
-                self.mmu(|mmu, m, ep| mmu.write_entry(m, ep, gfn, index, |_| val));
-                Ok(())
-            }
+            mmu::NORMAL => self
+                .with_frame(gfn, |mmu, m, ep| {
+                    mmu.write_entry(m, ep, gfn, index, |_| val)
+                })
+                .map(drop),
             mmu::PRESERVE_AD => {
-                self.mmu(|mmu, m, ep| {
-                    mmu.write_entry(m, ep, gfn, index, |old| val | old & (pte::A | pte::D))
-                });
-                Ok(())
+                let keep = |old| val | old & (pte::A | pte::D);
+                self.with_frame(gfn, |mmu, m, ep| mmu.write_entry(m, ep, gfn, index, keep))
+                    .map(drop)
             }
             // The M2P is the identity, for ever.
             mmu::MACHPHYS if val == gfn.0 => Ok(()),
@@ -170,7 +170,7 @@ impl<M: Machine> Context<'_, M> {
             cmd @ mmuext::PIN_L1..=mmuext::PIN_L4 => {
                 let gfn = self.check_gfn(arg1)?;
                 let level = (cmd - mmuext::PIN_L1) as u8 + 1;
-                self.mmu(|mmu, m, ep| mmu.mark_tree(m, ep, gfn, level));
+                self.with_frame(gfn, |mmu, m, ep| mmu.mark_tree(m, ep, gfn, level))?;
             }
             // Marks go when the frames become writable, which follows.
             mmuext::UNPIN => {
@@ -178,11 +178,11 @@ impl<M: Machine> Context<'_, M> {
             }
             mmuext::NEW_BASEPTR => {
                 let gfn = self.check_gfn(arg1)?;
-                self.set_kernel_root(gfn);
+                self.set_kernel_root(gfn)?;
             }
             mmuext::NEW_USER_BASEPTR => {
                 let gfn = self.check_gfn(arg1)?;
-                self.set_user_root((gfn.0 != 0).then_some(gfn));
+                self.set_user_root((gfn.0 != 0).then_some(gfn))?;
             }
             mmuext::TLB_FLUSH_LOCAL => self.flush(me, None),
             mmuext::INVLPG_LOCAL => self.flush(me, Some(Va(arg1))),
@@ -214,24 +214,28 @@ impl<M: Machine> Context<'_, M> {
         let from = from.map(|g| self.check_gfn(g)).transpose()?;
         for i in 0..512 {
             self.breathe(1);
-            self.mmu(|mmu, m, ep| {
+            self.with_frame(to, |mmu, m, ep| {
                 let val = match from {
+                    Some(g) if !mmu.has(g) => return Ok(Err(errno::EINVAL)),
                     Some(g) => m.frame(g).ok_or(Need::Frame(g))?[i].load(Relaxed),
                     None => 0,
                 };
-                mmu.write_entry(m, ep, to, i, |_| val)
-            });
+                mmu.write_entry(m, ep, to, i, |_| val).map(Ok)
+            })??;
         }
         Ok(())
     }
 
     /// Makes `gfn` the kernel root and loads it.
-    pub(super) fn set_kernel_root(&mut self, gfn: Gfn) {
+    ///
+    /// # Errors
+    /// EINVAL for a frame that the guest has given up; the root is the old one.
+    pub(super) fn set_kernel_root(&mut self, gfn: Gfn) -> Result<(), i64> {
         let old = self.v.kernel_root;
-        let (page, cr3) = self.mmu(|mmu, m, ep| {
+        let (page, cr3) = self.with_frame(gfn, |mmu, m, ep| {
             let page = mmu.root_get(m, ep, gfn, false)?;
             Ok((page, mmu.root_cr3(m, page)))
-        });
+        })?;
         self.v.kernel_root = page;
         self.v.root_gfns[0] = gfn;
         self.fast.kernel_cr3 = cr3;
@@ -240,17 +244,21 @@ impl<M: Machine> Context<'_, M> {
             mmu.root_put(m, ep, old);
             Ok(())
         });
+        Ok(())
     }
 
     /// Makes `gfn` the user root; it is loaded at the next return to user mode.
-    pub(super) fn set_user_root(&mut self, gfn: Option<Gfn>) {
+    ///
+    /// # Errors
+    /// EINVAL for a frame that the guest has given up; the root is the old one.
+    pub(super) fn set_user_root(&mut self, gfn: Option<Gfn>) -> Result<(), i64> {
         let old = self.v.user_root;
         let (page, cr3) = match gfn {
             None => (0, 0),
-            Some(gfn) => self.mmu(|mmu, m, ep| {
+            Some(gfn) => self.with_frame(gfn, |mmu, m, ep| {
                 let page = mmu.root_get(m, ep, gfn, true)?;
                 Ok((page, mmu.root_cr3(m, page)))
-            }),
+            })?,
         };
         self.v.user_root = page;
         self.v.root_gfns[1] = gfn.unwrap_or(Gfn(u64::MAX));
@@ -259,5 +267,6 @@ impl<M: Machine> Context<'_, M> {
             mmu.root_put(m, ep, old);
             Ok(())
         });
+        Ok(())
     }
 }

@@ -48,6 +48,8 @@ impl<M: Machine> Context<'_, M> {
             vcpu::REGISTER_RUNSTATE_MEMORY_AREA => {
                 let [va] = self.read_words::<1>(ptr)?;
                 let area = self.runstate_place(Va(va))?;
+                self.note_area(id, 1, Some(area.0.gfn));
+                self.note_area(id, 2, Some(area.1));
                 if own {
                     self.v.runstate_area = Some(area);
                     self.stand();
@@ -71,6 +73,7 @@ impl<M: Machine> Context<'_, M> {
                     0 => None,
                     va => Some(self.place(Va(va), 32)?),
                 };
+                self.note_area(id, 0, self.v.time_area.map(|place| place.gfn));
                 self.stand();
                 self.publish_time_now();
                 Ok(0)
@@ -203,6 +206,14 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Takes the run-state area that another vCPU registered for this one.
+    /// Notes the frame of an area, which the guest cannot give up from now on.
+    fn note_area(&self, id: u32, which: usize, gfn: Option<Gfn>) {
+        let areas = self.vm.areas.get(id as usize);
+        if let Some(area) = areas.and_then(|areas| areas.get(which)) {
+            area.store(gfn.map_or(0, |gfn| gfn.0 + 1), SeqCst);
+        }
+    }
+
     pub(crate) fn adopt_runstate(&mut self) {
         let [place, last] = &self.vm.runstates[self.v.id as usize];
         let last = last.swap(0, SeqCst);
@@ -330,8 +341,18 @@ impl<M: Machine> Context<'_, M> {
             r[20] & 0xffff | 3
         };
         let select = |i: usize| (r[i] & 0xffff) as u16;
-        self.set_kernel_root(start.kernel_root);
-        self.set_user_root(start.user_root);
+        let roots = self
+            .set_kernel_root(start.kernel_root)
+            .and_then(|()| self.set_user_root(start.user_root));
+        if roots.is_err() {
+            let (kernel, user) = (start.kernel_root, start.user_root);
+            self.crash(
+                blanket_abi::device::crash::GUEST,
+                format_args!(
+                    "the guest has given up root {kernel:?} or {user:?} of a vCPU that starts"
+                ),
+            );
+        }
         let (gdt, entries) = (self.v.gdt, u64::from(self.v.gdt_entries));
         self.load_gdt(gdt, entries);
         // ds, es, fs, gs; a bad one becomes null.

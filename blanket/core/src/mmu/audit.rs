@@ -75,6 +75,9 @@ pub enum Broken {
     Hole { page: u32, i: usize },
     /// The second page of a 5-level root is wrong, or (page 0) their number is.
     Wrapper { page: u32 },
+    /// A frame that the guest has given up has a leaf, a shadow or a mark; or (gfn
+    /// `u32::MAX`) their number is wrong.
+    Out { gfn: u32 },
     /// Reverse-map nodes have been lost or are in two places.
     Nodes { counted: u32, pages: u32 },
 }
@@ -136,6 +139,7 @@ impl Mmu {
             }
         }
         self.audit_free_list(r.free)?;
+        self.audit_out()?;
         if r.wrappers != roots_of_5 {
             return Err(Broken::Wrapper { page: 0 });
         }
@@ -275,6 +279,21 @@ impl Mmu {
         }
         zero(m, wrapper, 1..511).map_err(|_| Broken::Wrapper { page })?;
         Ok(1)
+    }
+
+    fn audit_out(&self) -> Result<(), Broken> {
+        let mut out = 0;
+        for (gfn, info) in (0u32..).zip(self.gfns.iter()).filter(|(_, info)| info.out) {
+            if info.rmap != [0; 2] || info.shadow != 0 || info.mark != 0 {
+                return Err(Broken::Out { gfn });
+            }
+            out += 1;
+        }
+        if out == self.out {
+            Ok(())
+        } else {
+            Err(Broken::Out { gfn: u32::MAX })
+        }
     }
 
     fn audit_free_list(&self, free: u32) -> Result<(), Broken> {

@@ -55,7 +55,7 @@ impl Mmu {
         for level in [4u8, 3, 2, 1] {
             let l = level as usize;
             let table = tables[l];
-            if table.0 >= self.nr_frames() {
+            if !self.has(table) {
                 return Ok(denied);
             }
             let entry = m.frame(table).ok_or(Need::Frame(table))?[va.index(level)].load(Relaxed);
@@ -71,7 +71,7 @@ impl Mmu {
             tables[l - 1] = Gfn(pte::frame(entry));
         }
         let target = tables[0];
-        if target.0 >= self.nr_frames() {
+        if !self.has(target) {
             return Ok(denied);
         }
         if access.write && !rw {

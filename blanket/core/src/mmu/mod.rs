@@ -19,9 +19,12 @@
 //!   that breaks the read-only discipline hurts its own coherence, nothing else.
 //! * **Every leaf is in the reverse map** of its gfn, so that a frame can be taken
 //!   back at any time.
+//! * **A frame that the guest has given up** has no leaf, no shadow and no mark, and
+//!   gets none until it is back.
 //! * **"Drop everything" is always a correct answer**: shadows are a cache.
 
 mod audit;
+mod balloon;
 mod fault;
 mod revoke;
 mod rmap;
@@ -49,7 +52,8 @@ pub struct GfnInfo {
     shadow: u32,
     /// Bit `level - 1` is set while the frame is a table of that level.
     mark: u8,
-    pad: u8,
+    /// The guest has given the frame up (`balloon.rs`).
+    out: bool,
     /// Low bits of the epoch in which a writable leaf was last taken away.
     writable_until: u16,
 }
@@ -277,6 +281,8 @@ pub struct Mmu {
     free_tail: u32,
     node_free: u32,
     budget: u32,
+    /// Frames that the guest has given up.
+    out: u64,
     /// Shadow pages made since the start.
     pub made: u64,
 }
@@ -307,6 +313,7 @@ impl Mmu {
             free_tail: 0,
             node_free: 0,
             budget: BUDGET,
+            out: 0,
             made: 0,
         }
     }

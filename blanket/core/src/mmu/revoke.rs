@@ -63,7 +63,13 @@ impl Mmu {
     }
 
     /// Removes up to `left` leaves of a frame; false if some may be left.
-    fn leaves_remove<M: Memory>(&mut self, m: &M, ep: &Epochs, gfn: u32, left: &mut u32) -> bool {
+    pub(super) fn leaves_remove<M: Memory>(
+        &mut self,
+        m: &M,
+        ep: &Epochs,
+        gfn: u32,
+        left: &mut u32,
+    ) -> bool {
         loop {
             let Some(rest) = left.checked_sub(1) else {
                 return false;

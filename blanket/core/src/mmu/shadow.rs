@@ -137,7 +137,7 @@ impl Mmu {
         let mut new = 0;
         let mut new_gfn = 0;
         let gfn = pte::frame(guest);
-        if guest & (pte::P | pte::A) == (pte::P | pte::A) && gfn < self.nr_frames() {
+        if guest & (pte::P | pte::A) == (pte::P | pte::A) && self.has(Gfn(gfn)) {
             let host = m.frame_pte(Gfn(gfn));
             if host != 0 {
                 new_gfn = gfn32(gfn);

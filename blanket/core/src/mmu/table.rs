@@ -25,7 +25,7 @@ impl Mmu {
     ) -> Result<(), Need> {
         let bit = mark_bit(level);
         match self.gfns.get(idx(gfn.0)) {
-            Some(info) if info.mark & bit == 0 => {
+            Some(info) if info.mark & bit == 0 && !info.out => {
                 if info.mark == 0 {
                     self.settled(ep, gfn32(gfn.0))?;
                 }
@@ -158,7 +158,7 @@ impl Mmu {
     ) -> Result<Option<Gfn>, Need> {
         let mut gfn = root;
         for level in [4, 3, 2] {
-            if gfn.0 >= self.nr_frames() {
+            if !self.has(gfn) {
                 return Ok(None);
             }
             let entry = m.frame(gfn).ok_or(Need::Frame(gfn))?[va.index(level)].load(Relaxed);
@@ -167,6 +167,6 @@ impl Mmu {
             }
             gfn = Gfn(pte::frame(entry));
         }
-        Ok((gfn.0 < self.nr_frames()).then_some(gfn))
+        Ok(self.has(gfn).then_some(gfn))
     }
 }

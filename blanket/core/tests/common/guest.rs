@@ -203,6 +203,15 @@ impl World {
         .unwrap_or_else(|e| e)
     }
 
+    /// Gives frames up, or asks for them: how many it was.
+    pub fn balloon(&mut self, id: u32, cmd: u64, gfns: &[u64]) -> i64 {
+        let list = self.m.arg_words(0x2_0000, gfns);
+        let at = self
+            .m
+            .arg_words(0x3_0000, &[list, gfns.len() as u64, 0, 0x7ff0]);
+        self.call(id, nr::MEMORY_OP, &[cmd, at])
+    }
+
     /// One mmuext operation.
     pub fn mmuext(&mut self, id: u32, cmd: u32, arg1: u64, arg2: u64) -> i64 {
         let at = self.m.arg_words(0x2_0000, &[u64::from(cmd), arg1, arg2]);

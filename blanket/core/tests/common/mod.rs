@@ -282,6 +282,7 @@ impl FakeMachine {
             revoked: [const { AtomicU64::new(0) }; 64],
             trace: AtomicU32::new(0),
             pad3: 0,
+            target: AtomicU64::new(0),
         });
         Self {
             frames,
@@ -816,9 +817,18 @@ impl FakeMachine {
                 if self.refused.borrow().contains(&out.args[0]) {
                     return blanket_abi::xen::errno::ENOMEM;
                 }
+                // A frame that the guest has given up is not needed by anything.
+                if let Some(vm) = self.vm.get() {
+                    let mmu = vm.mmu.try_lock().expect("checked above");
+                    assert!(
+                        mmu.has(Gfn(out.args[0])),
+                        "{out:?} asks for a frame that is out"
+                    );
+                }
                 self.give(out.args[0]);
                 0
             }
+            exit::BALLOON => self.take_given_up(out),
             exit::POOL => {
                 let now = self.page.pool_pages.load(SeqCst);
                 let more = out.args[0].min(self.page.pool_limit - now);

@@ -1,6 +1,6 @@
 //! A host that takes frames back, as `blanket/kmod/frames.c` does it.
 
-use super::FakeMachine;
+use super::{Exit, FakeMachine};
 use blanket_abi::layout::REVOKED_BLOCK;
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -49,5 +49,30 @@ impl FakeMachine {
                 self.lose(self.page.boot.shared_info);
             }
         }
+    }
+
+    /// What the VMM does with frames that the guest has given up: their memory goes. No
+    /// CPU that is inside may have a writable translation of one left.
+    pub(super) fn take_given_up(&self, out: Exit) -> i64 {
+        let text = self.texts.borrow().last().cloned().unwrap_or_default();
+        let vm = self.vm.get().expect("a VM");
+        if out.args[0] != 0 {
+            assert_eq!(out.args[0] * 4, out.args[3], "{out:?}");
+        }
+        for gfn in text.as_chunks().0.iter().take(out.args[0] as usize) {
+            let gfn = u64::from(u32::from_le_bytes(*gfn));
+            for (id, cpu) in (0..).zip(&self.cpus) {
+                let cached = cpu.writable.borrow().values().any(|&g| g == gfn);
+                assert!(
+                    !cached || !vm.epochs.inside(id),
+                    "CPU {id} can write to {gfn:#x}, which was given up"
+                );
+            }
+            for word in self.words(gfn) {
+                word.store(0, SeqCst);
+            }
+            self.lose(gfn);
+        }
+        0
     }
 }

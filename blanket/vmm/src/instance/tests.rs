@@ -25,6 +25,7 @@ fn spec(kernel: &std::path::Path) -> Spec {
         kernel: kernel.to_owned(),
         initrd: None,
         memory: 64 << 20,
+        balloon: None,
         vcpus: 1,
         cmdline: String::new(),
         on_reboot: OnReboot::Restart,
@@ -537,4 +538,70 @@ fn the_layout_is_what_the_rings_of_this_test_assume() {
         .expect("built")
         .layout;
     assert_eq!((store.0, console.0), (start_info.0 + 1, start_info.0 + 2));
+}
+
+#[test]
+fn a_guest_is_asked_for_memory_and_waited_for_over_reboots() {
+    let kernel = kernel_file();
+    let spec = Spec {
+        balloon: Some(48 << 20),
+        ..spec(kernel.path())
+    };
+    // It gives up what it is told to, and reboots when it may have little.
+    let fake = Fake::new(|boot, _| {
+        let mut has = 64 << 8;
+        Box::new(move |guest: &Guest| {
+            let target = guest.target();
+            if has != target {
+                // One frame of the difference is named.
+                let given_up = if has > target {
+                    vec![0xff, 0x3f, 0, 0]
+                } else {
+                    vec![]
+                };
+                has = target;
+                return Ok(Exit::Balloon {
+                    given_up,
+                    frames: has,
+                });
+            }
+            if boot == 0 && target == 20 << 8 {
+                return Ok(Exit::Shutdown(sched::SHUTDOWN_REBOOT));
+            }
+            Ok(match guest.wait() {
+                Some(_) => Exit::Send(STORE_PORT),
+                None => Exit::Interrupted,
+            })
+        }) as Program
+    });
+    let console = Console::new().expect("a console");
+    let instance = Instance::new(spec, fake, console).expect("an instance");
+    let wait = Duration::from_secs(60);
+    assert!(matches!(
+        instance.balloon(32 << 20, wait),
+        Err(BalloonError::NotRunning)
+    ));
+    let vm = instance.boot().expect("boots");
+    let runs = Arc::clone(&instance);
+    let thread = std::thread::spawn(move || runs.run(vm));
+    for mib in [32, 64, 40, 20] {
+        let memory = instance.balloon((mib << 20) + 5, wait).expect("asked");
+        assert_eq!(
+            (memory.most, memory.target, memory.current),
+            (64 << 20, mib << 20, mib << 20)
+        );
+    }
+    while instance.boots() < 2 || instance.memory().current != 20 << 20 {
+        std::thread::yield_now();
+    }
+    assert_eq!(instance.memory().target, 20 << 20);
+    for (wanted, clear) in [
+        (65 << 20, "cannot have 65 MiB"),
+        (15 << 20, "less than 16 MiB"),
+    ] {
+        let error = instance.balloon(wanted, wait).expect_err("refused");
+        assert!(error.to_string().contains(clear), "{error}");
+    }
+    instance.kill();
+    assert!(matches!(thread.join(), Ok(Ok(End::Killed))));
 }

@@ -443,6 +443,10 @@ impl Machine for Handle {
         })
     }
 
+    fn target(&self, frames: u64) -> Result<(), device::Error> {
+        Ok(self.0.space.set_target(frames)?)
+    }
+
     fn audit(&self) -> Result<Audit, device::Error> {
         Ok(self.0.space.audit()?)
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Error, Kvm};
+use crate::balloon::Balloon;
 use crate::builder::{self, Config};
 use crate::hypervisor::{Hypervisor as _, Isolation};
 use crate::kernel::Kernel;
@@ -119,6 +120,10 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
     let backends = Backends {
         ports: BTreeMap::new(),
         early_console: Arc::new(Silent),
+        balloon: Arc::new(Balloon::new(
+            Arc::clone(&domain.memory),
+            domain.boot.ram_frames,
+        )),
     };
     let vm = Vm::start(machine, 1, backends).map_err(|error| broken(&error))?;
     if !vm.handle().wait_ended(PATIENCE) {

@@ -534,6 +534,16 @@ impl Space {
         Ok(self.word(at)?.load(Ordering::Relaxed))
     }
 
+    /// Sets how many frames of RAM the guest may have at most.
+    ///
+    /// # Errors
+    /// None that a built space has.
+    pub fn set_target(&self, frames: u64) -> Result<(), Error> {
+        let at = self.vm_page + offset_of!(VmPage, target) as u64;
+        self.word(at)?.store(frames, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn switch_field(&self, vcpu: u32, offset: usize) -> Result<u64, Error> {
         self.switches
             .get(vcpu as usize)

@@ -136,11 +136,15 @@ impl KvmVcpu {
 
     /// Serves what the core left for; `None` if it may go on at once.
     fn served(&mut self) -> Result<Option<Exit>, Error> {
-        let (reason, [arg, .., length]) = self.vm.space.exit(self.id)?;
+        let (reason, [arg, second, _, length]) = self.vm.space.exit(self.id)?;
         Ok(match reason {
             exit::SEND => Some(Exit::Send(u32::try_from(arg).unwrap_or(u32::MAX))),
             exit::CONSOLE => Some(Exit::Console(self.vm.space.text(self.id, length)?)),
             exit::SHUTDOWN => Some(Exit::Shutdown(arg)),
+            exit::BALLOON => Some(Exit::Balloon {
+                given_up: self.vm.space.text(self.id, length)?,
+                frames: second,
+            }),
             exit::CRASH => {
                 let text = self.vm.space.text(self.id, length)?;
                 Some(Exit::Crash(Crash {

@@ -8,7 +8,7 @@ use blanket_abi::device::{Audit, Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
 
 use blanket_abi::trace::kind;
 
-use crate::builder::{Domain, GuestMemory};
+use crate::builder::{Domain, GuestMemory, STORE_PORT};
 use crate::device::Error;
 use crate::hypervisor::{Exit, Hypervisor, Isolation, Kick, Machine, Vcpu};
 use crate::sync::lock;
@@ -38,10 +38,19 @@ struct Events {
     raised: VecDeque<u32>,
     stop: bool,
     traced: bool,
+    target: u64,
     records: Vec<Record>,
 }
 
 impl Guest {
+    /// Frames that it may have at most; 0 = all.
+    ///
+    /// # Panics
+    /// If another thread of the test panicked.
+    pub fn target(&self) -> u64 {
+        lock(&self.events).target
+    }
+
     /// Waits for an event; `None` when the vCPU is to leave.
     ///
     /// # Panics
@@ -149,6 +158,17 @@ impl Machine for FakeMachine {
             revocations: 0,
             revoked: 0,
         })
+    }
+
+    fn target(&self, frames: u64) -> Result<(), Error> {
+        let mut events = lock(&self.guest.events);
+        if std::mem::replace(&mut events.target, frames) != 0 {
+            // The guest hears of it by its xenstore.
+            events.raised.push_back(STORE_PORT);
+        }
+        drop(events);
+        self.guest.changed.notify_all();
+        Ok(())
     }
 
     fn audit(&self) -> Result<Audit, Error> {

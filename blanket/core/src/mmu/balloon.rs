@@ -1,0 +1,74 @@
+//! Frames that the guest has given up (`memory_op`, `decrease_reservation`): the host
+//! has their memory, and nothing of the guest's may lead to them until it has asked
+//! for them again.
+//!
+//! Everything that takes a frame number from the guest asks [`Mmu::has`], under the
+//! MMU lock and right where the number is used: tables on a walk, leaves, roots, what
+//! hypercalls name. A frame that is out is treated like one that never existed.
+
+use super::{Epochs, Mmu, Need, gfn32, idx};
+use crate::machine::{Host, Memory};
+use blanket_abi::Gfn;
+
+/// Leaves of one frame that are removed under one hold of the lock.
+const LEAVES: u32 = 2048;
+
+impl Mmu {
+    /// Whether the VM has the frame: there is one of this number, and the guest has not
+    /// given it up.
+    #[inline]
+    #[must_use]
+    pub fn has(&self, gfn: Gfn) -> bool {
+        self.gfns.get(idx(gfn.0)).is_some_and(|info| !info.out)
+    }
+
+    /// Frames that the guest has given up.
+    #[must_use]
+    pub fn out(&self) -> u64 {
+        self.out
+    }
+
+    /// The guest gives a frame up. False: it has not got it, or the frame is a table
+    /// that other tables or vCPUs refer to; nothing has changed then. A mark alone is
+    /// no reason: marks stay when a guest is done with a table.
+    ///
+    /// TLBs may hold translations of the frame until all vCPUs have flushed.
+    ///
+    /// # Errors
+    /// See [`Need`]: more leaves than are removed in one go.
+    pub fn give_up<M: Memory + Host>(
+        &mut self,
+        m: &M,
+        ep: &Epochs,
+        gfn: Gfn,
+    ) -> Result<bool, Need> {
+        if !self.has(gfn) {
+            return Ok(false);
+        }
+        let nr = gfn32(gfn.0);
+        let used = |&page: &u32| self.is_shadow(page, nr) && self.pool[page as usize].refs != 0;
+        if self.shadows(nr).iter().any(used) {
+            return Ok(false);
+        }
+        let mut left = LEAVES;
+        if !self.leaves_remove(m, ep, nr, &mut left) {
+            return Err(Need::Breath);
+        }
+        self.untable(m, ep, nr);
+        self.gfns[nr as usize].out = true;
+        self.out += 1;
+        Ok(true)
+    }
+
+    /// The guest gets a frame back, as long as more than `floor` frames are out. False:
+    /// it has it already, or may not have more.
+    pub fn take_in(&mut self, gfn: Gfn, floor: u64) -> bool {
+        let out = self.gfns.get(idx(gfn.0)).is_some_and(|info| info.out);
+        if !out || self.out <= floor {
+            return false;
+        }
+        self.gfns[idx(gfn.0)].out = false;
+        self.out -= 1;
+        true
+    }
+}
