@@ -10,13 +10,13 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	4
+#define BLANKET_API_VERSION	5
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
 #define BLANKET_RUN_DATA	2048
 #define BLANKET_EXIT_REASONS	32
-#define BLANKET_COUNTERS	64
+#define BLANKET_COUNTERS	72
 #define BLANKET_STUB_STRIDE	16
 #define BLANKET_IMAGE_MAGIC	0x45524f43544b4c42ULL
 

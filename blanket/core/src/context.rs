@@ -2,7 +2,7 @@
 
 use crate::arrive::Rounds;
 use crate::machine::Machine;
-use crate::mmu::{Access, Fault, Mmu, Need};
+use crate::mmu::{Access, Fault, Need};
 use crate::vcpu::{Fast, NEVER, Place, State, TrapFrame, Vcpu, rflags};
 use crate::vm::Vm;
 use blanket_abi::device::{counter, crash, exit, pending};
@@ -92,23 +92,6 @@ pub enum Shape {
     Selectors([u64; 4]),
 }
 
-impl<'a, M: Machine> Context<'a, M> {
-    /// Takes the MMU lock. Its holder may be off its CPU (inside KVM, where the host
-    /// schedules CPL 0 as it likes), so a long spin asks the host to run others.
-    fn lock_mmu(&mut self) -> spin::MutexGuard<'a, Mmu> {
-        let vm = self.vm;
-        loop {
-            for _ in 0..SPINS {
-                if let Some(mmu) = vm.mmu.try_lock() {
-                    return mmu;
-                }
-                core::hint::spin_loop();
-            }
-            self.exit(exit::YIELD, [0; 4]);
-        }
-    }
-}
-
 impl<M: Machine> Context<'_, M> {
     /// Whether the guest is in kernel mode.
     #[inline]
@@ -195,26 +178,6 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
-    /// Runs an MMU operation under the lock, mending what it needs, until it is done.
-    pub fn mmu<T>(
-        &mut self,
-        mut op: impl FnMut(&mut Mmu, &M, &crate::mmu::Epochs) -> Result<T, Need>,
-    ) -> T {
-        let mut pool_tries = 0;
-        loop {
-            let need = {
-                let mut mmu = self.lock_mmu();
-                mmu.begin();
-                match op(&mut mmu, self.m, &self.vm.epochs) {
-                    Ok(done) => return done,
-                    Err(need) => need,
-                }
-            };
-            pool_tries += u32::from(need == Need::Pool);
-            self.mend(need, pool_tries);
-        }
-    }
-
     /// Counts `steps` of a hypercall that the guest can make as long as it likes,
     /// and lets interrupts in between.
     #[inline]
@@ -227,7 +190,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     #[cold]
-    fn mend(&mut self, need: Need, pool_tries: u32) {
+    pub(crate) fn mend(&mut self, need: Need, pool_tries: u32) {
         match need {
             Need::Frame(gfn) => {
                 let ret = self.exit(exit::FRAME, [gfn.0, 0, 0, 0]);
@@ -311,7 +274,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Flushes this vCPU's TLB if another one waits for it.
-    fn answer_flush(&mut self) {
+    pub(crate) fn answer_flush(&mut self) {
         let pending = &self.m.switch().pending;
         if pending.load(Relaxed) & pending::FLUSH != 0 {
             pending.fetch_and(!pending::FLUSH, SeqCst);
@@ -527,6 +490,13 @@ impl<M: Machine> Context<'_, M> {
     pub fn count(&self, what: usize) {
         if let Some(c) = self.m.switch().counters.get(what) {
             c.store(c.load(Relaxed).wrapping_add(1), Relaxed);
+        }
+    }
+
+    /// Adds to one of `blanket_abi::device::counter`.
+    pub(crate) fn count_by(&self, what: usize, by: u64) {
+        if let Some(c) = self.m.switch().counters.get(what) {
+            c.store(c.load(Relaxed).wrapping_add(by), Relaxed);
         }
     }
 

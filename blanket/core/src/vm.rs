@@ -21,6 +21,9 @@ pub struct Vm {
     pub nr_vcpus: u32,
     /// The shadow MMU.
     pub mmu: Mutex<Mmu>,
+    /// The vCPU that took `mmu` last.
+    #[cfg(feature = "lock-stats")]
+    pub mmu_holder: core::sync::atomic::AtomicU32,
     /// Who has reloaded CR3 since when.
     pub epochs: Epochs,
     /// Event channels.
@@ -68,6 +71,8 @@ impl Vm {
             nr_frames,
             nr_vcpus,
             mmu: Mutex::new(mmu),
+            #[cfg(feature = "lock-stats")]
+            mmu_holder: core::sync::atomic::AtomicU32::new(0),
             epochs: Epochs::new(),
             ports,
             ports_lock: Mutex::new(()),

@@ -1,0 +1,97 @@
+//! The lock of the shadow MMU.
+//!
+//! What is counted without the feature `lock-stats` is counted by who waits: a lock
+//! that nobody holds costs one exchange.
+
+use crate::context::{Context, SPINS};
+use crate::machine::Machine;
+use crate::mmu::{Epochs, Mmu, Need};
+use blanket_abi::device::{counter, exit};
+use spin::MutexGuard;
+
+impl<'a, M: Machine> Context<'a, M> {
+    /// Takes the MMU lock.
+    #[inline]
+    pub(crate) fn lock_mmu(&mut self) -> MutexGuard<'a, Mmu> {
+        let vm = self.vm;
+        match vm.mmu.try_lock() {
+            Some(mmu) => mmu,
+            None => self.wait_for_mmu(),
+        }
+    }
+
+    /// Under the module the holder is on its CPU, with interrupts off, and soon done.
+    /// Inside KVM, where the host schedules CPL 0 as it likes, it may be off its CPU,
+    /// and so may either be where the instance's own host shares CPUs out: a long
+    /// spin asks the host to run others.
+    #[cold]
+    #[inline(never)]
+    fn wait_for_mmu(&mut self) -> MutexGuard<'a, Mmu> {
+        let vm = self.vm;
+        self.count(counter::LOCK_CONTENDED);
+        loop {
+            let since = self.m.tsc();
+            let mut mmu = None;
+            for _ in 0..SPINS {
+                // A look leaves the line where it is; an exchange would take it from
+                // the holder, who needs it to let go.
+                if !vm.mmu.is_locked() {
+                    mmu = vm.mmu.try_lock();
+                    if mmu.is_some() {
+                        break;
+                    }
+                }
+                // Others that wait for this one's flush need not wait for the lock too.
+                self.answer_flush();
+                core::hint::spin_loop();
+            }
+            self.count_by(counter::LOCK_WAITED, self.m.tsc().wrapping_sub(since));
+            if let Some(mmu) = mmu {
+                return mmu;
+            }
+            self.count(counter::LOCK_YIELDED);
+            #[cfg(feature = "lock-stats")]
+            if self
+                .m
+                .preempted(vm.mmu_holder.load(core::sync::atomic::Ordering::Relaxed))
+            {
+                self.count(counter::LOCK_PREEMPTED);
+            }
+            self.exit(exit::YIELD, [0; 4]);
+        }
+    }
+}
+
+impl<M: Machine> Context<'_, M> {
+    /// Runs an MMU operation under the lock, mending what it needs, until it is done.
+    pub fn mmu<T>(&mut self, mut op: impl FnMut(&mut Mmu, &M, &Epochs) -> Result<T, Need>) -> T {
+        let mut pool_tries = 0;
+        loop {
+            let mut mmu = self.lock_mmu();
+            #[cfg(feature = "lock-stats")]
+            let since = self.note_taken();
+            mmu.begin();
+            let result = op(&mut mmu, self.m, &self.vm.epochs);
+            drop(mmu);
+            #[cfg(feature = "lock-stats")]
+            self.count_by(counter::LOCK_HELD, self.m.tsc().wrapping_sub(since));
+            match result {
+                Ok(done) => return done,
+                Err(need) => {
+                    pool_tries += u32::from(need == Need::Pool);
+                    self.mend(need, pool_tries);
+                }
+            }
+        }
+    }
+
+    /// Counts the lock as taken by this vCPU, now.
+    #[cfg(feature = "lock-stats")]
+    fn note_taken(&self) -> u64 {
+        self.count(counter::LOCK_TAKEN);
+        self.vm
+            .mmu_holder
+            .store(self.v.id, core::sync::atomic::Ordering::Relaxed);
+        self.m.tsc()
+    }
+}
