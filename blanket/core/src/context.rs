@@ -9,7 +9,7 @@ use blanket_abi::device::{counter, crash, exit, pending};
 use blanket_abi::layout::{WINDOW, sel};
 use blanket_abi::trace::kind;
 use blanket_abi::xen::errno;
-use blanket_abi::xen::shared::{self, vcpu_info};
+use blanket_abi::xen::shared::{self, runstate, vcpu_info};
 use blanket_abi::{Gfn, Va};
 use core::fmt::Write as _;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
@@ -137,9 +137,19 @@ impl<M: Machine> Context<'_, M> {
         }
         self.v.check_timers = true;
         self.publish_fast_counters();
+        // What the host may run others after: the guest's own locks do not spin for a
+        // vCPU that is not running, and its clock of stolen time counts.
+        let stolen = self.v.runstate == runstate::RUNNING
+            && matches!(reason, exit::INTR | exit::YIELD | exit::BREATH);
+        if stolen {
+            self.set_runstate(runstate::RUNNABLE);
+        }
         self.vm.epochs.leave(self.v.id);
         let ret = self.m.exit(reason, args);
         self.arrive();
+        if stolen {
+            self.set_runstate(runstate::RUNNING);
+        }
         self.load_root();
         ret
     }
@@ -490,13 +500,6 @@ impl<M: Machine> Context<'_, M> {
     pub fn count(&self, what: usize) {
         if let Some(c) = self.m.switch().counters.get(what) {
             c.store(c.load(Relaxed).wrapping_add(1), Relaxed);
-        }
-    }
-
-    /// Adds to one of `blanket_abi::device::counter`.
-    pub(crate) fn count_by(&self, what: usize, by: u64) {
-        if let Some(c) = self.m.switch().counters.get(what) {
-            c.store(c.load(Relaxed).wrapping_add(by), Relaxed);
         }
     }
 

@@ -7,6 +7,7 @@ use crate::context::{Context, SPINS};
 use crate::machine::Machine;
 use crate::mmu::{Epochs, Mmu, Need};
 use blanket_abi::device::{counter, exit};
+use core::sync::atomic::Ordering::Relaxed;
 use spin::MutexGuard;
 
 impl<'a, M: Machine> Context<'a, M> {
@@ -45,16 +46,14 @@ impl<'a, M: Machine> Context<'a, M> {
                 self.answer_flush();
                 core::hint::spin_loop();
             }
-            self.count_by(counter::LOCK_WAITED, self.m.tsc().wrapping_sub(since));
+            let waited = self.m.tsc().wrapping_sub(since);
+            count_by(self.m, counter::LOCK_WAITED, waited);
             if let Some(mmu) = mmu {
                 return mmu;
             }
             self.count(counter::LOCK_YIELDED);
             #[cfg(feature = "lock-stats")]
-            if self
-                .m
-                .preempted(vm.mmu_holder.load(core::sync::atomic::Ordering::Relaxed))
-            {
+            if self.m.preempted(vm.mmu_holder.load(Relaxed)) {
                 self.count(counter::LOCK_PREEMPTED);
             }
             self.exit(exit::YIELD, [0; 4]);
@@ -67,31 +66,49 @@ impl<M: Machine> Context<'_, M> {
     pub fn mmu<T>(&mut self, mut op: impl FnMut(&mut Mmu, &M, &Epochs) -> Result<T, Need>) -> T {
         let mut pool_tries = 0;
         loop {
-            let mut mmu = self.lock_mmu();
-            #[cfg(feature = "lock-stats")]
-            let since = self.note_taken();
-            mmu.begin();
-            let result = op(&mut mmu, self.m, &self.vm.epochs);
-            drop(mmu);
-            #[cfg(feature = "lock-stats")]
-            self.count_by(counter::LOCK_HELD, self.m.tsc().wrapping_sub(since));
-            match result {
-                Ok(done) => return done,
-                Err(need) => {
-                    pool_tries += u32::from(need == Need::Pool);
-                    self.mend(need, pool_tries);
+            let need = {
+                let mut mmu = self.lock_mmu();
+                #[cfg(feature = "lock-stats")]
+                let _held = Held::new(self.m, self.vm, self.v.id);
+                mmu.begin();
+                match op(&mut mmu, self.m, &self.vm.epochs) {
+                    Ok(done) => return done,
+                    Err(need) => need,
                 }
-            }
+            };
+            pool_tries += u32::from(need == Need::Pool);
+            self.mend(need, pool_tries);
         }
     }
+}
 
-    /// Counts the lock as taken by this vCPU, now.
-    #[cfg(feature = "lock-stats")]
-    fn note_taken(&self) -> u64 {
-        self.count(counter::LOCK_TAKEN);
-        self.vm
-            .mmu_holder
-            .store(self.v.id, core::sync::atomic::Ordering::Relaxed);
-        self.m.tsc()
+/// Counts the lock as taken, and the cycles until this is dropped.
+#[cfg(feature = "lock-stats")]
+struct Held<'a, M: Machine> {
+    m: &'a M,
+    since: u64,
+}
+
+#[cfg(feature = "lock-stats")]
+impl<'a, M: Machine> Held<'a, M> {
+    fn new(m: &'a M, vm: &crate::vm::Vm, id: u32) -> Self {
+        count_by(m, counter::LOCK_TAKEN, 1);
+        vm.mmu_holder.store(id, Relaxed);
+        Self { m, since: m.tsc() }
+    }
+}
+
+#[cfg(feature = "lock-stats")]
+impl<M: Machine> Drop for Held<'_, M> {
+    fn drop(&mut self) {
+        let held = self.m.tsc().wrapping_sub(self.since);
+        count_by(self.m, counter::LOCK_HELD, held);
+    }
+}
+
+/// Adds to a counter of the vCPU that runs on `m`.
+fn count_by<M: Machine>(m: &M, what: usize, by: u64) {
+    if let Some(c) = m.switch().counters.get(what) {
+        c.store(c.load(Relaxed).wrapping_add(by), Relaxed);
     }
 }
