@@ -48,6 +48,18 @@ pub struct Args {
     /// memory; writes its section of docs/benchmarks.md.
     #[arg(long, value_name = "VMS")]
     density: Option<u32>,
+    /// Instead of all that: processes, mappings and pipe traffic by many workers at once,
+    /// natively and in VMs with 1, 2 and 4 vCPUs on two CPUs, so many times; writes its
+    /// section of docs/benchmarks.md.
+    #[arg(long, value_name = "ROUNDS", num_args = 0..=1, default_missing_value = "3")]
+    storm: Option<u32>,
+    /// Only these kinds of storm; prints, and leaves docs/benchmarks.md alone.
+    #[arg(long, requires = "storm")]
+    kind: Vec<String>,
+    /// A directory with a `blanket.ko` and a `blanket` that another state of the tree has
+    /// made with `build --measured`, to take turns with this one.
+    #[arg(long, value_name = "DIR", requires = "storm")]
+    against: Option<PathBuf>,
     /// Compare what the VMs cost against native with docs/benchmarks.tsv, by instruction
     /// count, and fail if a row is more than 5 % dearer.
     #[arg(long)]
@@ -69,6 +81,9 @@ impl Args {
             instructions: true,
             guard: true,
             density: None,
+            storm: None,
+            kind: Vec::new(),
+            against: None,
             no_kvm: true,
         }
     }
@@ -139,6 +154,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if let Some(guests) = args.density {
         return crate::density::run(project, guests);
     }
+    if let Some(rounds) = args.storm {
+        return crate::storm::run(project, rounds, &args.kind, args.against.as_deref());
+    }
     let counted = boot(project, args, true)?;
     if args.guard {
         return guard(project, &counted);
@@ -158,7 +176,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     }
     if args.only.is_empty() && !args.instructions {
         let release = kernels::fetch(project, args.kernel)?.release;
-        let page = page(args, &release, &text) + &crate::density::kept(project);
+        let page = page(args, &release, &text)
+            + &crate::storm::kept(project)
+            + &crate::density::kept(project);
         write_if_changed(&project.root.join("docs/benchmarks.md"), page.as_bytes())?;
     }
     Ok(())

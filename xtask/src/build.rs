@@ -60,11 +60,22 @@ pub struct Args {
     /// Build the module in this directory instead of Blanket's.
     #[arg(long, hide = true)]
     source: Option<PathBuf>,
+    /// With a core that counts how often and for how long its lock is held; what is made
+    /// lies beside the rest.
+    #[arg(long)]
+    measured: bool,
 }
 
 /// The `build` verb.
 pub fn run(project: &Project, args: &Args) -> Result<()> {
     let wants = |part| args.parts.is_empty() || args.parts.contains(&part);
+    let measured;
+    let project = if args.measured {
+        measured = project.measured();
+        &measured
+    } else {
+        project
+    };
     setup::ensure(project, &[Need::Build])?;
     if wants(Part::Core) {
         println!("{}", core(project)?.display());
@@ -110,8 +121,13 @@ pub fn core(project: &Project) -> Result<PathBuf> {
         "blanket-image",
         "blanket/image/link.ld",
         CORE_RUSTFLAGS,
+        if project.measured {
+            &["lock-stats"]
+        } else {
+            &[]
+        },
     )?;
-    let dir = project.out_dir("core")?;
+    let dir = project.out_dir(&project.output("core"))?;
     let (fresh, bin) = (dir.join("blanket-core.new"), dir.join("blanket-core.bin"));
     cmd!(sh, "objcopy -O binary {elf} {fresh}").quiet().run()?;
     copy_if_changed(&fresh, &bin)?;
@@ -142,6 +158,7 @@ pub fn hostile_kernel(project: &Project) -> Result<PathBuf> {
         "hostile",
         "tests/guest/hostile/link.ld",
         KERNEL_RUSTFLAGS,
+        &[],
     )?;
     let to = project.out_dir("bin")?.join("hostile");
     copy_if_changed(&elf, &to)?;
@@ -154,6 +171,7 @@ fn freestanding(
     package: &str,
     script: &str,
     rustflags: &[&str],
+    features: &[&str],
 ) -> Result<PathBuf> {
     let sh = project.shell()?;
     let cargo = project.cargo();
@@ -169,6 +187,9 @@ fn freestanding(
         sh,
         "{cargo} build --quiet -p {package} --profile core --target {CORE_TARGET}"
     );
+    if !features.is_empty() {
+        build = build.arg("--features").arg(features.join(","));
+    }
     if let CoreToolchain::BuildStd = CoreToolchain::find(project, &sh)? {
         // Only core and alloc are built; Debian's compiler is a stable one, and
         // comes without the linker that the target asks for.
@@ -263,7 +284,7 @@ fn module_from(
     let sh = project.shell()?;
     let release = release_of(headers)?;
     let _lock = project.lock(&format!("kmod-{release}"))?;
-    let dir = project.out_dir(&format!("kmod/{release}"))?;
+    let dir = project.out_dir(&format!("{}/{release}", project.output("kmod")))?;
     for entry in
         fs::read_dir(source).with_context(|| format!("cannot read {}", source.display()))?
     {
@@ -340,8 +361,10 @@ pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
             "kexec",
             "-p",
             "micro",
+            "-p",
+            "storm",
         ],
-        &["abi-test", "ioctl-fuzz", "kexec", "micro", "hello"],
+        &["abi-test", "ioctl-fuzz", "kexec", "micro", "hello", "storm"],
         LEAN,
         None,
     )
@@ -384,7 +407,7 @@ fn static_binaries(
         .with_context(|| format!("cannot build {}", names.join(", ")))?;
     let (built, kept) = (
         target.join(HOST_TARGET).join("release"),
-        project.out_dir("bin")?,
+        project.out_dir(&project.output("bin"))?,
     );
     let mut binaries = Vec::new();
     for name in names {

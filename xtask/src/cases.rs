@@ -141,6 +141,10 @@ const BASICS: &str = include_str!("../../tests/lab-scripts/basics.sh");
 const FORK_EXEC: &str = "seq 1 2000 >/tmp/numbers && \
      xargs -n 1 -P 4 /bin/echo </tmp/numbers | sort -n | cmp - /tmp/numbers";
 
+/// More vCPUs than CPUs. Each must do its part of each kind, with workers that are tied
+/// to vCPUs and pipes from one to the next; then as the scheduler likes.
+const STORM: &str = "storm --each 30 && storm --milliseconds 500";
+
 /// Cases that are about one thing each.
 fn single() -> Vec<Case> {
     vec![
@@ -324,6 +328,8 @@ fn single() -> Vec<Case> {
             stress_ng: true,
             ..guest("stress-ng-long", 7200, 4, "sh /tests/stress-ng.sh all")
         },
+        guest("storm", 300, 4, STORM),
+        kvm(guest("kvm-storm", 600, 4, STORM)),
         guest("hotplug", 300, 4, "abi-test hotplug"),
         kvm(guest("kvm-stress", 900, 2, "N=5 sh /tests/stress.sh")),
         Case {

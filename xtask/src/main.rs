@@ -22,6 +22,7 @@ mod package;
 mod project;
 mod qemu;
 mod setup;
+mod storm;
 mod test;
 
 use std::process::ExitCode;

@@ -15,6 +15,8 @@ pub struct Project {
     pub out: PathBuf,
     /// Cargo's target directory.
     pub cargo_target: PathBuf,
+    /// The core counts what costs something to count ([`Self::measured`]).
+    pub measured: bool,
 }
 
 impl Project {
@@ -38,7 +40,24 @@ impl Project {
             root,
             out,
             cargo_target,
+            measured: false,
         })
+    }
+
+    /// The same checkout with a core that measures its lock, and with outputs beside
+    /// the others.
+    pub fn measured(&self) -> Self {
+        Self {
+            root: self.root.clone(),
+            out: self.out.clone(),
+            cargo_target: self.cargo_target.clone(),
+            measured: true,
+        }
+    }
+
+    /// `name`, or the same for outputs with a core that measures.
+    pub fn output(&self, name: &str) -> String {
+        format!("{name}{}", if self.measured { "-measured" } else { "" })
     }
 
     /// A shell in the checkout's root.

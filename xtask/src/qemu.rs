@@ -387,6 +387,8 @@ fn start(
     let child = command
         .spawn()
         .context("cannot start QEMU through setpriv")?;
+    // setpriv becomes QEMU.
+    fs::write(dir.join("pid"), child.id().to_string())?;
     Ok(Running {
         child,
         dir: dir.to_path_buf(),

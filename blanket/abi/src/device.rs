@@ -357,7 +357,7 @@ pub mod audit {
 }
 
 /// Number of counters that the core keeps for each vCPU.
-pub const COUNTERS: usize = 64;
+pub const COUNTERS: usize = 72;
 
 /// Indices into [`VmStats::counters`].
 pub mod counter {
@@ -389,6 +389,19 @@ pub mod counter {
     pub const FAST_SYSCALL: usize = 59;
     /// Iret hypercalls that never left the entry code.
     pub const FAST_IRET: usize = 60;
+    /// Times that the lock of the shadow MMU was held by another vCPU.
+    pub const LOCK_CONTENDED: usize = 64;
+    /// TSC cycles spent spinning for it.
+    pub const LOCK_WAITED: usize = 65;
+    /// Times that the wait was so long that the host was asked to run others.
+    pub const LOCK_YIELDED: usize = 66;
+    /// Times that the lock was taken. Only in a core that was built to measure.
+    pub const LOCK_TAKEN: usize = 67;
+    /// TSC cycles for which it was held. Only in a core that was built to measure.
+    pub const LOCK_HELD: usize = 68;
+    /// Times that a vCPU waited so long while the holder's vCPU did not run, by the
+    /// word of the host. Only in a core that was built to measure, inside KVM.
+    pub const LOCK_PREEMPTED: usize = 69;
 }
 
 /// Page shared by the module and the core of one VM (at [`crate::layout::VM_PAGE`]).

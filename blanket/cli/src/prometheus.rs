@@ -229,6 +229,24 @@ const FAMILIES: &[Family] = &[
         samples: |_, stats| core_one(stats, "shadows-dropped"),
     },
     Family {
+        name: "lock_contended_total",
+        kind: "counter",
+        help: "Times that a vCPU found the lock of the shadow MMU held by another.",
+        samples: |_, stats| core_one(stats, "lock-contended"),
+    },
+    Family {
+        name: "lock_waited_cycles_total",
+        kind: "counter",
+        help: "TSC cycles that vCPUs spun for it.",
+        samples: |_, stats| core_one(stats, "lock-cycles-waited"),
+    },
+    Family {
+        name: "lock_yields_total",
+        kind: "counter",
+        help: "Times that a vCPU waited for it so long that the host was asked to run others.",
+        samples: |_, stats| core_one(stats, "lock-yields"),
+    },
+    Family {
         name: "kvm_total",
         kind: "counter",
         help: "KVM's own counters, by its names.",

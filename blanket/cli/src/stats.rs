@@ -100,6 +100,12 @@ fn counter_name(index: usize) -> Option<&'static str> {
         counter::TRAP => "traps-to-guest",
         counter::FAST_SYSCALL => "fast-syscalls",
         counter::FAST_IRET => "fast-irets",
+        counter::LOCK_CONTENDED => "lock-contended",
+        counter::LOCK_WAITED => "lock-cycles-waited",
+        counter::LOCK_YIELDED => "lock-yields",
+        counter::LOCK_TAKEN => "lock-taken",
+        counter::LOCK_HELD => "lock-cycles-held",
+        counter::LOCK_PREEMPTED => "lock-holder-preempted",
         _ => return None,
     })
 }

@@ -2,14 +2,14 @@
 
 use crate::arrive::Rounds;
 use crate::machine::Machine;
-use crate::mmu::{Access, Fault, Mmu, Need};
+use crate::mmu::{Access, Fault, Need};
 use crate::vcpu::{Fast, NEVER, Place, State, TrapFrame, Vcpu, rflags};
 use crate::vm::Vm;
 use blanket_abi::device::{counter, crash, exit, pending};
 use blanket_abi::layout::{WINDOW, sel};
 use blanket_abi::trace::kind;
 use blanket_abi::xen::errno;
-use blanket_abi::xen::shared::{self, vcpu_info};
+use blanket_abi::xen::shared::{self, runstate, vcpu_info};
 use blanket_abi::{Gfn, Va};
 use core::fmt::Write as _;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
@@ -92,23 +92,6 @@ pub enum Shape {
     Selectors([u64; 4]),
 }
 
-impl<'a, M: Machine> Context<'a, M> {
-    /// Takes the MMU lock. Its holder may be off its CPU (inside KVM, where the host
-    /// schedules CPL 0 as it likes), so a long spin asks the host to run others.
-    pub(crate) fn lock_mmu(&mut self) -> spin::MutexGuard<'a, Mmu> {
-        let vm = self.vm;
-        loop {
-            for _ in 0..SPINS {
-                if let Some(mmu) = vm.mmu.try_lock() {
-                    return mmu;
-                }
-                core::hint::spin_loop();
-            }
-            self.exit(exit::YIELD, [0; 4]);
-        }
-    }
-}
-
 impl<M: Machine> Context<'_, M> {
     /// Whether the guest is in kernel mode.
     #[inline]
@@ -154,9 +137,19 @@ impl<M: Machine> Context<'_, M> {
         }
         self.v.check_timers = true;
         self.publish_fast_counters();
+        // What the host may run others after: the guest's own locks do not spin for a
+        // vCPU that is not running, and its clock of stolen time counts.
+        let stolen = self.v.runstate == runstate::RUNNING
+            && matches!(reason, exit::INTR | exit::YIELD | exit::BREATH);
+        if stolen {
+            self.set_runstate(runstate::RUNNABLE);
+        }
         self.vm.epochs.leave(self.v.id);
         let ret = self.m.exit(reason, args);
         self.arrive();
+        if stolen {
+            self.set_runstate(runstate::RUNNING);
+        }
         self.load_root();
         ret
     }
@@ -195,44 +188,6 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
-    /// Runs an MMU operation under the lock, mending what it needs, until it is done.
-    pub fn mmu<T>(
-        &mut self,
-        mut op: impl FnMut(&mut Mmu, &M, &crate::mmu::Epochs) -> Result<T, Need>,
-    ) -> T {
-        let mut pool_tries = 0;
-        loop {
-            let need = {
-                let mut mmu = self.lock_mmu();
-                mmu.begin();
-                match op(&mut mmu, self.m, &self.vm.epochs) {
-                    Ok(done) => return done,
-                    Err(need) => need,
-                }
-            };
-            pool_tries += u32::from(need == Need::Pool);
-            self.mend(need, pool_tries);
-        }
-    }
-
-    /// As [`Self::mmu`], for an operation on a frame that the guest names.
-    ///
-    /// # Errors
-    /// EINVAL for a frame that the VM does not have, or that the guest has given up.
-    pub fn with_frame<T>(
-        &mut self,
-        gfn: Gfn,
-        mut op: impl FnMut(&mut Mmu, &M, &crate::mmu::Epochs) -> Result<T, Need>,
-    ) -> Result<T, i64> {
-        self.mmu(|mmu, m, ep| {
-            if mmu.has(gfn) {
-                op(mmu, m, ep).map(Ok)
-            } else {
-                Ok(Err(errno::EINVAL))
-            }
-        })
-    }
-
     /// Counts `steps` of a hypercall that the guest can make as long as it likes,
     /// and lets interrupts in between.
     #[inline]
@@ -245,7 +200,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     #[cold]
-    fn mend(&mut self, need: Need, pool_tries: u32) {
+    pub(crate) fn mend(&mut self, need: Need, pool_tries: u32) {
         match need {
             Need::Frame(gfn) => {
                 let ret = self.exit(exit::FRAME, [gfn.0, 0, 0, 0]);
@@ -329,7 +284,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Flushes this vCPU's TLB if another one waits for it.
-    fn answer_flush(&mut self) {
+    pub(crate) fn answer_flush(&mut self) {
         let pending = &self.m.switch().pending;
         if pending.load(Relaxed) & pending::FLUSH != 0 {
             pending.fetch_and(!pending::FLUSH, SeqCst);

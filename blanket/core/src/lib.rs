@@ -14,6 +14,7 @@
 //! | [`evtchn`], [`grant`] | event channels, grant table |
 //! | [`time`] | pvclock, timers, run-state |
 //! | [`context`] | a vCPU at work: frames, copies, kicks, the way back to the guest |
+//! | `lock` | the lock of the shadow MMU, and what it costs |
 //! | `copy` | copies for a core on a root of its own |
 //! | [`trace`] | records of entries and exits, while they are wanted |
 //! | [`insn`], [`cpuid`] | decoders and the CPUID policy |
@@ -34,6 +35,7 @@ pub mod grant;
 pub mod hypercall;
 mod inject;
 pub mod insn;
+mod lock;
 pub mod machine;
 pub mod mmu;
 pub mod pte;

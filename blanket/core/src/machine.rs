@@ -142,6 +142,9 @@ pub trait Host {
     fn switch(&self) -> &Switch;
     /// Another vCPU's pending flags.
     fn pending_of(&self, vcpu: u32) -> &AtomicU32;
+    /// Whether the host says that another vCPU, which is in the core world, does not
+    /// run. Never below the module: the core world has interrupts off.
+    fn preempted(&self, vcpu: u32) -> bool;
     /// The page that module and core share.
     fn vm_page(&self) -> &VmPage;
     /// Gives a text to the next CONSOLE or CRASH exit; cut to what fits.

@@ -23,6 +23,9 @@ pub struct Vm {
     pub mmu: Mutex<Mmu>,
     /// Frames that the guest has given up, as [`Mmu::out`]: to be read without the lock.
     pub out: AtomicU64,
+    /// The vCPU that took `mmu` last.
+    #[cfg(feature = "lock-stats")]
+    pub mmu_holder: core::sync::atomic::AtomicU32,
     /// Who has reloaded CR3 since when.
     pub epochs: Epochs,
     /// Event channels.
@@ -74,6 +77,8 @@ impl Vm {
             nr_vcpus,
             mmu: Mutex::new(mmu),
             out: AtomicU64::new(0),
+            #[cfg(feature = "lock-stats")]
+            mmu_holder: core::sync::atomic::AtomicU32::new(0),
             epochs: Epochs::new(),
             ports,
             ports_lock: Mutex::new(()),

@@ -407,6 +407,40 @@ fn the_update_mark_is_set_only_while_it_changes() {
 }
 
 #[test]
+fn who_is_taken_off_its_cpu_says_so_and_counts_it_as_stolen() {
+    let (mut w, _) = world();
+    let area = Guest::direct(100);
+    assert_eq!(op0(&mut w, vcpu::REGISTER_RUNSTATE_MEMORY_AREA, &[area]), 0);
+    w.m.set_hook(|m, e| {
+        let may_wait = matches!(e.reason, exit::INTR | exit::YIELD | exit::BREATH);
+        let want = if may_wait {
+            runstate::RUNNABLE
+        } else {
+            runstate::RUNNING
+        };
+        assert_eq!(m.words(100)[0].load(SeqCst), u64::from(want), "{e:?}");
+        m.tsc.set(m.tsc.get() + 5_000);
+        None
+    });
+    let before = w.cpu0(|c| c.runstate_words());
+    for (reason, stolen) in [
+        (exit::INTR, 5_000),
+        (exit::YIELD, 10_000),
+        (exit::BREATH, 15_000),
+        (exit::DEADLINE, 15_000),
+    ] {
+        w.cpu0(|c| c.exit(reason, [0; 4]));
+        assert_eq!(word(&w, 100, 0), u64::from(runstate::RUNNING));
+        let runnable = word(&w, 100, 8 * (2 + u64::from(runstate::RUNNABLE)));
+        assert_eq!(
+            runnable - before[2 + runstate::RUNNABLE as usize],
+            stolen,
+            "after exit {reason}"
+        );
+    }
+}
+
+#[test]
 fn areas_that_cannot_be_are_refused() {
     let (mut w, _) = world();
     for bad in [

@@ -123,6 +123,9 @@ impl Host for Hal {
     fn pending_of(&self, vcpu: u32) -> &AtomicU32 {
         &self.switch_of(vcpu).pending
     }
+    fn preempted(&self, vcpu: u32) -> bool {
+        self.inside_kvm() && kvm::preempted(self, vcpu)
+    }
     #[inline]
     fn vm_page(&self) -> &VmPage {
         // SAFETY: mapped for the VM's life; what changes is atomic.

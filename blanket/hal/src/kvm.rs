@@ -158,6 +158,11 @@ fn flush(hal: &Hal, mask: u64) -> i64 {
     done
 }
 
+/// Whether KVM has taken vCPU `id` off its CPU.
+pub fn preempted(hal: &Hal, id: u32) -> bool {
+    hal.pv_of(id).preempted.load(Ordering::Relaxed) & PREEMPTED != 0
+}
+
 /// Has KVM flush the TLB of a vCPU that does not run (`kvm_flush_tlb_multi` of
 /// Linux, `arch/x86/kernel/kvm.c`). False if it runs.
 fn flush_preempted(hal: &Hal, id: u32) -> bool {

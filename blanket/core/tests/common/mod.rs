@@ -799,6 +799,9 @@ impl Host for FakeMachine {
     fn pending_of(&self, vcpu: u32) -> &AtomicU32 {
         &self.switches[vcpu as usize].pending
     }
+    fn preempted(&self, _: u32) -> bool {
+        false
+    }
     fn vm_page(&self) -> &VmPage {
         &self.page
     }
