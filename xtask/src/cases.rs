@@ -3,6 +3,7 @@
 
 mod matrix;
 
+use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 
@@ -37,8 +38,8 @@ pub struct Case {
     pub stress_ng: bool,
     /// Seconds until the case is a failure.
     pub timeout: u64,
-    /// Somebody injects NMIs into it ([`crate::nmi`]).
-    pub nmis: bool,
+    /// Somebody injects these into it ([`crate::everywhere`]).
+    pub inject: Option<Event>,
     /// What runs in it.
     pub work: Work,
     /// What must hold for the output, beside exit code 0 and a silent kernel log.
@@ -115,7 +116,7 @@ impl Default for Case {
             isolate: false,
             stress_ng: false,
             timeout: 180,
-            nmis: false,
+            inject: None,
             work: Work::Guest(Guest::default()),
             expect: Vec::new(),
         }
@@ -202,17 +203,11 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
+        everywhere("nmi-everywhere", Event::Nmi, NMIS),
+        machine_checks(),
         Case {
-            name: "nmi-everywhere".into(),
-            nmis: true,
-            // One CPU, which the debugger steps.
-            smp: 1,
-            timeout: 600,
-            work: Work::Instance {
-                script: include_str!("../../tests/lab-scripts/nmi.sh"),
-                guests: vec![Flavour::Cloud],
-            },
-            ..Case::default()
+            long: true,
+            ..isolated(machine_checks())
         },
         Case {
             name: "idle-clock".into(),
@@ -601,6 +596,43 @@ fn core_failure(name: &str) -> Case {
         },
         expect: vec![Expect::Line("CORE-FAILURE-OK")],
         ..Case::default()
+    }
+}
+
+const NMIS: &str = concat!(
+    "EVENT=NMI HANDLER=exc_nmi\n",
+    include_str!("../../tests/lab-scripts/everywhere.sh")
+);
+const MACHINE_CHECKS: &str = concat!(
+    // The CPU has Meltdown.
+    "export BLANKET_ISOLATE=${BLANKET_ISOLATE:-off}\n",
+    "EVENT=MCE HANDLER=exc_machine_check\n",
+    include_str!("../../tests/lab-scripts/everywhere.sh")
+);
+
+/// Events at each instruction of the world switch.
+fn everywhere(name: &str, event: Event, script: &'static str) -> Case {
+    Case {
+        name: name.into(),
+        inject: Some(event),
+        // One CPU, which the debugger steps.
+        smp: 1,
+        timeout: 600,
+        work: Work::Instance {
+            script,
+            guests: vec![Flavour::Cloud],
+        },
+        ..Case::default()
+    }
+}
+
+/// Linux survives these on Intel's models only, and the cloud kernel was built without a
+/// handler for any.
+fn machine_checks() -> Case {
+    Case {
+        cpu: "Skylake-Server,-vmx",
+        host: Flavour::Generic,
+        ..everywhere("mce-everywhere", Event::MachineCheck, MACHINE_CHECKS)
     }
 }
 

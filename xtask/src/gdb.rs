@@ -84,6 +84,13 @@ impl Gdb {
         self.expect(&format!("qRcmd,{hex}"), "OK")
     }
 
+    /// Ends QEMU. An instance that runs is stopped first, by what the stub takes for an
+    /// interrupt.
+    pub fn quit(mut self) -> Result<()> {
+        self.stream.write_all(b"\x03")?;
+        self.monitor("quit")
+    }
+
     /// Lets the instance go.
     pub fn detach(mut self) -> Result<()> {
         self.expect("D", "OK")

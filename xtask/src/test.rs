@@ -14,11 +14,11 @@ use crate::audit_check;
 use crate::bench;
 use crate::build;
 use crate::cases::{self, Adapter, Case, Expect, Guest, Work};
+use crate::everywhere;
 use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels;
 use crate::lab::{Payload, find_command, find_module};
-use crate::nmi;
 use crate::package;
 use crate::project::Project;
 use crate::qemu::{self, End, Machine, Outcome};
@@ -481,23 +481,23 @@ impl<'a> Bench<'a> {
             append: case.append.into(),
             node: 1,
             group: None,
-            extra: if case.nmis {
-                NMI_LINES.map(str::to_owned).to_vec()
+            extra: if case.inject.is_some() {
+                INJECTOR_LINES.map(str::to_owned).to_vec()
             } else {
                 Vec::new()
             },
         };
         let timeout = Duration::from_secs(case.timeout);
-        if !case.nmis {
+        let Some(event) = case.inject else {
             return qemu::run(project, &[machine], &payload.archive, timeout, output);
-        }
+        };
         let dir = qemu::run_dir(project)?;
         let talk = UnixListener::bind(dir.join("script"))?;
-        let addresses = nmi::core_addresses(&build::core_elf(project)?)?;
+        let addresses = everywhere::core_addresses(&build::core_elf(project)?)?;
         std::thread::scope(|scope| {
             let injector = scope.spawn(|| {
                 let (script, _) = talk.accept()?;
-                nmi::everywhere(&dir, script, addresses)
+                everywhere::everywhere(event, case.isolate, &dir, script, addresses)
             });
             let run = qemu::run_in(
                 project,
@@ -511,15 +511,15 @@ impl<'a> Bench<'a> {
             let _ = UnixStream::connect(dir.join("script"));
             match injector.join() {
                 Ok(injected) => injected.and(run),
-                Err(_) => bail!("the injector of NMIs panicked"),
+                Err(_) => bail!("the injector panicked"),
             }
         })
     }
 }
 
-/// QEMU's options for [`nmi::everywhere`]: a debugger's door, and a third serial
+/// QEMU's options for [`everywhere::everywhere`]: a debugger's door, and a third serial
 /// line that calls it, with an interrupt of its own.
-const NMI_LINES: [&str; 6] = [
+const INJECTOR_LINES: [&str; 6] = [
     "-gdb",
     "unix:gdb,server=on,wait=off",
     "-chardev",
