@@ -155,6 +155,21 @@ fn single() -> Vec<Case> {
                 script: "blanket doctor",
                 guests: vec![],
             },
+            expect: vec![Expect::Line(
+                "VMs under the module are not isolated from their core",
+            )],
+            ..Case::default()
+        },
+        Case {
+            name: "doctor-meltdown".into(),
+            cpu: "Haswell-noTSX,-vmx",
+            work: Work::Instance {
+                script: "blanket doctor",
+                guests: vec![],
+            },
+            expect: vec![Expect::Line(
+                "VMs under the module are isolated from their core, since the CPU has Meltdown",
+            )],
             ..Case::default()
         },
         Case {
@@ -182,6 +197,7 @@ fn single() -> Vec<Case> {
             expect: vec![
                 Expect::Line("a test guest ran in it; VMs run inside KVM (NX, SMEP, SMAP)"),
                 Expect::Line("vm1 runs inside this machine's KVM"),
+                Expect::Line("VMs inside KVM are not isolated from their core"),
             ],
             ..Case::default()
         },

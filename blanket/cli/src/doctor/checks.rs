@@ -98,7 +98,13 @@ pub fn all(facts: &Facts, force: bool) -> Vec<Check> {
         }
     }
     checks.extend(module);
-    checks.extend([memory(facts), clock(facts), cpuid(facts), kvm(facts)]);
+    checks.extend([
+        memory(facts),
+        clock(facts),
+        cpuid(facts),
+        isolation(facts),
+        kvm(facts),
+    ]);
     checks
 }
 
@@ -405,11 +411,40 @@ fn cpuid(facts: &Facts) -> Check {
     check("cpuid", State::Ok, text)
 }
 
+/// What `--isolate auto` does on each host that VMs can run on.
+fn isolation(facts: &Facts) -> Check {
+    let module = match facts.device {
+        DeviceFact::Opened { isolates, .. } => Some(("under the module", isolates)),
+        _ => None,
+    };
+    let kvm = match facts.kvm {
+        KvmFact::Works { isolates, .. } => Some(("inside KVM", isolates)),
+        _ => None,
+    };
+    let told: Vec<String> = kvm
+        .into_iter()
+        .chain(module)
+        .map(|(host, isolates)| {
+            if isolates {
+                format!("VMs {host} are isolated from their core, since the CPU has Meltdown")
+            } else {
+                format!("VMs {host} are not isolated from their core: no Meltdown; see --isolate")
+            }
+        })
+        .collect();
+    let text = if told.is_empty() {
+        "told when VMs can run".to_owned()
+    } else {
+        told.join("; ")
+    };
+    check("isolation", State::Ok, text)
+}
+
 fn kvm(facts: &Facts) -> Check {
     const NAME: &str = "kvm";
     match &facts.kvm {
         KvmFact::Missing => check(NAME, State::Ok, "no /dev/kvm; not needed with the module"),
-        KvmFact::Works { protections } => check(
+        KvmFact::Works { protections, .. } => check(
             NAME,
             State::Ok,
             format!("a test guest ran in it; VMs run inside KVM ({protections})"),
@@ -464,6 +499,7 @@ mod tests {
                 max_vcpus: 64,
                 stable_tsc: true,
                 cpuid_profile: false,
+                isolates: false,
                 core: "0".repeat(64),
             },
             available_kib: 1 << 20,
@@ -531,6 +567,38 @@ mod tests {
             },
             "device",
             "dmesg",
+        );
+    }
+
+    #[test]
+    fn isolation_is_told_for_each_host() {
+        let text = |change: fn(&mut Facts)| {
+            let mut facts = good();
+            change(&mut facts);
+            isolation(&facts).text
+        };
+        let inside = |isolates| KvmFact::Works {
+            protections: String::new(),
+            isolates,
+        };
+        assert!(text(|_| {}).starts_with("VMs under the module are not isolated"));
+        let affected = text(|facts| {
+            if let DeviceFact::Opened { isolates, .. } = &mut facts.device {
+                *isolates = true;
+            }
+        });
+        assert!(affected.starts_with("VMs under the module are isolated"));
+        let mut both = good();
+        both.kvm = inside(true);
+        let both = isolation(&both).text;
+        assert!(both.starts_with("VMs inside KVM are isolated"), "{both}");
+        assert!(both.contains("VMs under the module are not"), "{both}");
+        let mut kvm = good();
+        (kvm.device, kvm.kvm) = (DeviceFact::Missing, inside(false));
+        assert!(isolation(&kvm).text.starts_with("VMs inside KVM are not"));
+        assert_eq!(
+            text(|f| f.device = DeviceFact::Missing),
+            "told when VMs can run"
         );
     }
 
@@ -652,6 +720,7 @@ mod tests {
         facts.flags.push("fred".into());
         assert!(failures(&facts).len() > 3);
         facts.kvm = KvmFact::Works {
+            isolates: false,
             protections: "NX".into(),
         };
         assert!(failures(&facts).is_empty(), "{:?}", failures(&facts));
@@ -682,6 +751,7 @@ mod tests {
     fn a_distrusted_tsc_is_a_warning() {
         let mut facts = good();
         facts.device = DeviceFact::Opened {
+            isolates: false,
             max_vcpus: 1,
             stable_tsc: false,
             cpuid_profile: true,

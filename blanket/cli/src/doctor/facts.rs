@@ -74,6 +74,8 @@ pub enum DeviceFact {
         stable_tsc: bool,
         /// Whether programs in VMs see the VM's CPUID.
         cpuid_profile: bool,
+        /// Whether VMs are isolated from the core unless they are told otherwise.
+        isolates: bool,
         /// Build id of the core inside the module.
         core: String,
     },
@@ -102,6 +104,8 @@ pub enum KvmFact {
     Works {
         /// What protects the core from the guest's pages there.
         protections: String,
+        /// Whether VMs are isolated from the core unless they are told otherwise.
+        isolates: bool,
     },
     /// It is there and of no use.
     Unfit {
@@ -164,6 +168,7 @@ fn kvm() -> KvmFact {
     match kvm::probe() {
         Ok(kvm) => KvmFact::Works {
             protections: kvm.protections(),
+            isolates: kvm.info().features & features::ISOLATES != 0,
         },
         Err(kvm::Error::NoDevice) => KvmFact::Missing,
         Err(error) => KvmFact::Unfit {
@@ -181,6 +186,7 @@ fn device() -> DeviceFact {
                 max_vcpus: info.max_vcpus,
                 stable_tsc: info.features & features::STABLE_TSC != 0,
                 cpuid_profile: info.features & features::CPUID_PROFILE != 0,
+                isolates: info.features & features::ISOLATES != 0,
                 core: core_image::digits(&info.build_id),
             }
         }
