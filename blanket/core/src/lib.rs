@@ -37,6 +37,7 @@ pub mod insn;
 pub mod machine;
 pub mod mmu;
 pub mod pte;
+mod reclaim;
 pub mod time;
 pub mod trace;
 pub mod trap;
