@@ -433,11 +433,15 @@ static void core_roots(struct walk *w)
 
 		/* A record may cross a page; the word with these two fields does not. */
 		records = blanket_entry(vm, info + 8);
-		if (!leaf || !records || !(*leaf & *records & ENTRY_P)) {
+		if (!leaf || !records || !(*records & ENTRY_P)) {
 			broken(w, BLANKET_AUDIT_OWN, 1, info, 0);
 			continue;
 		}
 		record = (u8 *)table_at(*records) + ((info + 8) & ~PAGE_MASK);
+		if (!(*leaf & ENTRY_P) && record[BLANKET_POOL_INFO_STATE - 8] != BLANKET_POOL_GONE) {
+			broken(w, BLANKET_AUDIT_OWN, 1, info, 0);
+			continue;
+		}
 		if (record[BLANKET_POOL_INFO_STATE - 8] != BLANKET_POOL_SHADOW)
 			continue;
 		level = record[BLANKET_POOL_INFO_LEVEL - 8];

@@ -33,6 +33,8 @@
 #define BLANKET_EXIT_YIELD		10
 #define BLANKET_EXIT_BREATH		11
 #define BLANKET_EXIT_XCR0		12
+#define BLANKET_EXIT_TRIM		13
+#define BLANKET_EXIT_FILL		14
 #define BLANKET_EXIT_USER		16
 #define BLANKET_EXIT_SEND		16
 #define BLANKET_EXIT_CONSOLE		17
@@ -126,6 +128,7 @@
 #define BLANKET_POOL_INFO_LEVEL	12
 #define BLANKET_POOL_INFO_STATE	13
 #define BLANKET_POOL_SHADOW	1
+#define BLANKET_POOL_GONE	4
 #define BLANKET_POOL_KERNEL_ROOT	4
 #define BLANKET_POOL_USER_ROOT	5
 
@@ -246,6 +249,7 @@ struct blanket_audit {
 #define BLANKET_TRACE		_IO(BLANKET_IOC, 7)
 #define BLANKET_AUDIT		_IOR(BLANKET_IOC, 8, struct blanket_audit)
 #define BLANKET_TARGET		_IO(BLANKET_IOC, 9)
+#define BLANKET_RECLAIM		_IO(BLANKET_IOC, 10)
 
 /* ---- between the module and the core ---- */
 
@@ -285,8 +289,9 @@ struct blanket_vm_page {
 	__u64 revoked[BLANKET_REVOKED_WORDS];
 	__u64 core_cr3;
 	__u32 trace;
-	__u32 pad3;
+	__u32 reclaim;
 	__u64 target;
+	__u64 pool_gone;
 };
 
 #define BLANKET_HOST_MODULE	0

@@ -156,6 +156,8 @@ int blanket_map_new(struct blanket_vm *vm, u64 va, u64 size, u64 flags);
 u64 *blanket_leaf(struct blanket_vm *vm, u64 va, gfp_t extra);
 u64 *blanket_entry(struct blanket_vm *vm, u64 va);
 long blanket_pool_grow(struct blanket_vm *vm, u64 pages);
+void blanket_pool_trim(struct blanket_vcpu *vcpu, u64 count);
+long blanket_pool_fill(struct blanket_vcpu *vcpu, u64 count);
 int blanket_trace_init(struct blanket_vcpu *vcpu);
 
 /* frames.c */

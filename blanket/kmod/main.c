@@ -147,6 +147,7 @@ static long get_stats(struct blanket_vm *vm, void __user *to)
 	}
 	stats->frames = atomic64_read(&vm->frames);
 	stats->pool = READ_ONCE(vm->page->pool_pages);
+	stats->pool -= min_t(u64, stats->pool, READ_ONCE(vm->page->pool_gone));
 	stats->revocations = atomic64_read(&vm->revocations);
 	stats->revoked = READ_ONCE(vm->revoked);
 	stats->guest_ns = mul_u64_u64_div_u64(ticks, NSEC_PER_MSEC, tsc_khz);
@@ -232,6 +233,10 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		if (!arg || arg > vm->nr_frames)
 			return -EINVAL;
 		WRITE_ONCE(vm->page->target, arg);
+		return 0;
+	case BLANKET_RECLAIM:
+		smp_store_release(&vm->page->reclaim, 1);
+		blanket_kick(vm->vcpus[0], BLANKET_PENDING_KICK);
 		return 0;
 	default:
 		return -ENOTTY;

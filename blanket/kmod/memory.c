@@ -2,10 +2,10 @@
 /*
  * The tables of a VM's hole, and its shadow pool.
  *
- * Entries are only ever added while a VM lives, each by one store under
- * vm->lock; vCPUs walk the tables meanwhile. A CPU does not cache the absence
- * of a translation, so nothing has to be flushed. The window's leaf entries are
- * another matter: frames.c.
+ * Entries are added while a VM lives, each by one store under vm->lock; vCPUs walk
+ * the tables meanwhile. A CPU does not cache the absence of a translation, so nothing
+ * has to be flushed. Two kinds of leaf entries also go: the window's (frames.c), and
+ * those of pool pages that the core gives back (blanket_pool_trim).
  */
 #include <linux/io.h>
 #include <linux/mm.h>
@@ -15,6 +15,8 @@
 
 /* Pages that one POOL exit adds at most. */
 #define POOL_BATCH 512
+/* For pages that the core can do without. */
+#define SOFT (__GFP_NORETRY | __GFP_NOWARN)
 /* L3 index of the recursive entry of the window and the pool. */
 #define RECURSIVE 511
 
@@ -33,6 +35,9 @@ struct page *blanket_page(struct blanket_vm *vm, gfp_t extra)
 {
 	struct page *page;
 
+	/* Allocating may sleep: never on the way into the core world or out of it. */
+	if (WARN_ON_ONCE(irqs_disabled()))
+		return NULL;
 	if (!blanket_charge(vm, 1))
 		return NULL;
 	page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO | extra);
@@ -140,7 +145,6 @@ int blanket_map_new(struct blanket_vm *vm, u64 va, u64 size, u64 flags)
  */
 long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
 {
-	const gfp_t soft = __GFP_NORETRY | __GFP_NOWARN;
 	u64 have, added = 0;
 
 	mutex_lock(&vm->lock);
@@ -149,19 +153,19 @@ long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
 	while (added < pages) {
 		u64 nr = have + added;
 		u64 gfns = BLANKET_POOL_GFNS + nr * BLANKET_POOL_GFNS_SIZE;
-		u64 *entry = blanket_leaf(vm, gfns & PAGE_MASK, soft);
+		u64 *entry = blanket_leaf(vm, gfns & PAGE_MASK, SOFT);
 		struct page *page;
 
 		if (!entry)
 			break;
 		if (!(*entry & ENTRY_P)) {
-			page = blanket_page(vm, soft);
+			page = blanket_page(vm, SOFT);
 			if (!page)
 				break;
 			smp_store_release(entry, page_to_phys(page) | MAP_RW);
 		}
-		entry = blanket_leaf(vm, BLANKET_POOL + nr * PAGE_SIZE, soft);
-		page = entry ? blanket_page(vm, soft) : NULL;
+		entry = blanket_leaf(vm, BLANKET_POOL + nr * PAGE_SIZE, SOFT);
+		page = entry ? blanket_page(vm, SOFT) : NULL;
 		if (!page)
 			break;
 		set_page_private(page, CLASS_POOL);
@@ -172,6 +176,77 @@ long blanket_pool_grow(struct blanket_vm *vm, u64 pages)
 	smp_store_release(&vm->page->pool_pages, have + added);
 	mutex_unlock(&vm->lock);
 	return added ? added : -ENOMEM;
+}
+
+/* The leaf entry of a pool page of the core's list, or NULL. Under vm->lock. */
+static u64 *listed(struct blanket_vcpu *vcpu, u64 i)
+{
+	u32 nr = READ_ONCE(((const u32 *)vcpu->sw->data)[i]);
+
+	/* Page 0 is none; the others are there up to the count. */
+	if (!nr || nr >= vcpu->vm->page->pool_pages)
+		return NULL;
+	return blanket_entry(vcpu->vm, BLANKET_POOL + nr * PAGE_SIZE);
+}
+
+/*
+ * Takes pages of the pool that nothing refers to. A CPU in the core world may still
+ * have a translation of one, through which nobody reads or writes; it must be gone
+ * before the memory is somebody else's, and before another page is in its place.
+ */
+void blanket_pool_trim(struct blanket_vcpu *vcpu, u64 count)
+{
+	struct blanket_vm *vm = vcpu->vm;
+	struct page *page, *next;
+	LIST_HEAD(taken);
+	u64 i;
+
+	count = min_t(u64, count, BLANKET_RUN_DATA / sizeof(u32));
+	mutex_lock(&vm->lock);
+	for (i = 0; i < count; i++) {
+		u64 *entry = listed(vcpu, i);
+
+		if (!entry || !(*entry & ENTRY_P))
+			continue;
+		page = virt_to_page(table_of(*entry));
+		WRITE_ONCE(*entry, 0);
+		list_move(&page->lru, &taken);
+	}
+	mutex_unlock(&vm->lock);
+	blanket_wait_out(vm, ~0ULL, vcpu);
+	list_for_each_entry_safe(page, next, &taken, lru) {
+		list_del(&page->lru);
+		set_page_private(page, CLASS_DATA);
+		__free_page(page);
+		blanket_uncharge(vm, 1);
+	}
+}
+
+/* Gives pages for those that were taken. Returns how many, the first of the list. */
+long blanket_pool_fill(struct blanket_vcpu *vcpu, u64 count)
+{
+	struct blanket_vm *vm = vcpu->vm;
+	long done = 0;
+
+	count = min_t(u64, count, BLANKET_RUN_DATA / sizeof(u32));
+	mutex_lock(&vm->lock);
+	while (done < count) {
+		u64 *entry = listed(vcpu, done);
+
+		if (!entry)
+			break;
+		if (!(*entry & ENTRY_P)) {
+			struct page *page = blanket_page(vm, SOFT);
+
+			if (!page)
+				break;
+			set_page_private(page, CLASS_POOL);
+			smp_store_release(entry, page_to_phys(page) | MAP_RW);
+		}
+		done++;
+	}
+	mutex_unlock(&vm->lock);
+	return done;
 }
 
 /* The leaf entry for an address whose tables exist, or NULL. */

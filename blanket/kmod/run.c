@@ -516,6 +516,12 @@ static bool handle(struct blanket_vcpu *vcpu, u32 reason)
 	case BLANKET_EXIT_POOL:
 		sw->ret = blanket_pool_grow(vcpu->vm, arg);
 		return false;
+	case BLANKET_EXIT_TRIM:
+		blanket_pool_trim(vcpu, arg);
+		return false;
+	case BLANKET_EXIT_FILL:
+		sw->ret = blanket_pool_fill(vcpu, arg);
+		return false;
 	case BLANKET_EXIT_YIELD:
 		yield();
 		return false;

@@ -287,6 +287,11 @@ fn single() -> Vec<Case> {
         },
         hard_times("balloon", 600, BALLOON),
         kvm(hard_times("kvm-balloon", 1800, BALLOON)),
+        hard_times("shadow-reclaim", 600, SHADOW_RECLAIM),
+        Case {
+            long: true,
+            ..kvm(hard_times("kvm-shadow-reclaim", 1200, SHADOW_RECLAIM))
+        },
         hard_times("memory-short", 420, MEMORY_SHORT),
         Case {
             long: true,
@@ -514,6 +519,7 @@ const HOSTILE_MOVES: &str = with_common!(
     "hostile.sh"
 );
 
+const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
 const BALLOON: &str = with_common!("balloon.sh");
 
 const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");

@@ -49,6 +49,8 @@ pub const TRACE: u32 = IOC | 7;
 /// On a VM: argument is how many frames of RAM the guest may have at most; it gets no
 /// more back of what it has given up. It keeps what it has.
 pub const TARGET: u32 = IOC | 9;
+/// On a VM: its core gives shadow pages that nothing uses back to the host, soon.
+pub const RECLAIM: u32 = IOC | 10;
 
 /// Answer to [`GET_INFO`].
 #[repr(C)]
@@ -216,6 +218,12 @@ pub mod exit {
     pub const BREATH: u32 = 11;
     /// Set XCR0 to arg 0. Only inside KVM: under the module the core does it itself.
     pub const XCR0: u32 = 12;
+    /// `data` has arg 0 page numbers of 32 bits of the shadow pool: zeroed pages whose
+    /// memory the host takes. It must not use it before every vCPU has been outside.
+    pub const TRIM: u32 = 13;
+    /// `data` has arg 0 page numbers of 32 bits, whose memory the host has taken: give
+    /// zeroed pages. Returns how many it has given, the first of the list.
+    pub const FILL: u32 = 14;
 
     /// First reason that the VMM sees.
     pub const USER: u32 = 16;
@@ -248,6 +256,8 @@ pub mod exit {
             YIELD => "yield",
             BREATH => "breath",
             XCR0 => "xcr0",
+            TRIM => "trim",
+            FILL => "fill",
             SEND => "send",
             CONSOLE => "console",
             SHUTDOWN => "shutdown",
@@ -478,10 +488,13 @@ pub struct VmPage {
     /// Nonzero: the core records what it does ([`crate::trace`]). It looks when a bit
     /// of [`Switch::pending`] makes it look at anything.
     pub trace: AtomicU32,
-    /// Padding.
-    pub pad3: u32,
+    /// Nonzero: the host wants shadow pages back. The core looks as at `trace`, and
+    /// writes 0.
+    pub reclaim: AtomicU32,
     /// Frames of RAM that the guest may have at most; 0 = all of [`Boot::ram_frames`].
     pub target: AtomicU64,
+    /// Pages below `pool_pages` whose memory the host has, by the core.
+    pub pool_gone: AtomicU64,
 }
 
 /// Values of [`VmPage::host`].

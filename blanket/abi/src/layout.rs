@@ -53,6 +53,8 @@ pub const POOL_INFO_LEVEL: u64 = 12;
 pub const POOL_INFO_STATE: u64 = 13;
 /// State of a pool page that is a shadow table.
 pub const POOL_SHADOW: u64 = 1;
+/// State of a pool page whose memory the host has: it is not mapped under the module.
+pub const POOL_GONE: u64 = 4;
 /// Level of a shadow of a kernel root.
 pub const POOL_KERNEL_ROOT: u64 = 4;
 /// Level of a shadow of a user root.

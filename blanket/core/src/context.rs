@@ -216,7 +216,7 @@ impl<M: Machine> Context<'_, M> {
             }
             Need::Flush(mask) => self.flush_vcpus(mask),
             Need::Pool => {
-                if self.exit(exit::POOL, [POOL_STEP, 0, 0, 0]) > 0 {
+                if self.refill() || self.exit(exit::POOL, [POOL_STEP, 0, 0, 0]) > 0 {
                     return;
                 }
                 // At the limit: first what is free but not yet safe, then all. Other
@@ -713,6 +713,7 @@ impl<M: Machine> Context<'_, M> {
     pub fn take_pending(&mut self) {
         let bits = self.m.switch().pending.swap(0, SeqCst);
         self.follow_trace();
+        self.follow_reclaim();
         if bits & pending::FLUSH != 0 {
             self.load_root();
         }

@@ -39,6 +39,7 @@ mod lock;
 pub mod machine;
 pub mod mmu;
 pub mod pte;
+mod reclaim;
 pub mod time;
 pub mod trace;
 pub mod trap;

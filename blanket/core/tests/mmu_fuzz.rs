@@ -102,6 +102,10 @@ enum Op {
         gfn: u64,
     },
     DropAll,
+    /// The host wants shadow pages.
+    Reclaim {
+        cpu: u32,
+    },
     /// Frames given up, or asked for again.
     Balloon {
         cpu: u32,
@@ -186,6 +190,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => cpu().prop_map(|cpu| Op::Leave { cpu }),
         2 => gfn().prop_map(|gfn| Op::Revoke { gfn }),
         1 => Just(Op::DropAll),
+        1 => cpu().prop_map(|cpu| Op::Reclaim { cpu }),
         1 => (cpu(), prop::collection::vec(gfn(), 1..3))
             .prop_map(|(cpu, gfns)| Op::Balloon { cpu, gfns, back: false }),
         1 => (cpu(), gfn()).prop_map(|(cpu, first)| Op::Balloon {
@@ -335,6 +340,7 @@ fn step(w: &mut World, op: &Op) {
             }
         }
         Op::DropAll => w.vm.mmu.lock().drop_all(&w.m, &w.vm.epochs),
+        Op::Reclaim { cpu } => w.reclaim(cpu),
         Op::Balloon {
             cpu,
             ref gfns,

@@ -57,6 +57,7 @@ pub fn in_place(reason: u32) -> bool {
             | exit::DEADLINE
             | exit::POOL
             | exit::BREATH
+            | exit::FILL
     )
 }
 
@@ -76,6 +77,8 @@ pub fn exit(hal: &Hal, reason: u32, args: [u64; 4]) -> i64 {
         exit::DEADLINE => set_deadline(hal),
         exit::FLUSH => return flush(hal, args[0]),
         exit::POOL => return grow_pool(hal, args[0]),
+        // The host gives a zeroed page to whoever touches it.
+        exit::FILL => return args[0].cast_signed(),
         // The VMM gave all there is at the start. An NMI or a machine check that
         // arrives here is the host's to see, not ours. The host schedules the
         // core as it likes, so nobody waits for a breath.

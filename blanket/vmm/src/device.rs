@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use blanket_abi::device::{
     API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
-    GET_STATS, Info, RAISE, RUN, RUN_DATA, Run, TARGET, TRACE, VmStats, create, exit,
+    GET_STATS, Info, RAISE, RECLAIM, RUN, RUN_DATA, Run, TARGET, TRACE, VmStats, create, exit,
 };
 use blanket_abi::layout::vcpu::TRACE_SIZE;
 use blanket_abi::trace::Ring;
@@ -307,6 +307,14 @@ impl Machine for DeviceVm {
         // SAFETY: TARGET takes a number.
         if unsafe { ioctl_with_val(&self.fd, TARGET.into(), frames) } < 0 {
             return Err(refused("set the VM's memory target"));
+        }
+        Ok(())
+    }
+
+    fn reclaim(&self) -> Result<(), Error> {
+        // SAFETY: RECLAIM takes no argument.
+        if unsafe { ioctl(&self.fd, RECLAIM.into()) } < 0 {
+            return Err(refused("ask the core for shadow memory"));
         }
         Ok(())
     }

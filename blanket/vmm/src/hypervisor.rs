@@ -72,6 +72,12 @@ pub trait Machine: Send + Sync {
     /// What the host refused.
     fn target(&self, frames: u64) -> Result<(), Error>;
 
+    /// Asks the core for the shadow pages that nothing uses; they go to the host soon.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn reclaim(&self) -> Result<(), Error>;
+
     /// Walks all page tables that a CPU may use for the VM. No vCPU may be in
     /// [`Vcpu::run`], and each must be [`Vcpu::at_rest`].
     ///

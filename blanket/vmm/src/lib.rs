@@ -14,6 +14,7 @@ pub mod hypervisor;
 pub mod instance;
 pub mod kernel;
 pub mod kvm;
+mod pressure;
 pub mod ring;
 mod shared_page;
 mod sync;

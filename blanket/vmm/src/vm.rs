@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -14,11 +15,15 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::balloon::Balloon;
 use crate::device;
 use crate::hypervisor::{Crash, Exit, Kick, Machine, Vcpu};
+use crate::pressure::{self, Pressure};
 use crate::sync::lock;
 use crate::watch::{self, Watched};
 
 /// How long the vCPU that knows why a VM died may take to say so.
 const REPORT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// For a thread that does nearly nothing.
+const SMALL_STACK: usize = 64 << 10;
 
 /// How often vCPUs are looked at.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
@@ -73,6 +78,9 @@ pub enum Failure {
     /// The thread that watches the vCPUs could not be started.
     #[error("cannot start the thread that watches the vCPUs: {0}")]
     Watch(io::Error),
+    /// The thread that looks out for a host that is short of memory could not be started.
+    #[error("cannot start the thread that looks at the host's memory: {0}")]
+    Pressure(io::Error),
     /// The module ended the VM and no vCPU said why.
     #[error("the module `blanket` ended the VM without a reason; `dmesg` may tell")]
     Dead,
@@ -125,6 +133,7 @@ const BETWEEN_PAUSES: Duration = Duration::from_millis(2);
 pub struct Vm {
     shared: Arc<Shared>,
     watch: Option<JoinHandle<()>>,
+    pressure: Option<JoinHandle<()>>,
 }
 
 /// Refers to a VM from other threads; does not keep it alive.
@@ -160,6 +169,7 @@ impl Vm {
         let mut vm = Self {
             shared: Arc::clone(&shared),
             watch: None,
+            pressure: None,
         };
         let watched: Vec<(usize, Watched)> = vcpus
             .iter()
@@ -177,6 +187,14 @@ impl Vm {
                 Err(source) => return Err(Failure::Thread { vcpu: id, source }),
             }
         }
+        let pressed = Arc::clone(&shared);
+        vm.pressure = Some(
+            std::thread::Builder::new()
+                .name("pressure".into())
+                .stack_size(SMALL_STACK)
+                .spawn(move || give_way(&pressed))
+                .map_err(Failure::Pressure)?,
+        );
         if !watched.is_empty() {
             let shared = Arc::clone(&shared);
             vm.watch = Some(
@@ -227,6 +245,9 @@ impl Vm {
         }
         if self.watch.take().is_some_and(|watch| watch.join().is_err()) {
             tracing::error!("the watch over the vCPUs panicked");
+        }
+        if self.pressure.take().is_some_and(|it| it.join().is_err()) {
+            tracing::error!("the look-out for pressure panicked");
         }
     }
 }
@@ -437,6 +458,18 @@ fn run(shared: &Shared, id: u32, mut vcpu: Box<dyn Vcpu>) {
         if let Some(end) = end {
             tracing::debug!(vcpu = id, ?end, "the VM ends");
             shared.end(end);
+        }
+    }
+}
+
+/// The life of the thread that asks the core for shadow memory when the host is short.
+fn give_way(shared: &Shared) {
+    let mut pressure = Pressure::new(Path::new("/"));
+    while !shared.wait_ended(pressure::EVERY) {
+        if pressure.rose()
+            && let Err(error) = shared.machine.reclaim()
+        {
+            tracing::warn!(%error, "the host is short of memory, and the core is not told");
         }
     }
 }

@@ -4,7 +4,7 @@
 //! The audit visits every pool page and follows every reverse-map chain: its cost
 //! is that of the whole shadow pool, so it is no part of any path of a guest.
 
-use super::{FREE, GROUP, GfnInfo, Mmu, NODES, SHADOW, USER_ROOT, WRAPPER, shadow::mark_bit};
+use super::{FREE, GONE, GROUP, GfnInfo, Mmu, NODES, SHADOW, USER_ROOT, WRAPPER, shadow::mark_bit};
 use crate::machine::{Host, Memory};
 use crate::pte;
 use blanket_abi::Gfn;
@@ -20,6 +20,8 @@ pub struct AuditReport {
     pub shadows: u32,
     /// Free pages that were in use before.
     pub free: u32,
+    /// Pages whose memory the host has.
+    pub gone: u32,
     /// Second pages of 5-level roots.
     pub wrappers: u32,
     /// Pages of reverse-map nodes.
@@ -124,6 +126,7 @@ impl Mmu {
                     r.free += 1;
                     zero(m, page, 0..512)?;
                 }
+                GONE => r.gone += 1,
                 WRAPPER => r.wrappers += 1,
                 NODES => r.nodes += 1,
                 SHADOW => {
@@ -139,6 +142,7 @@ impl Mmu {
             }
         }
         self.audit_free_list(r.free)?;
+        self.audit_gone(r.gone)?;
         self.audit_out()?;
         if r.wrappers != roots_of_5 {
             return Err(Broken::Wrapper { page: 0 });
@@ -296,8 +300,36 @@ impl Mmu {
         }
     }
 
+    fn audit_gone(&self, gone: u32) -> Result<(), Broken> {
+        let (mut at, mut listed) = (self.gone_head, 0);
+        while at != 0 && listed <= gone {
+            match self.pool.get(at as usize) {
+                Some(p) if p.state == GONE && at < self.fresh => {
+                    listed += 1;
+                    at = p.next;
+                }
+                _ => return Err(Broken::State { page: at }),
+            }
+        }
+        if listed == gone && gone == self.gone {
+            Ok(())
+        } else {
+            Err(Broken::FreeList { listed, free: gone })
+        }
+    }
+
     fn audit_free_list(&self, free: u32) -> Result<(), Broken> {
-        let (mut at, mut last, mut listed) = (self.free_head, 0, 0);
+        let (mut at, mut last, mut listed) = (self.ready_head, 0, 0);
+        while at != 0 && listed <= free {
+            match self.pool.get(at as usize) {
+                Some(p) if p.state == FREE && at < self.fresh => {
+                    listed += 1;
+                    at = p.next;
+                }
+                _ => return Err(Broken::State { page: at }),
+            }
+        }
+        at = self.free_head;
         while at != 0 && listed <= free {
             match self.pool.get(at as usize) {
                 Some(p) if p.state == FREE && at < self.fresh => {
@@ -308,7 +340,7 @@ impl Mmu {
                 _ => return Err(Broken::State { page: at }),
             }
         }
-        if listed == free && last == self.free_tail {
+        if listed == free && last == self.free_tail && free == self.free {
             Ok(())
         } else {
             Err(Broken::FreeList { listed, free })

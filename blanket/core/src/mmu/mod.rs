@@ -26,6 +26,7 @@
 mod audit;
 mod balloon;
 mod fault;
+mod reclaim;
 mod revoke;
 mod rmap;
 mod shadow;
@@ -33,12 +34,13 @@ mod table;
 
 pub use audit::{AuditReport, Broken};
 pub use fault::{Access, Fault};
+pub use reclaim::PageList;
 
 use crate::idx;
 use crate::machine::{Host, Memory};
 use blanket_abi::layout::{
-    GFN_INFO_SIZE, POOL_INFO_LEVEL, POOL_INFO_SIZE, POOL_INFO_STATE, POOL_KERNEL_ROOT, POOL_SHADOW,
-    POOL_USER_ROOT,
+    GFN_INFO_SIZE, POOL_GONE, POOL_INFO_LEVEL, POOL_INFO_SIZE, POOL_INFO_STATE, POOL_KERNEL_ROOT,
+    POOL_SHADOW, POOL_USER_ROOT,
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -90,6 +92,7 @@ const _: () = assert!(
         && POOL_KERNEL_ROOT == 4
         && POOL_USER_ROOT == USER_ROOT as u64
         && POOL_SHADOW == SHADOW as u64
+        && POOL_GONE == GONE as u64
 );
 
 /// Level of a shadow of a user root: an L4 without the M2P slot.
@@ -101,6 +104,8 @@ const SHADOW: u8 = 1;
 const WRAPPER: u8 = 2;
 /// A page of reverse-map nodes.
 const NODES: u8 = 3;
+/// Not in use, and the host has its memory.
+const GONE: u8 = 4;
 
 /// Why an operation could not finish. The caller drops the lock, mends it, and
 /// runs the operation again; all operations may be repeated.
@@ -279,6 +284,13 @@ pub struct Mmu {
     fresh: u32,
     free_head: u32,
     free_tail: u32,
+    /// Free pages that wait for nobody.
+    ready_head: u32,
+    /// Free pages, of both lists.
+    free: u32,
+    /// Pages whose memory the host has.
+    gone_head: u32,
+    gone: u32,
     node_free: u32,
     budget: u32,
     /// Frames that the guest has given up.
@@ -311,6 +323,10 @@ impl Mmu {
             fresh: 1,
             free_head: 0,
             free_tail: 0,
+            ready_head: 0,
+            free: 0,
+            gone_head: 0,
+            gone: 0,
             node_free: 0,
             budget: BUDGET,
             out: 0,
@@ -340,13 +356,8 @@ impl Mmu {
     }
 
     fn alloc<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, state: u8) -> Result<u32, Need> {
-        let head = self.free_head;
-        let page = if head != 0 && ep.all_past(self.pool[head as usize].refs, self.nr_vcpus) {
-            self.free_head = self.pool[head as usize].next;
-            if self.free_head == 0 {
-                self.free_tail = 0;
-            }
-            head
+        let page = if let Some(page) = self.pop_free(ep) {
+            page
         } else {
             let have = m
                 .vm_page()
@@ -379,6 +390,7 @@ impl Mmu {
             self.pool[self.free_tail as usize].next = page;
         }
         self.free_tail = page;
+        self.free += 1;
     }
 
     /// Whether freed pages wait for vCPUs to reload CR3.

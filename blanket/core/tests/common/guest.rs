@@ -203,6 +203,12 @@ impl World {
         .unwrap_or_else(|e| e)
     }
 
+    /// The host asks for shadow pages.
+    pub fn reclaim(&mut self, id: u32) {
+        self.m.page.reclaim.store(1, SeqCst);
+        self.on(id, |c| c.take_pending());
+    }
+
     /// Gives frames up, or asks for them: how many it was.
     pub fn balloon(&mut self, id: u32, cmd: u64, gfns: &[u64]) -> i64 {
         let list = self.m.arg_words(0x2_0000, gfns);

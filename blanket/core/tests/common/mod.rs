@@ -129,6 +129,8 @@ pub struct FakeMachine {
     pub tsc: Cell<u64>,
     /// Not 0: state of a generator of the frames that the host takes back at exits.
     pub thief: Cell<u64>,
+    /// Pool pages that the host has taken.
+    pub pool_taken: RefCell<BTreeSet<u32>>,
     /// Frames that the host will not give.
     pub refused: RefCell<BTreeSet<u64>>,
     pub log: RefCell<Vec<Exit>>,
@@ -281,8 +283,9 @@ impl FakeMachine {
             revocations: AtomicU64::new(0),
             revoked: [const { AtomicU64::new(0) }; 64],
             trace: AtomicU32::new(0),
-            pad3: 0,
+            reclaim: AtomicU32::new(0),
             target: AtomicU64::new(0),
+            pool_gone: AtomicU64::new(0),
         });
         Self {
             frames,
@@ -299,6 +302,7 @@ impl FakeMachine {
             current: Cell::new(0),
             tsc: Cell::new(1_000),
             thief: Cell::new(0),
+            pool_taken: RefCell::default(),
             refused: RefCell::default(),
             log: RefCell::default(),
             texts: RefCell::default(),
@@ -584,12 +588,20 @@ impl Memory for FakeMachine {
             u64::from(page) < self.page.pool_pages.load(SeqCst),
             "pool page {page}"
         );
+        assert!(
+            !self.pool_taken.borrow().contains(&page),
+            "the host has pool page {page}"
+        );
         &self.pool[page as usize]
     }
     fn pool_pte(&self, page: u32) -> u64 {
         assert!(
             u64::from(page) < self.page.pool_pages.load(SeqCst),
             "pool page {page}"
+        );
+        assert!(
+            !self.pool_taken.borrow().contains(&page),
+            "the host has pool page {page}"
         );
         (POOL_HFN + u64::from(page)) << 12
     }
@@ -832,6 +844,8 @@ impl FakeMachine {
                 0
             }
             exit::BALLOON => self.take_given_up(out),
+            exit::TRIM => self.take_pool(out),
+            exit::FILL => self.fill_pool(out),
             exit::POOL => {
                 let now = self.page.pool_pages.load(SeqCst);
                 let more = out.args[0].min(self.page.pool_limit - now);

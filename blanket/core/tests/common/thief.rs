@@ -75,4 +75,42 @@ impl FakeMachine {
         }
         0
     }
+
+    fn listed(&self, out: Exit) -> Vec<u32> {
+        let text = self.texts.borrow().last().cloned().unwrap_or_default();
+        assert_eq!(out.args[0] * 4, out.args[3], "{out:?}");
+        let pages = text.as_chunks().0.iter();
+        pages
+            .take(out.args[0] as usize)
+            .map(|page| u32::from_le_bytes(*page))
+            .collect()
+    }
+
+    /// Takes pool pages: zeroed ones, that no CPU walks.
+    pub(super) fn take_pool(&self, out: Exit) -> i64 {
+        let vm = self.vm.get().expect("a VM");
+        for page in self.listed(out) {
+            let words = &self.pool[page as usize];
+            assert!(words.iter().all(|w| w.load(SeqCst) == 0), "page {page}");
+            for (id, cpu) in (0..).zip(&self.cpus) {
+                let walked = cpu.cached.borrow().contains_key(&page);
+                assert!(
+                    !walked || !vm.epochs.inside(id),
+                    "CPU {id} may walk page {page}, which goes"
+                );
+            }
+            assert!(self.pool_taken.borrow_mut().insert(page), "{page} twice");
+        }
+        0
+    }
+
+    /// Gives them back, not always as many as are asked for.
+    pub(super) fn fill_pool(&self, out: Exit) -> i64 {
+        let pages = self.listed(out);
+        let some = pages.len() - pages.len() / 3;
+        for page in &pages[..some] {
+            assert!(self.pool_taken.borrow_mut().remove(page), "{page} is there");
+        }
+        some.cast_signed() as i64
+    }
 }

@@ -447,6 +447,13 @@ impl Machine for Handle {
         Ok(self.0.space.set_target(frames)?)
     }
 
+    fn reclaim(&self) -> Result<(), device::Error> {
+        if self.0.space.reclaim()? {
+            self.0.interrupt(0)?;
+        }
+        Ok(())
+    }
+
     fn audit(&self) -> Result<Audit, device::Error> {
         Ok(self.0.space.audit()?)
     }

@@ -16,6 +16,7 @@ use blanket_abi::layout::{
     POOL_INFO_SIZE, VCPU, VCPU_STRIDE, VM_PAGE, WINDOW, sel, vcpu as area,
 };
 use blanket_abi::trace::Ring;
+use rustix::mm::{Advice, madvise};
 use vm_memory::{Bytes as _, MmapRegion, VolatileMemory as _};
 
 use super::Error;
@@ -530,8 +531,51 @@ impl Space {
     /// # Errors
     /// None that a built space has.
     pub fn pool_pages(&self) -> Result<u64, Error> {
-        let at = self.vm_page + offset_of!(VmPage, pool_pages) as u64;
-        Ok(self.word(at)?.load(Ordering::Relaxed))
+        let at = |field: usize| self.word(self.vm_page + field as u64);
+        let pages = at(offset_of!(VmPage, pool_pages))?.load(Ordering::Relaxed);
+        let gone = at(offset_of!(VmPage, pool_gone))?.load(Ordering::Relaxed);
+        Ok(pages.saturating_sub(gone))
+    }
+
+    /// Asks the core for shadow pages that nothing uses. Whether vCPU 0 must be
+    /// interrupted for it.
+    ///
+    /// # Errors
+    /// None that a built space has.
+    pub fn reclaim(&self) -> Result<bool, Error> {
+        let at = self.vm_page + offset_of!(VmPage, reclaim) as u64;
+        self.half(at)?.store(1, Ordering::SeqCst);
+        let before = self.pending(0)?.fetch_or(pending::KICK, Ordering::SeqCst);
+        Ok(before & pending::KICK == 0)
+    }
+
+    /// Gives the host the memory of pool pages that the core has named in an exit. What
+    /// is found there next is zero, as the core has left it.
+    ///
+    /// # Errors
+    /// There is no such vCPU; the host refuses.
+    pub fn trim(&self, vcpu: u32, length: u64) -> Result<(), Error> {
+        let list = self.text(vcpu, length)?;
+        for page in list.as_chunks().0 {
+            let page = u64::from(u32::from_le_bytes(*page));
+            let (first, pages) = self.pool;
+            if page >= pages {
+                continue;
+            }
+            let at = usize::try_from(first + page * PAGE_SIZE).map_err(Error::memory)?;
+            let size = usize::try_from(PAGE_SIZE).map_err(Error::memory)?;
+            // SAFETY: the page lies in the pool, whose whole range is in the region, and
+            // that is mapped as long as `self`. This program keeps nothing there.
+            unsafe {
+                madvise(
+                    self.region.as_ptr().add(at).cast(),
+                    size,
+                    Advice::LinuxDontNeed,
+                )
+            }
+            .map_err(Error::memory)?;
+        }
+        Ok(())
     }
 
     /// Sets how many frames of RAM the guest may have at most.

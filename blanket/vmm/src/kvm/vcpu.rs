@@ -156,6 +156,10 @@ impl KvmVcpu {
                 std::thread::yield_now();
                 None
             }
+            exit::TRIM => {
+                self.vm.space.trim(self.id, length)?;
+                None
+            }
             exit::XCR0 => {
                 self.set_xcr0(arg)?;
                 None

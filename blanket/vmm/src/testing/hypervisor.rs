@@ -171,6 +171,10 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    fn reclaim(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn audit(&self) -> Result<Audit, Error> {
         // As a host that cannot while a vCPU runs.
         assert!(lock(&self.guest.events).stop, "the VM runs");

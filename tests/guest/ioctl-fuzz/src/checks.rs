@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use blanket_abi::device::{
     AUDIT, Boot, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, Info, RAISE, RAISE_VIRQ,
-    RUN, TRACE, boot_flags, create,
+    RECLAIM, RUN, TARGET, TRACE, boot_flags, create,
 };
 
 use crate::device::{Answer, close, in_child, ioctl, memory, mmap, open, vm};
@@ -82,6 +82,8 @@ fn core_image(c: &mut Checks, device: i32, machine: i32, vcpu: i32) {
         RAISE_VIRQ,
         TRACE,
         AUDIT,
+        TARGET,
+        RECLAIM,
     ];
     let image = vec![0xccu8; 1 << 20];
     for (name, fd) in [("device", device), ("VM", machine), ("vCPU", vcpu)] {

@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
 
 use blanket_abi::device::{
-    AUDIT, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, RAISE, RAISE_VIRQ, RUN, TRACE,
+    AUDIT, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, RAISE, RAISE_VIRQ, RECLAIM, RUN,
+    TARGET, TRACE,
 };
 
 use crate::device::{close, discard, in_child, ioctl, memory, mmap, mprotect, munmap, open, vm};
@@ -222,7 +223,7 @@ fn step(pool: &Pool, rng: &mut Rng) {
             }
         }
         19..23 => {
-            let cmd = rng.pick(&[RAISE, RAISE_VIRQ, TRACE]);
+            let cmd = rng.pick(&[RAISE, RAISE_VIRQ, TRACE, TARGET, RECLAIM]);
             if ioctl(fd, cmd, odd(rng, pool)).is_ok() {
                 pool.count(5);
             }
