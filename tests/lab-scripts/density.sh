@@ -1,9 +1,10 @@
 # Runs in an instance: many small VMs at once, each in a memory cgroup of its own so
 # that what it costs is counted. All must answer on their consoles after all have
 # started, and cost little beside their memory.
-#   GUESTS how many; MEMORY of each; MOST KiB that one may cost on average
+#   GUESTS how many; MEMORY of each; TARGET what each is left with in the end
+#   MOST   KiB that one may cost on average
 cd "$(mktemp -d)" || exit 1
-guests=${GUESTS:-8} memory=${MEMORY:-96M} most=${MOST:-5120}
+guests=${GUESTS:-8} memory=${MEMORY:-96M} target=${TARGET:-64M} most=${MOST:-5120}
 fail() { echo "FAILED: $*"; tail -n 5 said last.log 2>/dev/null; exit 1; }
 
 # The least that can answer: busybox and a loop.
@@ -51,24 +52,36 @@ until grep -q LISTENS g$n.log; do sleep 0.2; done
 [ "$(blanket ps | awk 'NR > 1' | wc -l)" = "$guests" ] || fail "not all run: $(blanket ps)"
 echo "all $guests run"
 
-# Asked when all are there. The answers come in any order.
-n=0
-while [ $n -lt "$guests" ]; do
-    n=$((n + 1))
-    { echo "there $n"; until grep -q "ANSWER $n" g$n.log; do sleep 0.2; done; } | blanket console g$n >/dev/null 2>&1 &
-    # The console outlives its input; the VM does not notice.
-    consoles="$consoles $!"
-done
-n=0
-while [ $n -lt "$guests" ]; do
-    n=$((n + 1))
-    until tr -d '\r' <g$n.log | grep -qx "ANSWER $n"; do
-        blanket stats g$n >/dev/null 2>said || { cp g$n.log last.log; fail "g$n is gone"; }
-        sleep 0.2
+# ask WORD: all are asked at once. The answers come in any order, on their consoles.
+ask() {
+    consoles=
+    n=0
+    while [ $n -lt "$guests" ]; do
+        n=$((n + 1))
+        { echo "there $1$n"; until grep -q "ANSWER $1$n" g$n.log; do sleep 0.2; done; } | blanket console g$n >/dev/null 2>&1 &
+        # The console outlives its input; the VM does not notice.
+        consoles="$consoles $!"
     done
-done
-kill $consoles 2>/dev/null
+    n=0
+    while [ $n -lt "$guests" ]; do
+        n=$((n + 1))
+        until tr -d '\r' <g$n.log | grep -qx "ANSWER $1$n"; do
+            blanket stats g$n >/dev/null 2>said || { cp g$n.log last.log; fail "g$n is gone"; }
+            sleep 0.2
+        done
+    done
+    kill $consoles 2>/dev/null
+}
+ask whole
 echo "all $guests answer"
+
+n=0
+while [ $n -lt "$guests" ]; do
+    n=$((n + 1))
+    blanket balloon g$n "$target" --timeout 120 >said 2>&1 || fail "g$n has not come down to $target"
+done
+ask less
+echo "all $guests answer with $target"
 
 # What each costs beside its memory: the VMM's pages in proportion to who shares them,
 # and what the kernel holds for it: core, shadow tables, page tables, stacks.
@@ -82,12 +95,12 @@ while read -r name pid; do
     echo "$name $(ram "$pid") ${kernel:-0} $shadow" >>costs
 done <all
 left=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
-awk -v most="$most" -v memory="$memory" -v host="$BLANKET_HOST" -v taken=$((available - left)) '
+awk -v most="$most" -v memory="$memory" -v target="$target" -v host="$BLANKET_HOST" -v taken=$((available - left)) '
     { n++; ram += $2; vmm += $3; kernel += $4; shadow += $5; if ($3 + $4 > worst) worst = $3 + $4 }
     END {
         cost = (vmm + kernel) / n
-        printf "DENSITY host=%s guests=%d memory=%s touched=%d vmm=%d kernel=%d shadow=%d cost=%d worst=%d taken=%d\n",
-            host, n, memory, ram / n, vmm / n, kernel / n, shadow / n, cost, worst, taken
+        printf "DENSITY host=%s guests=%d memory=%s target=%s touched=%d vmm=%d kernel=%d shadow=%d cost=%d worst=%d taken=%d\n",
+            host, n, memory, target, ram / n, vmm / n, kernel / n, shadow / n, cost, worst, taken
         exit cost > most
     }' costs || fail "a VM costs more than $most KiB beside its memory"
 
