@@ -2,6 +2,7 @@
 # that what it costs is counted. All must answer on their consoles after all have
 # started, and cost little beside their memory.
 #   GUESTS how many; MEMORY of each; MOST KiB that one may cost on average
+#   BALLOON  what each guest is to have of its memory in the end
 cd "$(mktemp -d)" || exit 1
 guests=${GUESTS:-8} memory=${MEMORY:-96M} most=${MOST:-5120}
 fail() { echo "FAILED: $*"; tail -n 5 said last.log 2>/dev/null; exit 1; }
@@ -90,6 +91,20 @@ awk -v most="$most" -v memory="$memory" -v host="$BLANKET_HOST" -v taken=$((avai
             host, n, memory, ram / n, vmm / n, kernel / n, shadow / n, cost, worst, taken
         exit cost > most
     }' costs || fail "a VM costs more than $most KiB beside its memory"
+
+# Each gives up what it can do without: two at a time, as they booted.
+if [ -n "$BALLOON" ]; then
+    while read -r name pid; do
+        blanket balloon "$name" "$BALLOON" --timeout 120 >"$name.said" 2>&1 &
+        [ -z "$other" ] || wait "$other" || fail "a balloon: $(cat g*.said)"
+        other=$!
+    done <all
+    wait "$other" || fail "a balloon: $(cat g*.said)"
+    while read -r name pid; do ram "$pid"; done <all | awk -v to="$BALLOON" '
+        { n++; ram += $1; if ($1 > most) most = $1 }
+        END { printf "BALLOONED guests=%d to=%s touched=%d most=%d\n", n, to, ram / n, most; exit most > to * 1024 + 256 }
+        ' || fail "a guest has more than $BALLOON"
+fi
 
 while read -r name pid; do blanket kill "$name" || fail "kill: $?"; done <all
 [ "$(blanket ps | awk 'NR > 1' | wc -l)" = 0 ] || fail "some are left"

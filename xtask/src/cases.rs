@@ -546,12 +546,12 @@ fn hard_times(name: &str, timeout: u64, script: &'static str) -> Case {
 /// Many small VMs at once; `GUESTS` says how many.
 pub const DENSITY: &str = include_str!("../../tests/lab-scripts/density.sh");
 const DENSITY_8: &str = concat!(
-    "GUESTS=8\n",
+    "GUESTS=8 BALLOON=64M\n",
     include_str!("../../tests/lab-scripts/density.sh")
 );
 /// The figure that Blanket promises: 40 on an instance of 6 GiB and two CPUs.
 const DENSITY_40: &str = concat!(
-    "GUESTS=40\n",
+    "GUESTS=40 BALLOON=64M\n",
     include_str!("../../tests/lab-scripts/density.sh")
 );
 
