@@ -96,13 +96,14 @@ while read -r name pid; do
 done <all
 left=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
 awk -v most="$most" -v memory="$memory" -v target="$target" -v host="$BLANKET_HOST" -v taken=$((available - left)) '
-    { n++; ram += $2; vmm += $3; kernel += $4; shadow += $5; if ($3 + $4 > worst) worst = $3 + $4 }
+    { n++; ram += $2; vmm += $3; kernel += $4; shadow += $5; if ($3 + $4 > worst) worst = $3 + $4; if ($2 > has) has = $2 }
     END {
         cost = (vmm + kernel) / n
         printf "DENSITY host=%s guests=%d memory=%s target=%s touched=%d vmm=%d kernel=%d shadow=%d cost=%d worst=%d taken=%d\n",
             host, n, memory, target, ram / n, vmm / n, kernel / n, shadow / n, cost, worst, taken
+        if (has > target * 1024 + 256) { print "one has " has " KiB of its memory"; exit 1 }
         exit cost > most
-    }' costs || fail "a VM costs more than $most KiB beside its memory"
+    }' costs || fail "a VM costs more than $most KiB beside its memory, or has more than $target"
 
 while read -r name pid; do blanket kill "$name" || fail "kill: $?"; done <all
 [ "$(blanket ps | awk 'NR > 1' | wc -l)" = 0 ] || fail "some are left"

@@ -286,7 +286,10 @@ fn single() -> Vec<Case> {
             ..hard_times("suspend", 420, SUSPEND)
         },
         hard_times("balloon", 600, BALLOON),
-        kvm(hard_times("kvm-balloon", 1800, BALLOON)),
+        Case {
+            long: true,
+            ..kvm(hard_times("kvm-balloon", 1800, BALLOON))
+        },
         hard_times("shadow-reclaim", 600, SHADOW_RECLAIM),
         Case {
             long: true,

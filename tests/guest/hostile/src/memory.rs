@@ -7,8 +7,9 @@
 
 use blanket_abi::xen::hypercall::{self as nr, memory, mmuext};
 
-use crate::kernel::{Kernel, hypercall, install_handlers};
+use crate::kernel::{Kernel, SCRATCH, TABLES, attempt, hypercall, install_handlers};
 use crate::rng::Rng;
+use crate::tables::{ROOTS, SELF, ext, update};
 
 fn extent_count(rng: &mut Rng) -> u64 {
     match rng.below(5) {
@@ -36,9 +37,16 @@ fn reservation(k: &Kernel, rng: &mut Rng, to: &mut [u64]) {
 
 pub fn attack(k: &Kernel, rng: &mut Rng) {
     for _ in 0..10 {
-        if rng.once_in(3) {
-            multicall(k, rng);
-            continue;
+        match rng.below(6) {
+            0 | 1 => {
+                multicall(k, rng);
+                continue;
+            }
+            2 => {
+                balloon(k, rng);
+                continue;
+            }
+            _ => {}
         }
         // `struct xen_memory_exchange`: two reservations and how many were exchanged.
         let mut words = [0; 9];
@@ -64,6 +72,54 @@ pub fn attack(k: &Kernel, rng: &mut Rng) {
             hypercall(nr::MEMORY_OP, [cmd | start, args, 0, 0, 0]);
         }
     }
+}
+
+/// Frames that are given up, used all the same (as pages, tables, roots), and asked for
+/// again, while the other vCPU uses them too.
+fn balloon(k: &Kernel, rng: &mut Rng) {
+    // Not the roots, into which the other vCPU puts this kernel before it goes onto them,
+    // nor the pages that may be its stack at the moment.
+    let tables = |rng: &mut Rng| ROOTS + rng.below(TABLES - ROOTS);
+    let stacks = k.scratch_gfn(TABLES)..=k.scratch_gfn(SCRATCH - 1);
+    let gfns: [u64; 8] = core::array::from_fn(|_| {
+        let any = rng.gfn(k);
+        if k.deadly || !k.vital(any) && !stacks.contains(&any) && rng.once_in(3) {
+            any
+        } else {
+            k.scratch_gfn(tables(rng))
+        }
+    });
+    let some = |cmd: u64, list: &[u64]| {
+        let words = [list.as_ptr() as u64, list.len() as u64, 0, SELF];
+        hypercall(nr::MEMORY_OP, [cmd, words.as_ptr() as u64, 0, 0, 0])
+    };
+    some(memory::DECREASE_RESERVATION, &gfns);
+    let window = k.scratch(tables(rng));
+    for gfn in gfns {
+        let entry = gfn << 12 | 0x67;
+        match rng.below(7) {
+            0 => ext(mmuext::PIN_L1 + rng.below(4) as u32, gfn, 0),
+            1 => update(gfn << 12 | rng.below(512) * 8, rng.entry(k)),
+            2 => ext(mmuext::NEW_USER_BASEPTR, gfn, 0),
+            3 => ext(mmuext::CLEAR_PAGE, gfn, 0),
+            4 => ext(mmuext::COPY_PAGE, gfn, k.scratch_gfn(rng.below(SCRATCH))),
+            5 => update(
+                k.scratch_gfn(rng.below(TABLES)) << 12 | rng.below(512) * 8,
+                entry,
+            ),
+            _ => hypercall(nr::UPDATE_VA_MAPPING, [window, entry, 2, 0, 0]),
+        };
+        attempt(k, || {
+            let at = window as *mut u64;
+            // SAFETY: a scratch page of ours, or none: then a fault ends the attempt.
+            unsafe { at.write_volatile(at.read_volatile() | 1) };
+        });
+    }
+    // A list ends at the first frame that is not out.
+    for gfn in gfns {
+        some(memory::POPULATE_PHYSMAP, &[gfn]);
+    }
+    crate::tables::restore_scratch(k);
 }
 
 /// A list with everything in it that changes the mode or the address space.
