@@ -84,7 +84,8 @@ ask less
 echo "all $guests answer with $target"
 
 # What each costs beside its memory: the VMM's pages in proportion to who shares them,
-# and what the kernel holds for it: core, shadow tables, page tables, stacks.
+# and what the kernel holds for it: core, shadow tables, page tables, stacks. A line for
+# each, in KiB: its memory, VMM, kernel, of that shadow pages.
 ram() { awk '/^[0-9a-f]+-[0-9a-f]+ / { guest = /memfd:blanket-vm/ } /^Pss:/ { if (guest) ram += $2; else rest += $2 }
     END { print ram + 0, rest + 0 }' "/proc/$1/smaps"; }
 blanket ps | awk 'NR > 1 { print $1, $2 }' >all
@@ -92,7 +93,7 @@ blanket ps | awk 'NR > 1 { print $1, $2 }' >all
 while read -r name pid; do
     kernel=$(awk '$1 == "kernel" { print int($2 / 1024) }' "/sys/fs/cgroup/$name/memory.stat")
     shadow=$(blanket stats "$name" --format prometheus | awk '/^blanket_shadow_pages/ { print $2 * 6 }')
-    echo "$name $(ram "$pid") ${kernel:-0} $shadow" >>costs
+    echo "$name $(ram "$pid") ${kernel:-0} $shadow" | tee -a costs
 done <all
 left=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
 awk -v most="$most" -v memory="$memory" -v target="$target" -v host="$BLANKET_HOST" -v taken=$((available - left)) '
