@@ -159,20 +159,17 @@ pub fn serve(
     name: String,
     console: String,
 ) -> Result<()> {
-    std::thread::Builder::new()
-        .name("control".into())
+    blanket_vmm::thread::named("control")
         .spawn(move || {
             for stream in listener.incoming() {
                 let Ok(stream) = stream else { continue };
                 let (instance, name, console) =
                     (Arc::clone(&instance), name.clone(), console.clone());
-                let client = std::thread::Builder::new()
-                    .name("control-client".into())
-                    .spawn(move || {
-                        if let Err(error) = answer(stream, &instance, &name, &console) {
-                            tracing::debug!("a control client: {error:#}");
-                        }
-                    });
+                let client = blanket_vmm::thread::named("control-client").spawn(move || {
+                    if let Err(error) = answer(stream, &instance, &name, &console) {
+                        tracing::debug!("a control client: {error:#}");
+                    }
+                });
                 if let Err(error) = client {
                     tracing::warn!(%error, "cannot serve a control client");
                 }

@@ -228,8 +228,7 @@ fn readable(what: &str, path: &std::path::Path) -> Result<()> {
 fn watch_signals(instance: &Arc<Instance>) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot watch signals")?;
     let instance = Arc::clone(instance);
-    std::thread::Builder::new()
-        .name("signals".into())
+    blanket_vmm::thread::named("signals")
         .spawn(move || {
             for signal in signals.forever() {
                 let first = SIGNAL.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Acquire);
@@ -239,14 +238,12 @@ fn watch_signals(instance: &Arc<Instance>) -> Result<()> {
                 }
                 tracing::info!(signal, "asking the guest to power off");
                 let instance = Arc::clone(&instance);
-                let stopper = std::thread::Builder::new()
-                    .name("stop".into())
-                    .spawn(move || {
-                        if let Err(error) = instance.stop(SIGNAL_PATIENCE) {
-                            tracing::info!("{error}; killing it");
-                            instance.kill();
-                        }
-                    });
+                let stopper = blanket_vmm::thread::named("stop").spawn(move || {
+                    if let Err(error) = instance.stop(SIGNAL_PATIENCE) {
+                        tracing::info!("{error}; killing it");
+                        instance.kill();
+                    }
+                });
                 if let Err(error) = stopper {
                     tracing::warn!(%error, "cannot wait for the guest");
                 }

@@ -18,6 +18,7 @@ mod pressure;
 pub mod ring;
 mod shared_page;
 mod sync;
+pub mod thread;
 pub mod trace;
 pub mod vm;
 mod watch;

@@ -22,9 +22,6 @@ use crate::watch::{self, Watched};
 /// How long the vCPU that knows why a VM died may take to say so.
 const REPORT_PATIENCE: Duration = Duration::from_secs(5);
 
-/// For a thread that does nearly nothing.
-const SMALL_STACK: usize = 64 << 10;
-
 /// How often vCPUs are looked at.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -178,9 +175,8 @@ impl Vm {
             .collect();
         for (id, vcpu) in (0u32..).zip(vcpus) {
             let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu-{id}"))
-                .spawn(move || run(&shared, id, vcpu));
+            let thread =
+                crate::thread::named(format!("vcpu-{id}")).spawn(move || run(&shared, id, vcpu));
             match thread {
                 Ok(thread) => lock(&vm.shared.threads).push(thread),
                 // Dropping `vm` stops those that run already.
@@ -189,17 +185,14 @@ impl Vm {
         }
         let pressed = Arc::clone(&shared);
         vm.pressure = Some(
-            std::thread::Builder::new()
-                .name("pressure".into())
-                .stack_size(SMALL_STACK)
+            crate::thread::named("pressure")
                 .spawn(move || give_way(&pressed))
                 .map_err(Failure::Pressure)?,
         );
         if !watched.is_empty() {
             let shared = Arc::clone(&shared);
             vm.watch = Some(
-                std::thread::Builder::new()
-                    .name("watch".into())
+                crate::thread::named("watch")
                     .spawn(move || watch(&shared, watched))
                     .map_err(Failure::Watch)?,
             );

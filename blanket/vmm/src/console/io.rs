@@ -140,8 +140,7 @@ impl IoThread {
                 this.pty = Some(path);
             }
         }
-        let thread = std::thread::Builder::new()
-            .name("console".into())
+        let thread = crate::thread::named("console")
             .spawn(move || outside.run())
             .map_err(failed("a thread".into()))?;
         this.thread = Some(thread);
