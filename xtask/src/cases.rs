@@ -371,6 +371,7 @@ fn single() -> Vec<Case> {
                 ),
             )
         },
+        hard_times("vmm-tricks", 900, VMM_TRICKS),
         audit("audit"),
         kvm(audit("kvm-audit")),
         isolated(audit("audit")).expecting("isolated: the guest's roots show"),
@@ -504,6 +505,12 @@ const HOSTILE_SOAK: &str = with_common!("SEEDS=600 DEADLY=100 STEPS=600\n", "hos
 const HOSTILE_MOVES: &str = with_common!(
     "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
     "hostile.sh"
+);
+
+const VMM_TRICKS: &str = with_common!(
+    "TRICKS='unmapped-pages moved-away-and-back protected-and-back post-copy dirty-log fork \
+     munmap no-access read-only moved-away punched'\n",
+    "vmm-tricks.sh"
 );
 
 const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
