@@ -2,6 +2,8 @@
 # that what it costs is counted. All must answer on their consoles after all have
 # started, and cost little beside their memory.
 #   GUESTS how many; MEMORY of each; MOST KiB that one may cost on average
+#   MERGED the host's KSM merges what is the same in them, at least so many MiB; then
+#          nothing is said of costs
 cd "$(mktemp -d)" || exit 1
 guests=${GUESTS:-8} memory=${MEMORY:-96M} most=${MOST:-5120}
 fail() { echo "FAILED: $*"; tail -n 5 said last.log 2>/dev/null; exit 1; }
@@ -39,7 +41,7 @@ while [ $n -lt "$guests" ]; do
     n=$((n + 1))
     : >g$n.log
     ./in-group g$n blanket run --detach --name g$n --kernel /guest/vmlinuz --initrd small.img \
-        --memory "$memory" --cmdline "quiet panic=-1" --console file:g$n.log >said 2>&1 || fail "g$n does not start"
+        --memory "$memory" --cmdline "quiet panic=-1" ${MERGED:+--mergeable} --console file:g$n.log >said 2>&1 || fail "g$n does not start"
     # Two boot at a time: the instance has two CPUs.
     before=$((n - 1))
     [ $before = 0 ] || until grep -q LISTENS g$before.log; do
@@ -51,24 +53,52 @@ until grep -q LISTENS g$n.log; do sleep 0.2; done
 [ "$(blanket ps | awk 'NR > 1' | wc -l)" = "$guests" ] || fail "not all run: $(blanket ps)"
 echo "all $guests run"
 
-# Asked when all are there. The answers come in any order.
-n=0
-while [ $n -lt "$guests" ]; do
-    n=$((n + 1))
-    { echo "there $n"; until grep -q "ANSWER $n" g$n.log; do sleep 0.2; done; } | blanket console g$n >/dev/null 2>&1 &
-    # The console outlives its input; the VM does not notice.
-    consoles="$consoles $!"
-done
-n=0
-while [ $n -lt "$guests" ]; do
-    n=$((n + 1))
-    until tr -d '\r' <g$n.log | grep -qx "ANSWER $n"; do
-        blanket stats g$n >/dev/null 2>said || { cp g$n.log last.log; fail "g$n is gone"; }
-        sleep 0.2
+# Each is asked for a word. The answers come in any order.
+#   all_answer WORD
+all_answer() {
+    consoles=
+    n=0
+    while [ $n -lt "$guests" ]; do
+        n=$((n + 1))
+        { echo "there $1$n"; until grep -q "ANSWER $1$n" g$n.log; do sleep 0.2; done; } | blanket console g$n >/dev/null 2>&1 &
+        # The console outlives its input; the VM does not notice.
+        consoles="$consoles $!"
     done
-done
-kill $consoles 2>/dev/null
-echo "all $guests answer"
+    n=0
+    while [ $n -lt "$guests" ]; do
+        n=$((n + 1))
+        until tr -d '\r' <g$n.log | grep -qx "ANSWER $1$n"; do
+            blanket stats g$n >/dev/null 2>said || { cp g$n.log last.log; fail "g$n is gone"; }
+            sleep 0.2
+        done
+    done
+    kill $consoles 2>/dev/null
+    echo "all $guests answer"
+}
+all_answer ""
+
+if [ -n "$MERGED" ]; then
+    ksm=/sys/kernel/mm/ksm
+    apart=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
+    echo 20000 >$ksm/pages_to_scan
+    echo 10 >$ksm/sleep_millisecs
+    echo 1 >$ksm/run
+    # A page is merged in the second scan that finds it as it was in the first.
+    until [ "$(cat $ksm/full_scans)" -ge 4 ]; do sleep 1; done
+    together=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
+    sharing=$(($(cat $ksm/pages_sharing) / 256))
+    echo "MERGED guests=$guests memory=$memory used=$(((available - apart) / 1024))MiB \
+saved=${sharing}MiB kept=$(($(cat $ksm/pages_shared) / 256))MiB available=$(((together - apart) / 1024))MiB more"
+    [ $sharing -ge "$MERGED" ] || fail "only $sharing MiB were merged"
+    all_answer again
+    n=0
+    while [ $n -lt "$guests" ]; do
+        n=$((n + 1))
+        blanket kill g$n || fail "kill: $?"
+    done
+    echo "DENSITY-OK"
+    exit 0
+fi
 
 # What each costs beside its memory: the VMM's pages in proportion to who shares them,
 # and what the kernel holds for it: core, shadow tables, page tables, stacks.

@@ -299,6 +299,11 @@ fn single() -> Vec<Case> {
             long: true,
             ..density("density-40", DENSITY_40, 3600)
         },
+        Case {
+            long: true,
+            ..density("memory-merged-ten", MERGED_10, 1800)
+        }
+        .expecting("MERGED guests=10"),
         hard_times("kexec", 420, KEXEC_NOW),
         Case {
             append: "crashkernel=256M",
@@ -560,6 +565,12 @@ const DENSITY_8: &str = concat!(
 /// The figure that Blanket promises: 40 on an instance of 6 GiB and two CPUs.
 const DENSITY_40: &str = concat!(
     "GUESTS=40\n",
+    include_str!("../../tests/lab-scripts/density.sh")
+);
+
+/// Ten like guests whose memory KSM merges.
+const MERGED_10: &str = concat!(
+    "GUESTS=10 MERGED=100\n",
     include_str!("../../tests/lab-scripts/density.sh")
 );
 
