@@ -3,6 +3,8 @@
 # started, and cost little beside their memory.
 #   GUESTS how many; MEMORY of each; TARGET what each is left with in the end
 #   MOST   KiB that one may cost on average
+#   MERGED the host's KSM merges what is the same in them, at least so many MiB; then
+#          nothing is said of costs
 cd "$(mktemp -d)" || exit 1
 guests=${GUESTS:-8} memory=${MEMORY:-96M} target=${TARGET:-64M} most=${MOST:-5120}
 fail() { echo "FAILED: $*"; tail -n 5 said last.log 2>/dev/null; exit 1; }
@@ -40,7 +42,7 @@ while [ $n -lt "$guests" ]; do
     n=$((n + 1))
     : >g$n.log
     ./in-group g$n blanket run --detach --name g$n --kernel /guest/vmlinuz --initrd small.img \
-        --memory "$memory" --cmdline "quiet panic=-1" --console file:g$n.log >said 2>&1 || fail "g$n does not start"
+        --memory "$memory" --cmdline "quiet panic=-1" ${MERGED:+--mergeable} --console file:g$n.log >said 2>&1 || fail "g$n does not start"
     # Two boot at a time: the instance has two CPUs.
     before=$((n - 1))
     [ $before = 0 ] || until grep -q LISTENS g$before.log; do
@@ -74,6 +76,30 @@ ask() {
 }
 ask whole
 echo "all $guests answer"
+
+if [ -n "$MERGED" ]; then
+    ksm=/sys/kernel/mm/ksm
+    apart=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
+    echo 20000 >$ksm/pages_to_scan
+    echo 10 >$ksm/sleep_millisecs
+    echo 1 >$ksm/run
+    # A page is merged in the second scan that finds it as it was in the first.
+    until [ "$(cat $ksm/full_scans)" -ge 4 ]; do sleep 1; done
+    together=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
+    sharing=$(($(cat $ksm/pages_sharing) / 256))
+    echo "MERGED guests=$guests memory=$memory used=$(((available - apart) / 1024))MiB \
+saved=${sharing}MiB kept=$(($(cat $ksm/pages_shared) / 256))MiB available=$(((together - apart) / 1024))MiB more"
+    [ $sharing -ge "$MERGED" ] || fail "only $sharing MiB were merged"
+    ask again
+    echo "all $guests answer"
+    n=0
+    while [ $n -lt "$guests" ]; do
+        n=$((n + 1))
+        blanket kill g$n || fail "kill: $?"
+    done
+    echo "DENSITY-OK"
+    exit 0
+fi
 
 n=0
 while [ $n -lt "$guests" ]; do

@@ -370,6 +370,15 @@ pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
     )
 }
 
+/// Builds the static VMM that plays tricks on its VM; it carries the core as the command
+/// does.
+pub fn vmm_tricks(project: &Project) -> Result<PathBuf> {
+    let image = core(project)?;
+    let (select, names) = (["-p", "vmm-tricks"], ["vmm-tricks"]);
+    let built = static_binaries(project, &select, &names, STATIC, Some(&image))?;
+    built.into_iter().next().context("no vmm-tricks was built")
+}
+
 /// A program that needs no shared library.
 const STATIC: &str = "-Ctarget-feature=+crt-static";
 /// As the reference figures were made: a program that can be anywhere, or can

@@ -313,6 +313,11 @@ fn single() -> Vec<Case> {
             long: true,
             ..density("density-40", DENSITY_40, 3600)
         },
+        Case {
+            long: true,
+            ..density("memory-merged-ten", MERGED_10, 1800)
+        }
+        .expecting("MERGED guests=10"),
         hard_times("kexec", 420, KEXEC_NOW),
         Case {
             append: "crashkernel=256M",
@@ -387,6 +392,7 @@ fn single() -> Vec<Case> {
                 ),
             )
         },
+        hard_times("vmm-tricks", 900, VMM_TRICKS),
         audit("audit"),
         kvm(audit("kvm-audit")),
         isolated(audit("audit")).expecting("isolated: the guest's roots show"),
@@ -524,6 +530,11 @@ const HOSTILE_MOVES: &str = with_common!(
 
 const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
 const BALLOON: &str = with_common!("balloon.sh");
+const VMM_TRICKS: &str = with_common!(
+    "TRICKS='unmapped-pages moved-away-and-back protected-and-back post-copy dirty-log fork \
+     munmap no-access read-only moved-away punched'\n",
+    "vmm-tricks.sh"
+);
 
 const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
 const KEXEC_CRASH: &str = with_common!("export HOW=crash\n", "kexec.sh");
@@ -572,6 +583,12 @@ const DENSITY_8: &str = concat!(
 /// The figure that Blanket promises: 40 on an instance of 6 GiB and two CPUs.
 const DENSITY_40: &str = concat!(
     "GUESTS=40\n",
+    include_str!("../../tests/lab-scripts/density.sh")
+);
+
+/// Ten like guests whose memory KSM merges.
+const MERGED_10: &str = concat!(
+    "GUESTS=10 MERGED=100\n",
     include_str!("../../tests/lab-scripts/density.sh")
 );
 

@@ -23,6 +23,7 @@ pub fn programs(project: &Project) -> Result<Files> {
         files.insert(format!("bin/{name}"), program.clone());
     }
     files.insert("bin/hostile".into(), build::hostile_kernel(project)?);
+    files.insert("bin/vmm-tricks".into(), build::vmm_tricks(project)?);
     Ok(files)
 }
 
