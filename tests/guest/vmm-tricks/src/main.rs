@@ -109,6 +109,7 @@ impl Guest {
             kernel,
             initrd: Some(initrd),
             memory: RAM,
+            balloon: None,
             vcpus: 2,
             cmdline: "console=hvc0 quiet panic=-1 oops=panic".into(),
             on_reboot: OnReboot::Exit,
