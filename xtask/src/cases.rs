@@ -393,6 +393,10 @@ fn single() -> Vec<Case> {
             )
         },
         hard_times("vmm-tricks", 900, VMM_TRICKS),
+        Case {
+            long: true,
+            ..hard_times("vmm-tricks-all", 1800, VMM_TRICKS_ALL)
+        },
         audit("audit"),
         kvm(audit("kvm-audit")),
         isolated(audit("audit")).expecting("isolated: the guest's roots show"),
@@ -531,6 +535,10 @@ const HOSTILE_MOVES: &str = with_common!(
 const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
 const BALLOON: &str = with_common!("balloon.sh");
 const VMM_TRICKS: &str = with_common!(
+    "TRICKS='unmapped-pages post-copy dirty-log munmap read-only'\n",
+    "vmm-tricks.sh"
+);
+const VMM_TRICKS_ALL: &str = with_common!(
     "TRICKS='unmapped-pages moved-away-and-back protected-and-back post-copy dirty-log fork \
      munmap no-access read-only moved-away punched'\n",
     "vmm-tricks.sh"
