@@ -177,9 +177,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if args.only.is_empty() && !args.instructions {
         let release = kernels::fetch(project, args.kernel)?.release;
         let page = page(args, &release, &text)
-            + &crate::storm::kept(project)
-            + &crate::density::kept(project);
-        write_if_changed(&project.root.join("docs/benchmarks.md"), page.as_bytes())?;
+            + &crate::page::section(project, crate::storm::TITLE)
+            + &crate::page::section(project, crate::density::TITLE);
+        write_if_changed(&project.root.join(crate::page::PAGE), page.as_bytes())?;
     }
     Ok(())
 }

@@ -2,7 +2,6 @@
 //! its memory.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::Write;
 use std::time::Duration;
 
@@ -13,12 +12,11 @@ use crate::cases::DENSITY;
 use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour};
 use crate::lab::Payload;
-use crate::project::{Project, write_if_changed};
+use crate::project::Project;
 use crate::qemu::{self, End, Hardware, Machine};
 
 /// What the page's section begins with.
-const TITLE: &str = "\n## Density\n";
-const PAGE: &str = "docs/benchmarks.md";
+pub const TITLE: &str = "\n## Density\n";
 
 /// Runs it under the module, prints the section of the page, and writes it there.
 pub fn run(project: &Project, guests: u32) -> Result<()> {
@@ -53,19 +51,7 @@ pub fn run(project: &Project, guests: u32) -> Result<()> {
     outcome.discard();
     let text = section(&String::from_utf8_lossy(&output.0), &kernel.release)?;
     println!("{text}");
-    let page = project.root.join(PAGE);
-    let old = fs::read_to_string(&page).with_context(|| format!("cannot read {PAGE}"))?;
-    let above = old.split(TITLE).next().unwrap_or_default();
-    write_if_changed(&page, format!("{above}{text}").as_bytes())?;
-    Ok(())
-}
-
-/// The section as it is on the page, for who writes the rest anew.
-pub fn kept(project: &Project) -> String {
-    let page = fs::read_to_string(project.root.join(PAGE)).unwrap_or_default();
-    page.split_once(TITLE)
-        .map(|(_, text)| format!("{TITLE}{text}"))
-        .unwrap_or_default()
+    crate::page::write_section(project, TITLE, &text)
 }
 
 /// Shows what comes, and keeps it.

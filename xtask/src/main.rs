@@ -19,6 +19,7 @@ mod initramfs;
 mod kernels;
 mod lab;
 mod package;
+mod page;
 mod project;
 mod qemu;
 mod setup;

@@ -17,12 +17,11 @@ use crate::guestware;
 use crate::initramfs;
 use crate::kernels::{self, Flavour};
 use crate::lab::Payload;
-use crate::project::{Project, write_if_changed};
+use crate::project::Project;
 use crate::qemu::{self, End, Hardware, Machine};
 
 /// What the page's section begins with.
-const TITLE: &str = "\n## Storms\n";
-const PAGE: &str = "docs/benchmarks.md";
+pub const TITLE: &str = "\n## Storms\n";
 /// vCPUs of the VMs.
 const SIZES: [u32; 3] = [1, 2, 4];
 /// Milliseconds of each storm.
@@ -112,32 +111,9 @@ pub fn run(project: &Project, rounds: u32, kinds: &[String], against: Option<&Pa
     let text = section(&reader.samples, &kernel.release, rounds)?;
     println!("{text}");
     if kinds.is_empty() {
-        write_section(project, &text)?;
+        crate::page::write_section(project, TITLE, &text)?;
     }
     Ok(())
-}
-
-/// Puts the section into the page, in front of the next one.
-fn write_section(project: &Project, text: &str) -> Result<()> {
-    let page = project.root.join(PAGE);
-    let old = fs::read_to_string(&page).with_context(|| format!("cannot read {PAGE}"))?;
-    let kept = kept(project);
-    let rest = old.replace(&kept, "");
-    let (above, below) = match rest.find("\n## ") {
-        Some(at) => rest.split_at(at),
-        None => (rest.as_str(), ""),
-    };
-    write_if_changed(&page, format!("{above}{text}{below}").as_bytes())
-}
-
-/// The section as it is on the page, for who writes the rest anew.
-pub fn kept(project: &Project) -> String {
-    let page = fs::read_to_string(project.root.join(PAGE)).unwrap_or_default();
-    let Some((_, text)) = page.split_once(TITLE) else {
-        return String::new();
-    };
-    let end = text.find("\n## ").unwrap_or(text.len());
-    format!("{TITLE}{}", &text[..end])
 }
 
 /// What came of one place, for each round.
