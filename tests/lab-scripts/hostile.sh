@@ -65,5 +65,5 @@ echo "HOSTILE-TOTAL seeds=$seeds to-their-end=$lived deadly=$deadly hypercalls=$
     "seconds=$(($(uptime_now) - begun)) neighbour-worked=$(ticks neighbour)"
 blanket kill neighbour || fail "kill: $?"
 # Not all: what they do to themselves is random, and two vCPUs are not repeatable.
-[ $((lived * 5)) -ge $seeds ] || fail "nearly all attackers ended early"
+[ $((lived * 2)) -gt $seeds ] || fail "most attackers ended early"
 echo "HOSTILE-OK"

@@ -526,7 +526,7 @@ const MEMORY_SHORT: &str = with_common!("memory-short.sh");
 const MEMORY_SHORT_INSTANCE: &str = with_common!("WHOLE=yes\n", "memory-short.sh");
 
 const HOSTILE: &str = with_common!("hostile.sh");
-const HOSTILE_SOAK: &str = with_common!("SEEDS=600 DEADLY=100 STEPS=600\n", "hostile.sh");
+const HOSTILE_SOAK: &str = with_common!("SEEDS=2400 DEADLY=100\n", "hostile.sh");
 const HOSTILE_MOVES: &str = with_common!(
     "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
     "hostile.sh"
