@@ -430,9 +430,6 @@ impl<M: Machine> Context<'_, M> {
     /// # Errors
     /// EINVAL for a frame that the VM does not have, or that the guest has given up.
     pub fn need_frame(&mut self, gfn: Gfn) -> Result<(), i64> {
-        if gfn.0 >= self.vm.nr_frames {
-            return Err(errno::EINVAL);
-        }
         self.with_frame(gfn, |_, m, _| {
             m.frame(gfn).map(|_| ()).ok_or(Need::Frame(gfn))
         })

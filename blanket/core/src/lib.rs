@@ -15,6 +15,7 @@
 //! | [`time`] | pvclock, timers, run-state |
 //! | [`context`] | a vCPU at work: frames, copies, kicks, the way back to the guest |
 //! | `lock` | the lock of the shadow MMU, and what it costs |
+//! | `reclaim` | free shadow pages that go back to a host that is short of memory |
 //! | `copy` | copies for a core on a root of its own |
 //! | [`trace`] | records of entries and exits, while they are wanted |
 //! | [`insn`], [`cpuid`] | decoders and the CPUID policy |

@@ -205,7 +205,6 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
-    /// Takes the run-state area that another vCPU registered for this one.
     /// Notes the frame of an area, which the guest cannot give up from now on.
     fn note_area(&self, id: u32, which: usize, gfn: Option<Gfn>) {
         let areas = self.vm.areas.get(id as usize);
@@ -214,6 +213,7 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
+    /// Takes the run-state area that another vCPU registered for this one.
     pub(crate) fn adopt_runstate(&mut self) {
         let [place, last] = &self.vm.runstates[self.v.id as usize];
         let last = last.swap(0, SeqCst);
