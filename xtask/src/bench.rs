@@ -309,16 +309,9 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
         if inside_kvm { vm("kvm") } else { String::new() }
     ));
     let machine = Machine {
-        cpu: args.cpu.clone(),
-        hardware: Hardware::Virtio,
-        kernel,
-        memory: "2560M".into(),
         smp: 1,
         icount,
-        append: String::new(),
-        node: 1,
-        group: None,
-        extra: Vec::new(),
+        ..Machine::new(&args.cpu, kernel, "2560M")
     };
     let dir = qemu::run_dir(project)?;
     let counters = (!icount).then(|| dir.join("qmp"));
@@ -351,7 +344,7 @@ fn boot(project: &Project, args: &Args, icount: bool) -> Result<Run> {
 
 /// Takes rows out of the output as it comes.
 struct Reader {
-    line: Vec<u8>,
+    held: Vec<u8>,
     run: Run,
     part: Part,
     /// QEMU's control socket, when its counters are wanted.
@@ -364,7 +357,7 @@ struct Reader {
 impl Reader {
     fn new(counters: Option<PathBuf>, reps: u32) -> Self {
         Self {
-            line: Vec::new(),
+            held: Vec::new(),
             run: Run::default(),
             part: Part::default(),
             counters,
@@ -422,14 +415,8 @@ impl Reader {
 
 impl Write for Reader {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        for byte in bytes {
-            if *byte == b'\n' {
-                let line = String::from_utf8_lossy(&self.line).trim_end().to_owned();
-                self.line.clear();
-                self.line(&line);
-            } else {
-                self.line.push(*byte);
-            }
+        for line in qemu::whole_lines(&mut self.held, bytes) {
+            self.line(&line);
         }
         Ok(bytes.len())
     }

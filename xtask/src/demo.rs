@@ -112,18 +112,7 @@ fn in_lab(project: &Project, cpu: &str, guests: &[Kernel], steps: &Steps) -> Res
     payload.command(&format!(
         "KERNELS='{kernels}' MKINITRD=lab-initrd sh /root/demo.sh{unload}"
     ));
-    let machine = Machine {
-        cpu: cpu.into(),
-        hardware: Hardware::Virtio,
-        kernel: host,
-        memory: "2G".into(),
-        smp: 2,
-        icount: false,
-        append: String::new(),
-        node: 1,
-        group: None,
-        extra: Vec::new(),
-    };
+    let machine = Machine::new(cpu, host, "2G");
     let by = match qemu::accelerator(project)? {
         Accelerator::Tcg => "emulated",
         Accelerator::Kvm => "under this machine's KVM",

@@ -29,18 +29,7 @@ pub fn run(project: &Project, guests: u32) -> Result<()> {
     payload.command(&format!(
         "export BLANKET_HOST=module\nGUESTS={guests}\n{DENSITY}"
     ));
-    let machine = Machine {
-        cpu: "EPYC,-svm".into(),
-        hardware: Hardware::Virtio,
-        kernel: kernel.clone(),
-        memory: "6G".into(),
-        smp: 2,
-        icount: false,
-        append: String::new(),
-        node: 1,
-        group: None,
-        extra: Vec::new(),
-    };
+    let machine = Machine::new("EPYC,-svm", kernel.clone(), "6G");
     let mut output = Tee(Vec::new());
     let timeout = Duration::from_secs(120 + 120 * u64::from(guests));
     let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut output)?;

@@ -75,6 +75,19 @@ pub enum Accelerator {
     Kvm,
 }
 
+/// The lines that are whole now, of output that comes in pieces; `held` keeps the rest.
+pub fn whole_lines(held: &mut Vec<u8>, bytes: &[u8]) -> Vec<String> {
+    held.extend_from_slice(bytes);
+    let Some(end) = held.iter().rposition(|byte| *byte == b'\n') else {
+        return Vec::new();
+    };
+    let whole: Vec<u8> = held.drain(..=end).collect();
+    let text = String::from_utf8_lossy(&whole);
+    text.lines()
+        .map(|line| line.trim_end().to_owned())
+        .collect()
+}
+
 /// One instance's hardware and kernel.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -101,6 +114,22 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// Two CPUs on virtual hardware, alone, with nothing added.
+    pub fn new(cpu: &str, kernel: Kernel, memory: &str) -> Self {
+        Self {
+            cpu: cpu.into(),
+            hardware: Hardware::Virtio,
+            kernel,
+            memory: memory.into(),
+            smp: 2,
+            icount: false,
+            append: String::new(),
+            node: 1,
+            group: None,
+            extra: Vec::new(),
+        }
+    }
+
     /// The model with what every run needs taken off. QEMU 7.2 checks the stack
     /// reads of a ring-3 `iretq` as supervisor accesses, so a guest kernel in
     /// ring 3 dies under SMAP; and it counts a `rep stosb` byte by byte, which a
@@ -629,18 +658,11 @@ fn kvm_boots(project: &Project) -> Result<bool> {
         "#!/bin/sh\nmount -t devtmpfs dev /dev\n\
          printf '\\036LAB-EXIT %s 0 0\\n' $LAB_NONCE >/dev/ttyS1\npoweroff -f\n",
     );
-    let machine = Machine {
-        cpu: "EPYC,-svm".into(),
-        hardware: Hardware::Virtio,
-        kernel: kernels::fetch(project, Flavour::Cloud)?,
-        memory: "512M".into(),
-        smp: 2,
-        icount: false,
-        append: String::new(),
-        node: 1,
-        group: None,
-        extra: Vec::new(),
-    };
+    let machine = Machine::new(
+        "EPYC,-svm",
+        kernels::fetch(project, Flavour::Cloud)?,
+        "512M",
+    );
     let dir = run_dir(project)?;
     let nonce = nonce()?;
     let mut running = start(
@@ -672,6 +694,15 @@ mod tests {
             .pump(Instant::now() + Duration::from_secs(5), &mut sink)
             .unwrap();
         (end, sink, reader.complaints)
+    }
+
+    #[test]
+    fn lines_come_when_they_are_whole() {
+        let mut held = Vec::new();
+        assert!(whole_lines(&mut held, b"on").is_empty());
+        assert_eq!(whole_lines(&mut held, b"e\r\n\ntw"), ["one", ""]);
+        assert_eq!(whole_lines(&mut held, b"o\n"), ["two"]);
+        assert!(held.is_empty());
     }
 
     #[test]

@@ -80,18 +80,7 @@ pub fn run(project: &Project, rounds: u32, kinds: &[String], against: Option<&Pa
     payload.command(&format!(
         "round=0\nwhile [ $round -lt {rounds} ]; do round=$((round + 1))\n{round}done\n"
     ));
-    let machine = Machine {
-        cpu: "EPYC,-svm".into(),
-        hardware: Hardware::Virtio,
-        kernel: kernel.clone(),
-        memory: "2560M".into(),
-        smp: 2,
-        icount: false,
-        append: String::new(),
-        node: 1,
-        group: None,
-        extra: Vec::new(),
-    };
+    let machine = Machine::new("EPYC,-svm", kernel.clone(), "2560M");
     let dir = qemu::run_dir(project)?;
     let mut reader = Reader::new(dir.join("pid"));
     let timeout = Duration::from_secs(120 + 480 * u64::from(rounds));
@@ -129,7 +118,7 @@ struct Samples {
 
 /// Takes figures out of the output as it comes.
 struct Reader {
-    line: Vec<u8>,
+    held: Vec<u8>,
     pid: PathBuf,
     place: Place,
     samples: BTreeMap<Place, Samples>,
@@ -140,7 +129,7 @@ struct Reader {
 impl Reader {
     fn new(pid: PathBuf) -> Self {
         Self {
-            line: Vec::new(),
+            held: Vec::new(),
             pid,
             place: Place::Native,
             samples: BTreeMap::new(),
@@ -201,14 +190,8 @@ fn ticks(pid: &Path) -> Option<f64> {
 
 impl Write for Reader {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        for byte in bytes {
-            if *byte == b'\n' {
-                let line = String::from_utf8_lossy(&self.line).trim_end().to_owned();
-                self.line.clear();
-                self.line(&line);
-            } else {
-                self.line.push(*byte);
-            }
+        for line in qemu::whole_lines(&mut self.held, bytes) {
+            self.line(&line);
         }
         Ok(bytes.len())
     }
