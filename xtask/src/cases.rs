@@ -6,6 +6,12 @@ mod matrix;
 use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
+use crate::scripts::{
+    BALLOON, DENSITY_8, DENSITY_40, HOST_CPUS, HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH,
+    KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_SHORT, MEMORY_SHORT_INSTANCE,
+    MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS,
+    VMM_TRICKS_ALL,
+};
 
 /// One boot of an instance.
 #[derive(Clone)]
@@ -504,70 +510,6 @@ fn audit(name: &str) -> Case {
     }
 }
 
-/// A script behind what such scripts share.
-macro_rules! with_common {
-    ($script:literal) => {
-        with_common!("", $script)
-    };
-    ($settings:literal, $script:literal) => {
-        concat!(
-            include_str!("../../tests/lab-scripts/common.sh"),
-            $settings,
-            include_str!(concat!("../../tests/lab-scripts/", $script))
-        )
-    };
-}
-
-const KILL_VMM: &str = with_common!("kill-vmm.sh");
-const KILL_VMM_LONG: &str = with_common!("ROUNDS=100 SEED=2\n", "kill-vmm.sh");
-const HOST_CPUS: &str = with_common!("host-cpus.sh");
-const SUSPEND: &str = with_common!("suspend.sh");
-const MEMORY_SHORT: &str = with_common!("memory-short.sh");
-const MEMORY_SHORT_INSTANCE: &str = with_common!("WHOLE=yes\n", "memory-short.sh");
-
-const HOSTILE: &str = with_common!("hostile.sh");
-const HOSTILE_SOAK: &str = with_common!("SEEDS=2400 DEADLY=100\n", "hostile.sh");
-const HOSTILE_MOVES: &str = with_common!(
-    "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
-    "hostile.sh"
-);
-
-const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
-const BALLOON: &str = with_common!("balloon.sh");
-const VMM_TRICKS: &str = with_common!(
-    "TRICKS='unmapped-pages post-copy dirty-log munmap read-only'\n",
-    "vmm-tricks.sh"
-);
-const VMM_TRICKS_ALL: &str = with_common!(
-    "TRICKS='unmapped-pages moved-away-and-back protected-and-back post-copy dirty-log fork \
-     munmap no-access read-only moved-away punched'\n",
-    "vmm-tricks.sh"
-);
-
-const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
-const KEXEC_CRASH: &str = with_common!("export HOW=crash\n", "kexec.sh");
-
-/// A kernel that takes signed modules only, as with Secure Boot: the module is not
-/// loaded, and the word is what to do.
-const SIGNED_ONLY: &str = "\
-    ! test -e /dev/blanket || exit 1
-    insmod /lab/blanket.ko 2>&1 && exit 1
-    blanket doctor >said 2>&1 && exit 1
-    cat said
-    grep -q '^FAIL *signatures' said && grep -q sig_enforce said || exit 1
-    blanket run --kernel /guest/vmlinuz 2>said </dev/null && exit 1
-    cat said
-    grep -q sign said && echo SIGNED-OK";
-
-/// VMs inside KVM need no module.
-const LOCKED_DOWN: &str = "\
-    grep -q '\\[confidentiality\\]' /sys/kernel/security/lockdown 2>/dev/null ||
-        { mount -t securityfs security /sys/kernel/security
-          grep -q '\\[confidentiality\\]' /sys/kernel/security/lockdown || exit 1; }
-    blanket doctor || exit 1
-    echo 'uname -r' >script
-    guest script && echo LOCKED-OK";
-
 /// Something bad happens to VMMs or to the instance; the script's last word is `...-OK`.
 fn hard_times(name: &str, timeout: u64, script: &'static str) -> Case {
     Case {
@@ -581,24 +523,6 @@ fn hard_times(name: &str, timeout: u64, script: &'static str) -> Case {
         ..Case::default()
     }
 }
-
-/// Many small VMs at once; `GUESTS` says how many.
-pub const DENSITY: &str = include_str!("../../tests/lab-scripts/density.sh");
-const DENSITY_8: &str = concat!(
-    "GUESTS=8\n",
-    include_str!("../../tests/lab-scripts/density.sh")
-);
-/// The figure that Blanket promises: 40 on an instance of 6 GiB and two CPUs.
-const DENSITY_40: &str = concat!(
-    "GUESTS=40\n",
-    include_str!("../../tests/lab-scripts/density.sh")
-);
-
-/// Ten like guests whose memory KSM merges.
-const MERGED_10: &str = concat!(
-    "GUESTS=10 MERGED=100\n",
-    include_str!("../../tests/lab-scripts/density.sh")
-);
 
 fn density(name: &str, script: &'static str, timeout: u64) -> Case {
     Case {
@@ -729,9 +653,6 @@ fn guest(name: &str, timeout: u64, vcpus: u32, script: &'static str) -> Case {
         ..Case::default()
     }
 }
-
-const TAKEN_SAMPLE: &str = with_common!("LIMIT=100M CPUS=2 MIB=12 ROUNDS=1\n", "memory-taken.sh");
-const TAKEN_SOAK: &str = with_common!("LIMIT=100M CPUS=4 MIB=12 ROUNDS=10\n", "memory-taken.sh");
 
 /// The host takes a VM's memory: it moves and swaps it.
 fn memory_taken(name: &str, script: &'static str) -> Case {

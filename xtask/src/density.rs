@@ -8,12 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::build;
-use crate::cases::DENSITY;
 use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour};
 use crate::lab::Payload;
 use crate::project::Project;
 use crate::qemu::{self, End, Hardware, Machine};
+use crate::scripts::DENSITY;
 
 /// What the page's section begins with.
 pub const TITLE: &str = "\n## Density\n";

@@ -22,6 +22,7 @@ mod package;
 mod page;
 mod project;
 mod qemu;
+mod scripts;
 mod setup;
 mod storm;
 mod test;

@@ -1,0 +1,88 @@
+//! What instances run in the cases that are scripts with settings.
+
+/// A script behind what such scripts share.
+macro_rules! with_common {
+    ($script:literal) => {
+        with_common!("", $script)
+    };
+    ($settings:literal, $script:literal) => {
+        concat!(
+            include_str!("../../tests/lab-scripts/common.sh"),
+            $settings,
+            include_str!(concat!("../../tests/lab-scripts/", $script))
+        )
+    };
+}
+
+pub const KILL_VMM: &str = with_common!("kill-vmm.sh");
+pub const KILL_VMM_LONG: &str = with_common!("ROUNDS=100 SEED=2\n", "kill-vmm.sh");
+pub const HOST_CPUS: &str = with_common!("host-cpus.sh");
+pub const SUSPEND: &str = with_common!("suspend.sh");
+pub const MEMORY_SHORT: &str = with_common!("memory-short.sh");
+pub const MEMORY_SHORT_INSTANCE: &str = with_common!("WHOLE=yes\n", "memory-short.sh");
+
+pub const HOSTILE: &str = with_common!("hostile.sh");
+pub const HOSTILE_SOAK: &str = with_common!("SEEDS=2400 DEADLY=100\n", "hostile.sh");
+pub const HOSTILE_MOVES: &str = with_common!(
+    "(while sleep 0.2; do echo 1 >/proc/sys/vm/compact_memory; done) &\n",
+    "hostile.sh"
+);
+
+pub const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
+pub const BALLOON: &str = with_common!("balloon.sh");
+pub const VMM_TRICKS: &str = with_common!(
+    "TRICKS='unmapped-pages post-copy dirty-log munmap read-only'\n",
+    "vmm-tricks.sh"
+);
+pub const VMM_TRICKS_ALL: &str = with_common!(
+    "TRICKS='unmapped-pages moved-away-and-back protected-and-back post-copy dirty-log fork \
+     munmap no-access read-only moved-away punched'\n",
+    "vmm-tricks.sh"
+);
+
+pub const KEXEC_NOW: &str = with_common!("export HOW=now\n", "kexec.sh");
+pub const KEXEC_CRASH: &str = with_common!("export HOW=crash\n", "kexec.sh");
+
+/// A kernel that takes signed modules only, as with Secure Boot: the module is not
+/// loaded, and the word is what to do.
+pub const SIGNED_ONLY: &str = "\
+    ! test -e /dev/blanket || exit 1
+    insmod /lab/blanket.ko 2>&1 && exit 1
+    blanket doctor >said 2>&1 && exit 1
+    cat said
+    grep -q '^FAIL *signatures' said && grep -q sig_enforce said || exit 1
+    blanket run --kernel /guest/vmlinuz 2>said </dev/null && exit 1
+    cat said
+    grep -q sign said && echo SIGNED-OK";
+
+/// VMs inside KVM need no module.
+pub const LOCKED_DOWN: &str = "\
+    grep -q '\\[confidentiality\\]' /sys/kernel/security/lockdown 2>/dev/null ||
+        { mount -t securityfs security /sys/kernel/security
+          grep -q '\\[confidentiality\\]' /sys/kernel/security/lockdown || exit 1; }
+    blanket doctor || exit 1
+    echo 'uname -r' >script
+    guest script && echo LOCKED-OK";
+
+pub const TAKEN_SAMPLE: &str =
+    with_common!("LIMIT=100M CPUS=2 MIB=12 ROUNDS=1\n", "memory-taken.sh");
+pub const TAKEN_SOAK: &str =
+    with_common!("LIMIT=100M CPUS=4 MIB=12 ROUNDS=10\n", "memory-taken.sh");
+
+/// Many small VMs at once; `GUESTS` says how many.
+pub const DENSITY: &str = include_str!("../../tests/lab-scripts/density.sh");
+pub const DENSITY_8: &str = concat!(
+    "GUESTS=8\n",
+    include_str!("../../tests/lab-scripts/density.sh")
+);
+/// The figure that Blanket promises: 40 on an instance of 6 GiB and two CPUs.
+pub const DENSITY_40: &str = concat!(
+    "GUESTS=40\n",
+    include_str!("../../tests/lab-scripts/density.sh")
+);
+
+/// Ten like guests whose memory KSM merges.
+pub const MERGED_10: &str = concat!(
+    "GUESTS=10 MERGED=100\n",
+    include_str!("../../tests/lab-scripts/density.sh")
+);
