@@ -104,10 +104,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         println!("{}", command(project)?.display());
     }
     if wants(Part::Programs) {
-        for program in guest_programs(project)? {
+        for program in [guest_programs(project)?, instance_programs(project)?].concat() {
             println!("{}", program.display());
         }
-        println!("{}", hostile_kernel(project)?.display());
     }
     Ok(())
 }
@@ -151,7 +150,7 @@ pub fn core_elf(project: &Project) -> Result<PathBuf> {
 }
 
 /// Builds the hostile kernel of the tests, an ELF file.
-pub fn hostile_kernel(project: &Project) -> Result<PathBuf> {
+fn hostile_kernel(project: &Project) -> Result<PathBuf> {
     let _lock = project.lock("core")?;
     let elf = freestanding(
         project,
@@ -348,31 +347,33 @@ pub fn command(project: &Project) -> Result<PathBuf> {
     built.into_iter().next().context("no command was built")
 }
 
-/// Builds the static programs that tests and benchmarks run in instances and VMs.
+/// Builds the static programs that run in VMs and, unchanged, in instances.
 pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
     static_binaries(
         project,
-        &[
-            "-p",
-            "abi-test",
-            "-p",
-            "ioctl-fuzz",
-            "-p",
-            "kexec",
-            "-p",
-            "micro",
-            "-p",
-            "storm",
-        ],
-        &["abi-test", "ioctl-fuzz", "kexec", "micro", "hello", "storm"],
+        &["-p", "abi-test", "-p", "micro", "-p", "storm"],
+        &["abi-test", "micro", "hello", "storm"],
         LEAN,
         None,
     )
 }
 
+/// Builds what runs in instances only.
+pub fn instance_programs(project: &Project) -> Result<Vec<PathBuf>> {
+    let mut programs = static_binaries(
+        project,
+        &["-p", "ioctl-fuzz", "-p", "kexec"],
+        &["ioctl-fuzz", "kexec"],
+        LEAN,
+        None,
+    )?;
+    programs.extend([hostile_kernel(project)?, vmm_tricks(project)?]);
+    Ok(programs)
+}
+
 /// Builds the static VMM that plays tricks on its VM; it carries the core as the command
 /// does.
-pub fn vmm_tricks(project: &Project) -> Result<PathBuf> {
+fn vmm_tricks(project: &Project) -> Result<PathBuf> {
     let image = core(project)?;
     let (select, names) = (["-p", "vmm-tricks"], ["vmm-tricks"]);
     let built = static_binaries(project, &select, &names, STATIC, Some(&image))?;

@@ -12,18 +12,25 @@ use crate::build;
 use crate::initramfs::Files;
 use crate::project::Project;
 
-/// The static programs, in /bin.
+/// The static programs of VMs, in /bin.
 pub fn programs(project: &Project) -> Result<Files> {
+    in_bin(build::guest_programs(project)?)
+}
+
+/// What instances have besides. Not for VMs: an initrd is memory of each.
+pub fn instance_programs(project: &Project) -> Result<Files> {
+    in_bin(build::instance_programs(project)?)
+}
+
+fn in_bin(programs: Vec<PathBuf>) -> Result<Files> {
     let mut files = Files::new();
-    for program in build::guest_programs(project)? {
+    for program in programs {
         let name = program
             .file_name()
             .context("a program without a name")?
             .to_string_lossy();
         files.insert(format!("bin/{name}"), program.clone());
     }
-    files.insert("bin/hostile".into(), build::hostile_kernel(project)?);
-    files.insert("bin/vmm-tricks".into(), build::vmm_tricks(project)?);
     Ok(files)
 }
 

@@ -336,7 +336,9 @@ rm -r $dir
 struct Bench<'a> {
     project: &'a Project,
     command: PathBuf,
-    /// What tests run, in instances and VMs.
+    /// What tests run in instances only.
+    instance_files: Files,
+    /// What they run in instances and VMs.
     files: Files,
     /// The same with stress-ng, if a case wants it.
     stressed: Files,
@@ -346,6 +348,7 @@ impl<'a> Bench<'a> {
     /// Builds and fetches all that `cases` need, so that their times are theirs.
     fn prepare(project: &'a Project, cases: &[Case]) -> Result<Self> {
         let command = find_command(project, false)?.context("the checkout has no command")?;
+        let instance_files = guestware::instance_programs(project)?;
         let mut files = guestware::programs(project)?;
         files.extend(guestware::scripts(project)?);
         let mut stressed = files.clone();
@@ -363,6 +366,7 @@ impl<'a> Bench<'a> {
         Ok(Self {
             project,
             command,
+            instance_files,
             files,
             stressed,
         })
@@ -448,6 +452,7 @@ impl<'a> Bench<'a> {
             &self.files
         };
         payload.archive.add(files);
+        payload.archive.add(&self.instance_files);
         payload.archive.text("bin/guest", 0o755, GUEST);
         payload.guest_initrd(&initramfs::guest(project, None, files)?)?;
         for flavour in guests(case) {
