@@ -1,0 +1,63 @@
+//! Disk images of VMs: what a block backend reads and writes, whatever its format.
+//!
+//! A [`Disk`] is an open image. A backend makes one [`Queue`] for each of its threads,
+//! submits [`Request`]s to it, and collects [`Completion`]s when the queue's descriptor
+//! becomes readable. Nothing here waits for a medium.
+
+mod request;
+
+pub use request::{Buffer, Completion, Failure, Operation, Request};
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// Unit of all sizes that a guest sees, bytes (`public/io/blkif.h`).
+pub const SECTOR: u64 = 512;
+
+/// An open disk image. It is closed, and its lock given back, when it is dropped.
+pub trait Disk: Send + Sync + Debug {
+    /// Bytes that a guest sees, a multiple of [`SECTOR`]. Changes with [`Disk::resize`].
+    fn size(&self) -> u64;
+
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+
+    /// Bytes of the smallest piece that [`Operation::Discard`] gives back to the host; 0 if
+    /// it gives back nothing.
+    fn discard_granularity(&self) -> u32;
+
+    /// A way to use the disk from one thread, for at most `depth` requests at a time.
+    ///
+    /// # Errors
+    /// The host has no descriptors, threads or memory for it.
+    fn queue(&self, depth: u32) -> io::Result<Box<dyn Queue>>;
+
+    /// Gives the disk another size, in the image and for guests. No data is cut off: a
+    /// smaller size is refused.
+    ///
+    /// # Errors
+    /// The format or the host cannot; the size is then as it was.
+    fn resize(&self, size: u64) -> io::Result<()>;
+}
+
+/// Requests of one thread to a disk.
+pub trait Queue: Send {
+    /// Starts a request; never waits for the medium. Requests that overlap, and are in
+    /// flight together, are carried out in any order. A request that cannot be started
+    /// completes with its failure.
+    fn submit(&mut self, request: Request);
+
+    /// Hands over what [`Queue::submit`] has gathered, where that is cheaper by the batch.
+    /// To be called before one waits.
+    fn flush_submissions(&mut self);
+
+    /// Readable (an eventfd) while there may be something to collect.
+    fn event(&self) -> BorrowedFd<'_>;
+
+    /// Collects what is done, and makes the descriptor unreadable first.
+    fn collect(&mut self, into: &mut Vec<Completion>);
+
+    /// Requests that were submitted and not yet collected.
+    fn in_flight(&self) -> usize;
+}
