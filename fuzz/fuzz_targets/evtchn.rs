@@ -18,8 +18,6 @@ enum Op {
     AllocUnbound(Dom, Dom),
     BindInterdomain(Dom, P),
     Reserve(P, Dom),
-    Connect(P),
-    Disconnect(P),
     Close(P),
     BindVcpu(P, u8),
     Send(P),
@@ -173,12 +171,6 @@ fuzz_target!(|ops: Vec<Op>| {
                 assert_eq!(ports.reserve_static(p.nr(), BACKEND).is_ok(), free && valid);
             }
             Op::Reserve(..) => {}
-            Op::Connect(p) => {
-                let _refused = ports.connect_backend(p.nr()).is_err();
-            }
-            Op::Disconnect(p) => {
-                let _refused = ports.disconnect_backend(p.nr()).is_err();
-            }
             Op::Close(p) => {
                 let open = ports.port(p.nr()).binding != Binding::Closed;
                 assert_eq!(ports.close(p.nr(), b).is_ok(), open);

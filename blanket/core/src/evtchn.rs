@@ -280,7 +280,8 @@ impl Ports {
     }
 
     /// `EVTCHNOP_alloc_unbound`: a port of domain `dom` to which `remote` may
-    /// connect. As in Xen, `remote` need not exist.
+    /// connect. As in Xen, `remote` need not exist. The backend connects at once: it
+    /// hears the guest from the first notification on, and needs no call of its own.
     ///
     /// # Errors
     /// EPERM if `dom` is the backend, ESRCH if it does not exist, ENOSPC without a
@@ -292,13 +293,16 @@ impl Ports {
         } else {
             remote
         };
-        self.allocate(
-            Port {
-                binding: Binding::Unbound { remote },
-                vcpu: 0,
-            },
-            bits,
-        )
+        let unbound = Port {
+            binding: Binding::Unbound { remote },
+            vcpu: 0,
+        };
+        let port = self.allocate(unbound, bits)?;
+        if remote == domid::BACKEND {
+            let binding = Binding::Interdomain { remote, port };
+            self.set(port, Port { binding, vcpu: 0 });
+        }
+        Ok(port)
     }
 
     /// `EVTCHNOP_bind_interdomain`: connects a new port to `remote_port` of
@@ -364,54 +368,6 @@ impl Ports {
             Port {
                 binding: Binding::Interdomain { remote, port },
                 vcpu: 0,
-            },
-        );
-        Ok(())
-    }
-
-    /// The backend connects to a port that the guest allocated for it.
-    ///
-    /// # Errors
-    /// EINVAL if the port does not wait for the backend.
-    pub fn connect_backend(&self, port: u32) -> Result<(), i64> {
-        let old = self.port(port);
-        if old.binding
-            != (Binding::Unbound {
-                remote: domid::BACKEND,
-            })
-        {
-            return Err(EINVAL);
-        }
-        let binding = Binding::Interdomain {
-            remote: domid::BACKEND,
-            port,
-        };
-        self.set(port, Port { binding, ..old });
-        Ok(())
-    }
-
-    /// The backend closes its end: the guest's port waits for it again.
-    ///
-    /// # Errors
-    /// EINVAL if the port is not connected to the backend.
-    pub fn disconnect_backend(&self, port: u32) -> Result<(), i64> {
-        let old = self.port(port);
-        if !matches!(
-            old.binding,
-            Binding::Interdomain {
-                remote: domid::BACKEND,
-                ..
-            }
-        ) {
-            return Err(EINVAL);
-        }
-        self.set(
-            port,
-            Port {
-                binding: Binding::Unbound {
-                    remote: domid::BACKEND,
-                },
-                ..old
             },
         );
         Ok(())

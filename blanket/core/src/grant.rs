@@ -1,15 +1,13 @@
 //! Grant table, version 1 (`public/grant_table.h`, `xen/common/grant_table.c`).
 //!
-//! Two sides. [`GrantTable`] answers the hypercalls of a guest that only has
-//! frontends: it sizes its table and learns where the frames are; all that a
-//! backend would call is refused. [`acquire`] and [`release`] are what the VMM's
-//! backends do with an entry before and after they use the granted frame, so that
-//! a guest that revokes a grant sees whether it is in use.
+//! [`GrantTable`] answers the hypercalls of a guest that only has frontends: it sizes
+//! its table and learns where the frames are; all that a backend would call is refused.
+//! What the VMM's backends do with an entry is in `blanket-devices`.
 
 use blanket_abi::Gfn;
 use blanket_abi::xen::domid;
 use blanket_abi::xen::errno::{EINVAL, ENOSYS, EPERM, ESRCH};
-use blanket_abi::xen::grant::{PER_FRAME, flag, op, status};
+use blanket_abi::xen::grant::{PER_FRAME, op, status};
 
 /// `GNTST_bad_gntref`: no such entry.
 pub const BAD_GNTREF: i16 = -3;
@@ -176,143 +174,5 @@ const fn own(dom: u16) -> Result<(), i16> {
         domid::SELF | domid::GUEST => Ok(()),
         domid::BACKEND => Err(PERMISSION_DENIED),
         _ => Err(status::BAD_DOMAIN),
-    }
-}
-
-/// A guest's grant entries as a backend sees them: shared memory that the guest
-/// changes at any time. `gref` is below the number that [`acquire`] was given.
-pub trait Entries {
-    /// The entry's first word: flags in the low half, domain in the high half.
-    fn head(&self, gref: u32) -> u32;
-    /// Replaces the first word if it is still `old`, with acquire order on success.
-    ///
-    /// # Errors
-    /// The word that was there instead.
-    fn exchange_head(&self, gref: u32, old: u32, new: u32) -> Result<(), u32>;
-    /// Clears bits of the flags atomically, with release order, leaving all others.
-    fn clear_flags(&self, gref: u32, bits: u16);
-    /// The entry's frame.
-    fn frame(&self, gref: u32) -> u32;
-}
-
-/// Why a grant cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Denied {
-    /// No such entry.
-    BadRef,
-    /// The entry grants nothing, or to somebody else.
-    NotGranted,
-    /// Writing was asked for and the grant is read-only.
-    ReadOnly,
-    /// The guest changes the entry faster than it can be taken.
-    Unstable,
-}
-
-impl Denied {
-    /// As `GNTST_*`.
-    #[must_use]
-    pub const fn status(self) -> i16 {
-        match self {
-            Self::BadRef => BAD_GNTREF,
-            Self::NotGranted | Self::ReadOnly | Self::Unstable => status::GENERAL_ERROR,
-        }
-    }
-}
-
-/// Times that an entry is tried, as in Xen.
-const TRIES: u32 = 5;
-
-/// Takes entry `gref` of a table with `nr_entries` for domain `dom` (the backend):
-/// marks it as being read, and written if `write`, and returns the granted frame.
-/// The frame number is the guest's word and must be checked against its memory.
-/// The caller serialises uses of one entry, with a [`Pins`] for each.
-///
-/// # Errors
-/// [`Denied`]; the entry is then as it was.
-pub fn acquire(
-    entries: &impl Entries,
-    nr_entries: u64,
-    gref: u32,
-    dom: u16,
-    write: bool,
-) -> Result<Gfn, Denied> {
-    if u64::from(gref) >= nr_entries {
-        return Err(Denied::BadRef);
-    }
-    let mut head = entries.head(gref);
-    for _ in 0..TRIES {
-        let [f0, f1, d0, d1] = head.to_le_bytes();
-        let flags = u16::from_le_bytes([f0, f1]);
-        if flags & flag::TYPE_MASK != flag::PERMIT_ACCESS || u16::from_le_bytes([d0, d1]) != dom {
-            return Err(Denied::NotGranted);
-        }
-        if write && flags & flag::READONLY != 0 {
-            return Err(Denied::ReadOnly);
-        }
-        let mark = flag::READING | if write { flag::WRITING } else { 0 };
-        if flags & mark == mark {
-            // Already marked by another use of the same grant.
-            return Ok(Gfn(u64::from(entries.frame(gref))));
-        }
-        match entries.exchange_head(gref, head, head | u32::from(mark)) {
-            Ok(()) => return Ok(Gfn(u64::from(entries.frame(gref)))),
-            Err(now) => head = now,
-        }
-    }
-    Err(Denied::Unstable)
-}
-
-/// Gives an entry back: clears the marks that [`Pins::remove`] says.
-pub fn release(entries: &impl Entries, gref: u32, marks: u16) {
-    if marks != 0 {
-        entries.clear_flags(gref, marks);
-    }
-}
-
-/// Uses of one grant by a backend. The marks in the entry stay until the last use
-/// of their kind ends.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pins {
-    readers: u32,
-    writers: u32,
-}
-
-impl Pins {
-    /// Counts a use that [`acquire`] allowed.
-    pub fn add(&mut self, write: bool) {
-        let count = if write {
-            &mut self.writers
-        } else {
-            &mut self.readers
-        };
-        *count = count.saturating_add(1);
-    }
-
-    /// Ends a use. Returns the marks to clear with [`release`].
-    #[must_use]
-    pub fn remove(&mut self, write: bool) -> u16 {
-        let count = if write {
-            &mut self.writers
-        } else {
-            &mut self.readers
-        };
-        if *count == 0 {
-            return 0;
-        }
-        *count -= 1;
-        let mut marks = 0;
-        if write && self.writers == 0 {
-            marks |= flag::WRITING;
-        }
-        if self.is_unused() {
-            marks |= flag::READING;
-        }
-        marks
-    }
-
-    /// Whether no use is left.
-    #[must_use]
-    pub const fn is_unused(&self) -> bool {
-        self.readers == 0 && self.writers == 0
     }
 }

@@ -105,25 +105,26 @@ fn the_rings_ports_are_there_before_the_domain_starts() {
 fn a_port_for_the_backend() {
     let (p, b) = domain();
     let port = p.alloc_unbound(SELF, BACKEND, &b).unwrap();
-    assert_eq!(p.status(GUEST, port), Ok([status::UNBOUND, 0, 0, 0]));
-    assert_eq!(p.send(port, &b), Ok(Outcome::Done), "nobody there yet");
-    assert_eq!(p.raise_from_backend(port, &b), None);
-    p.connect_backend(port).unwrap();
-    assert_eq!(p.connect_backend(port), Err(EINVAL), "once");
+    assert_eq!(
+        p.status(GUEST, port),
+        Ok([status::INTERDOMAIN, 0, u32::from(BACKEND), port]),
+        "it is there at once"
+    );
     assert_eq!(p.send(port, &b), Ok(Outcome::Backend(port)));
     p.bind_vcpu(port, 3).unwrap();
     assert_eq!(p.raise_from_backend(port, &b), Some(3));
-    p.disconnect_backend(port).unwrap();
-    assert_eq!(p.send(port, &b), Ok(Outcome::Done));
     let closed = p.close(port, &b).unwrap();
     assert_eq!(
         closed,
         Port {
-            binding: Binding::Unbound { remote: BACKEND },
+            binding: Binding::Interdomain {
+                remote: BACKEND,
+                port
+            },
             vcpu: 3
         }
     );
-    assert_eq!(p.disconnect_backend(port), Err(EINVAL));
+    assert_eq!(p.raise_from_backend(port, &b), None, "no longer");
     assert!(!b.is_pending(port), "a closed port is clean");
 }
 
@@ -233,8 +234,6 @@ enum Op {
     BindIpi(u32),
     AllocUnbound(u16, u16),
     BindInterdomain(u16, u32),
-    Connect(u32),
-    Disconnect(u32),
     Close(u32),
     BindVcpu(u32, u32),
     Send(u32),
@@ -323,7 +322,11 @@ fn check(ports: &Ports, bits: &Bits, m: &mut Model, op: Op) {
             let want = match dom {
                 SELF | GUEST => {
                     let remote = if remote == SELF { GUEST } else { remote };
-                    Ok(m.alloc(Binding::Unbound { remote }, 0))
+                    let port = m.alloc(Binding::Unbound { remote }, 0);
+                    if remote == BACKEND {
+                        m.ports.get_mut(&port).unwrap().0 = Binding::Interdomain { remote, port };
+                    }
+                    Ok(port)
                 }
                 BACKEND => Err(EPERM),
                 _ => Err(ESRCH),
@@ -354,34 +357,6 @@ fn check(ports: &Ports, bits: &Bits, m: &mut Model, op: Op) {
                 _ => Err(ESRCH),
             };
             assert_eq!(ports.bind_interdomain(dom, port, bits), want);
-        }
-        Op::Connect(port) => {
-            let want = match m.ports.get_mut(&port) {
-                Some((b @ Binding::Unbound { remote: BACKEND }, _)) => {
-                    *b = Binding::Interdomain {
-                        remote: BACKEND,
-                        port,
-                    };
-                    Ok(())
-                }
-                _ => Err(EINVAL),
-            };
-            assert_eq!(ports.connect_backend(port), want);
-        }
-        Op::Disconnect(port) => {
-            let want = match m.ports.get_mut(&port) {
-                Some((
-                    b @ Binding::Interdomain {
-                        remote: BACKEND, ..
-                    },
-                    _,
-                )) => {
-                    *b = Binding::Unbound { remote: BACKEND };
-                    Ok(())
-                }
-                _ => Err(EINVAL),
-            };
-            assert_eq!(ports.disconnect_backend(port), want);
         }
         Op::Close(port) => {
             let want = m.close(port);
@@ -478,8 +453,6 @@ fn ops() -> impl Strategy<Value = Op> {
         2 => vcpu().prop_map(Op::BindIpi),
         3 => (dom(), dom()).prop_map(|(a, b)| Op::AllocUnbound(a, b)),
         3 => (dom(), port()).prop_map(|(a, b)| Op::BindInterdomain(a, b)),
-        2 => port().prop_map(Op::Connect),
-        1 => port().prop_map(Op::Disconnect),
         3 => port().prop_map(Op::Close),
         2 => (port(), vcpu()).prop_map(|(a, b)| Op::BindVcpu(a, b)),
         6 => port().prop_map(Op::Send),

@@ -51,6 +51,16 @@ impl Buffer {
     pub const fn length(&self) -> usize {
         self.length
     }
+
+    /// This one and the next as one, if they lie beside each other.
+    #[must_use]
+    pub fn join(&self, next: &Self) -> Option<Self> {
+        let end = self.start.as_ptr().wrapping_add(self.length);
+        (end == next.start.as_ptr()).then_some(Self {
+            start: self.start,
+            length: self.length + next.length,
+        })
+    }
 }
 
 // SAFETY: a buffer is an address of memory that lives as long as its request says, and

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod connection;
+mod device;
 mod domain;
 mod error;
 mod node;
@@ -14,6 +15,7 @@ mod watch;
 pub mod wire;
 
 pub use connection::{Connection, ProtocolError};
+pub use device::DeviceId;
 pub use domain::DomainSpec;
 pub use error::Errno;
 pub use node::{Access, Perm};

@@ -1,0 +1,397 @@
+//! The block backend: what `xen-blkfront` of a guest finds behind its disks.
+//!
+//! One thread for each queue takes requests off its ring, maps what they grant, and gives
+//! them to the disk; it answers them as the disk completes them, in any order. Data goes
+//! between the disk and the guest's own pages, without a copy where the image's format
+//! has none.
+
+pub mod protocol;
+mod queue;
+mod worker;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use blanket_disk::{Disk, SECTOR};
+
+use crate::bus::{ConnectError, Connection, Device, Fault, Frontend, Nodes};
+use crate::grant::Mapping;
+use crate::ring::Ring;
+use crate::{Guest, Kick};
+
+use protocol::{MAX_SEGMENTS, SLOT};
+
+/// Most queues of a disk.
+const MAX_QUEUES: u32 = 4;
+/// Logarithm of the most pages of a ring: 16.
+const MAX_RING_ORDER: u32 = 4;
+
+/// Class of block devices.
+pub const CLASS: &str = "vbd";
+
+/// What the backend does when the host has no space left for the image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// Requests wait until there is space.
+    #[default]
+    Wait,
+    /// They fail.
+    Fail,
+}
+
+/// How a disk is given to a guest.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Number of the disk: 0 is `xvda`.
+    pub index: u32,
+    /// Most queues; the frontend takes at most one for each vCPU.
+    pub queues: Option<u32>,
+    /// Offer grants that stay mapped. The guest then copies all data through pages that
+    /// it keeps granted. That spares a backend that must map them one by one by
+    /// hypercalls; this one need not, so it is off.
+    pub persistent: bool,
+    /// When the host's space runs out.
+    pub when_full: WhenFull,
+    /// Bytes and requests for each second.
+    pub limits: crate::Limits,
+}
+
+/// What a disk has done.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests that read.
+    pub reads: AtomicU64,
+    /// Bytes that they read.
+    pub read_bytes: AtomicU64,
+    /// Requests that wrote.
+    pub writes: AtomicU64,
+    /// Bytes that they wrote.
+    pub written_bytes: AtomicU64,
+    /// Flushes.
+    pub flushes: AtomicU64,
+    /// Discards.
+    pub discards: AtomicU64,
+    /// Requests that failed, or were no requests.
+    pub errors: AtomicU64,
+    /// Notifications sent to the guest.
+    pub notifications: AtomicU64,
+    /// Some queue waits for space on the host.
+    pub waits_for_space: AtomicBool,
+}
+
+/// A disk of a VM, over its reboots.
+pub struct Vbd {
+    config: Config,
+    disk: Arc<dyn Disk>,
+    counters: Arc<Counters>,
+    limiter: Arc<Mutex<crate::Limiter>>,
+    /// vCPUs of the VM.
+    vcpus: u32,
+}
+
+impl Vbd {
+    /// A disk that no guest uses yet.
+    #[must_use]
+    pub fn new(disk: Arc<dyn Disk>, config: Config, vcpus: u32) -> Self {
+        Self {
+            limiter: Arc::new(Mutex::new(crate::Limiter::new(config.limits))),
+            config,
+            disk,
+            counters: Arc::default(),
+            vcpus,
+        }
+    }
+
+    /// What it has done.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Its image.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// How it is given to the guest.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Nodes that tell the guest its size; to be written anew when it was resized.
+    #[must_use]
+    pub fn size_nodes(&self) -> Nodes {
+        vec![("sectors".into(), (self.disk.size() / SECTOR).to_string())]
+    }
+
+    fn queues(&self) -> u32 {
+        let most = self.config.queues.unwrap_or(MAX_QUEUES);
+        most.min(self.vcpus).clamp(1, MAX_QUEUES)
+    }
+}
+
+/// The number by which a guest knows disk `index` (`xen-vbd-interface.7`): `xvda` is 0.
+#[must_use]
+pub fn device_number(index: u32) -> u32 {
+    if index < 16 {
+        202 << 8 | index << 4
+    } else {
+        1 << 28 | index << 8
+    }
+}
+
+/// The name that Linux gives disk `index`: `xvda` to `xvdz`, then `xvdaa`.
+#[must_use]
+pub fn device_name(index: u32) -> String {
+    let mut letters = Vec::new();
+    let mut left = index;
+    loop {
+        letters.push(char::from(b'a' + u8::try_from(left % 26).unwrap_or(0)));
+        left /= 26;
+        if left == 0 {
+            break;
+        }
+        left -= 1;
+    }
+    format!("xvd{}", letters.iter().rev().collect::<String>())
+}
+
+impl Device for Vbd {
+    fn class(&self) -> &'static str {
+        CLASS
+    }
+
+    fn number(&self) -> u32 {
+        device_number(self.config.index)
+    }
+
+    fn frontend_nodes(&self) -> Nodes {
+        let number = self.number();
+        let mut nodes = vec![
+            ("virtual-device".into(), number.to_string()),
+            ("device-type".into(), "disk".into()),
+            ("trusted".into(), "1".into()),
+        ];
+        if number >> 28 != 0 {
+            nodes.push(("virtual-device-ext".into(), number.to_string()));
+        }
+        nodes
+    }
+
+    fn backend_nodes(&self) -> Nodes {
+        let flag = |on: bool| u32::from(on).to_string();
+        let granularity = self.disk.discard_granularity();
+        let mode = if self.disk.read_only() { "r" } else { "w" };
+        let mut nodes: Nodes = vec![
+            ("dev".into(), device_name(self.config.index)),
+            ("mode".into(), mode.into()),
+            ("device-type".into(), "disk".into()),
+            ("removable".into(), "0".into()),
+            ("feature-flush-cache".into(), flag(!self.disk.read_only())),
+            ("feature-persistent".into(), flag(self.config.persistent)),
+            (
+                "feature-max-indirect-segments".into(),
+                MAX_SEGMENTS.to_string(),
+            ),
+            ("max-ring-page-order".into(), MAX_RING_ORDER.to_string()),
+            ("multi-queue-max-queues".into(), self.queues().to_string()),
+        ];
+        if granularity > 0 && !self.disk.read_only() {
+            nodes.push(("feature-discard".into(), "1".into()));
+            nodes.push(("discard-granularity".into(), granularity.to_string()));
+            nodes.push(("discard-alignment".into(), "0".into()));
+        }
+        nodes
+    }
+
+    fn connect(
+        &self,
+        guest: &Arc<dyn Guest>,
+        frontend: &Frontend<'_>,
+        fault: Fault,
+    ) -> Result<Box<dyn Connection>, ConnectError> {
+        if let Some(protocol) = frontend.text("protocol")
+            && protocol != "x86_64-abi"
+        {
+            return Err(ConnectError::Node {
+                name: "protocol".into(),
+                value: Some(protocol),
+            });
+        }
+        let queues = frontend.optional("multi-queue-num-queues")?.unwrap_or(1);
+        if queues == 0 || queues > self.queues() {
+            return Err(ConnectError::Node {
+                name: "multi-queue-num-queues".into(),
+                value: Some(queues.to_string()),
+            });
+        }
+        let persistent =
+            self.config.persistent && frontend.optional("feature-persistent")? == Some(1);
+        let mut connected = Connected {
+            queues: Vec::new(),
+            nodes: self.connected_nodes(),
+        };
+        for index in 0..queues {
+            // With one queue the nodes are in the directory itself.
+            let prefix = if queues == 1 {
+                String::new()
+            } else {
+                format!("queue-{index}/")
+            };
+            let ring = map_ring(guest, frontend, &prefix)?;
+            let port = frontend.number(&format!("{prefix}event-channel"))?;
+            let host = |what| move |source: io::Error| ConnectError::Host { what, source };
+            let kick = Arc::new(Kick::new().map_err(host("an eventfd"))?);
+            let disk = self
+                .disk
+                .queue(ring.slots())
+                .map_err(host("a queue of the disk"))?;
+            let queue = queue::Queue::new(
+                Arc::clone(guest),
+                ring,
+                disk,
+                queue::Setup {
+                    persistent,
+                    read_only: self.disk.read_only(),
+                    when_full: self.config.when_full,
+                },
+                Arc::clone(&self.counters),
+            );
+            guest.listen(port, Some(Arc::clone(&kick) as _));
+            let worker = worker::Worker {
+                guest: Arc::clone(guest),
+                kick: Arc::clone(&kick),
+                port,
+                queue,
+                limiter: Arc::clone(&self.limiter),
+                fault: fault.clone(),
+                again: None,
+            };
+            let name = format!("{}-{index}", device_name(self.config.index));
+            let thread = crate::thread(name).spawn(move || worker.run());
+            let running = Running {
+                guest: Arc::clone(guest),
+                port,
+                kick,
+                thread: match thread {
+                    Ok(thread) => Some(thread),
+                    Err(source) => {
+                        guest.listen(port, None);
+                        return Err(ConnectError::Host {
+                            what: "a thread",
+                            source,
+                        });
+                    }
+                },
+            };
+            // Requests from before the port was listened to.
+            running.kick.kick();
+            connected.queues.push(running);
+        }
+        Ok(Box::new(connected))
+    }
+}
+
+impl Vbd {
+    fn connected_nodes(&self) -> Nodes {
+        let mut nodes = self.size_nodes();
+        nodes.push(("sector-size".into(), SECTOR.to_string()));
+        nodes.push(("physical-sector-size".into(), "4096".into()));
+        // VDISK_READONLY.
+        let info = if self.disk.read_only() { 4 } else { 0 };
+        nodes.push(("info".into(), info.to_string()));
+        nodes
+    }
+}
+
+fn map_ring(
+    guest: &Arc<dyn Guest>,
+    frontend: &Frontend<'_>,
+    prefix: &str,
+) -> Result<Ring<SLOT>, ConnectError> {
+    let order = frontend.optional("ring-page-order")?;
+    let grefs: Vec<u32> = match order {
+        None => vec![frontend.number(&format!("{prefix}ring-ref"))?],
+        Some(order) if order <= MAX_RING_ORDER => (0..1 << order)
+            .map(|page| {
+                // With one page a frontend uses the old name.
+                let name = if order == 0 {
+                    format!("{prefix}ring-ref")
+                } else {
+                    format!("{prefix}ring-ref{page}")
+                };
+                frontend.number(&name)
+            })
+            .collect::<Result<_, _>>()?,
+        Some(order) => {
+            return Err(ConnectError::Node {
+                name: "ring-page-order".into(),
+                value: Some(order.to_string()),
+            });
+        }
+    };
+    let pages: Vec<Mapping> = grefs
+        .iter()
+        .map(|gref| guest.grants().map(*gref, true))
+        .collect::<Result<_, _>>()?;
+    Ring::new(pages).ok_or_else(|| ConnectError::Node {
+        name: format!("{prefix}ring-ref"),
+        value: None,
+    })
+}
+
+/// A connected frontend.
+struct Connected {
+    queues: Vec<Running>,
+    nodes: Nodes,
+}
+
+impl Connection for Connected {
+    fn nodes(&self) -> Nodes {
+        self.nodes.clone()
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        // All at once: they drain beside each other.
+        for queue in &self.queues {
+            queue.kick.stop();
+        }
+    }
+}
+
+/// A queue's thread.
+struct Running {
+    guest: Arc<dyn Guest>,
+    port: u32,
+    kick: Arc<Kick>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.guest.listen(self.port, None);
+        self.kick.stop();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a disk's thread panicked");
+        }
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests;

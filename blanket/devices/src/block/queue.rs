@@ -1,0 +1,405 @@
+//! A ring's requests on their way to the disk and back.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use blanket_abi::PAGE_SIZE;
+use blanket_disk::{Buffer, Completion, Failure, Operation};
+
+use super::protocol::{self, Ask, Bad, Request, SECTOR, SLOT, Segment, Segments, Status};
+use super::{Counters, WhenFull, count};
+use crate::Guest;
+use crate::grant::{self, Mapping};
+use crate::ring::{Overrun, Ring};
+
+/// Most pages that a queue keeps mapped for a frontend with persistent grants, beyond
+/// which they are mapped for each request: 32 segments of each slot of a ring of a page.
+const MOST_PERSISTENT: usize = 1056;
+
+/// How a queue is set up.
+pub(super) struct Setup {
+    pub persistent: bool,
+    pub read_only: bool,
+    pub when_full: WhenFull,
+}
+
+/// A ring and a queue of the disk.
+pub(super) struct Queue {
+    guest: Arc<dyn Guest>,
+    ring: Ring<SLOT>,
+    disk: Box<dyn blanket_disk::Queue>,
+    setup: Setup,
+    counters: Arc<Counters>,
+    /// Requests that the disk has, by token.
+    in_flight: Vec<Option<InFlight>>,
+    free: Vec<usize>,
+    /// Tokens of requests that found no space.
+    no_space: Vec<usize>,
+    /// Pages of persistent grants.
+    kept: HashMap<u32, Arc<Mapping>>,
+    done: Vec<Completion>,
+    failed: bool,
+}
+
+/// A request that the disk has, or that waits for space.
+struct InFlight {
+    id: u64,
+    op: u8,
+    operation: Operation,
+    offset: u64,
+    buffers: Vec<Buffer>,
+    /// Keeps the guest's pages granted.
+    _pages: Vec<Arc<Mapping>>,
+    memory: Arc<dyn Any + Send + Sync>,
+    /// To be written once the flush before it is done.
+    then: Option<(u64, Vec<Segment>)>,
+}
+
+/// Why a request is answered with an error.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Bad(#[from] Bad),
+    #[error(transparent)]
+    Grant(#[from] grant::Error),
+    #[error("the disk is read-only")]
+    ReadOnly,
+}
+
+impl Queue {
+    pub(super) fn new(
+        guest: Arc<dyn Guest>,
+        ring: Ring<SLOT>,
+        disk: Box<dyn blanket_disk::Queue>,
+        setup: Setup,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let slots = ring.slots() as usize;
+        Self {
+            guest,
+            ring,
+            disk,
+            setup,
+            counters,
+            in_flight: (0..slots).map(|_| None).collect(),
+            free: (0..slots).rev().collect(),
+            no_space: Vec::new(),
+            kept: HashMap::new(),
+            done: Vec::with_capacity(slots),
+            failed: false,
+        }
+    }
+
+    /// Gives waiting requests to the disk, as long as `allow` allows their bytes. The
+    /// time after which it allows more, if it did not.
+    pub(super) fn accept(
+        &mut self,
+        mut allow: impl FnMut(u64) -> Result<(), Duration>,
+    ) -> Result<Option<Duration>, Overrun> {
+        let mut limited = None;
+        let mut waiting = self.ring.waiting()?;
+        while waiting > 0 && !self.is_full() {
+            let request = Request::decode(&self.ring.peek(0));
+            if let Err(wait) = allow(bytes(&request)) {
+                limited = Some(wait);
+                break;
+            }
+            self.ring.take(1);
+            waiting -= 1;
+            let (id, op) = (request.id, request.op);
+            if let Err(refused) = self.begin(request) {
+                tracing::debug!("a request is refused: {refused}");
+                count(&self.counters.errors, 1);
+                let status = match refused {
+                    Refused::Bad(bad) => bad.status(),
+                    _ => Status::Error,
+                };
+                self.ring.respond(&Request::response(id, op, status));
+            }
+            if waiting == 0 {
+                waiting = self.ring.waiting()?;
+            }
+        }
+        self.disk.flush_submissions();
+        Ok(limited)
+    }
+
+    fn begin(&mut self, request: Request) -> Result<(), Refused> {
+        let (id, op) = (request.id, request.op);
+        match request.ask? {
+            Ask::Transfer {
+                write,
+                sector,
+                segments,
+            } => {
+                let segments = match segments {
+                    Segments::Direct(segments) => segments,
+                    Segments::Indirect { count, pages } => self.indirect(count, &pages)?,
+                };
+                self.transfer(id, op, write, sector, &segments)
+            }
+            Ask::Flush { sector, segments } => {
+                if !segments.is_empty() && self.setup.read_only {
+                    return Err(Refused::ReadOnly);
+                }
+                count(&self.counters.flushes, 1);
+                self.start(InFlight {
+                    id,
+                    op,
+                    operation: Operation::Flush,
+                    offset: 0,
+                    buffers: Vec::new(),
+                    _pages: Vec::new(),
+                    memory: Arc::new(()),
+                    then: (!segments.is_empty()).then_some((sector, segments)),
+                });
+                Ok(())
+            }
+            Ask::Discard { sector, count: n } => {
+                if self.setup.read_only {
+                    return Err(Refused::ReadOnly);
+                }
+                count(&self.counters.discards, 1);
+                self.start(InFlight {
+                    id,
+                    op,
+                    operation: Operation::Discard {
+                        length: in_bytes(n)?,
+                    },
+                    offset: in_bytes(sector)?,
+                    buffers: Vec::new(),
+                    _pages: Vec::new(),
+                    memory: Arc::new(()),
+                    then: None,
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// The segments in the pages that a request names.
+    fn indirect(&self, total: usize, grefs: &[u32]) -> Result<Vec<Segment>, Refused> {
+        let mut segments = Vec::with_capacity(total);
+        for gref in grefs {
+            let count = (total - segments.len()).min(protocol::SEGMENTS_PER_PAGE);
+            let page = self.guest.grants().map(*gref, false)?;
+            let mut bytes = [0; crate::page::SIZE];
+            let used = &mut bytes[..count * 8];
+            page.page().read(0, used);
+            segments.extend(protocol::indirect(used, count)?);
+        }
+        Ok(segments)
+    }
+
+    fn transfer(
+        &mut self,
+        id: u64,
+        op: u8,
+        write: bool,
+        sector: u64,
+        segments: &[Segment],
+    ) -> Result<(), Refused> {
+        if write && self.setup.read_only {
+            return Err(Refused::ReadOnly);
+        }
+        let mut pages = Vec::with_capacity(segments.len());
+        let mut buffers: Vec<Buffer> = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let page = self.map(segment.gref, !write)?;
+            let buffer = page.page().buffer(segment.offset(), segment.length());
+            // Frames beside each other are beside each other here.
+            match buffers.last().and_then(|last| last.join(&buffer)) {
+                Some(joined) => {
+                    buffers.pop();
+                    buffers.push(joined);
+                }
+                None => buffers.push(buffer),
+            }
+            pages.push(page);
+        }
+        let memory: Arc<dyn Any + Send + Sync> = match pages.first() {
+            Some(page) => Arc::clone(page.page().memory()) as _,
+            None => Arc::new(()),
+        };
+        let bytes = segments.iter().map(|segment| segment.length() as u64).sum();
+        if write {
+            count(&self.counters.writes, 1);
+            count(&self.counters.written_bytes, bytes);
+        } else {
+            count(&self.counters.reads, 1);
+            count(&self.counters.read_bytes, bytes);
+        }
+        self.start(InFlight {
+            id,
+            op,
+            operation: if write {
+                Operation::Write
+            } else {
+                Operation::Read
+            },
+            offset: in_bytes(sector)?,
+            buffers,
+            _pages: pages,
+            memory,
+            then: None,
+        });
+        Ok(())
+    }
+
+    /// Maps a granted page, or finds it mapped. A persistent grant is mapped for writing
+    /// whatever it is used for first.
+    fn map(&mut self, gref: u32, write: bool) -> Result<Arc<Mapping>, grant::Error> {
+        if !self.setup.persistent {
+            return self.guest.grants().map(gref, write).map(Arc::new);
+        }
+        if let Some(page) = self.kept.get(&gref) {
+            return Ok(Arc::clone(page));
+        }
+        let page = Arc::new(self.guest.grants().map(gref, true)?);
+        if self.kept.len() < MOST_PERSISTENT {
+            self.kept.insert(gref, Arc::clone(&page));
+        }
+        Ok(page)
+    }
+
+    /// Gives a request to the disk. There is room: the caller looked.
+    fn start(&mut self, request: InFlight) {
+        let Some(token) = self.free.pop() else {
+            // One for each slot of the ring, and a request holds its slot.
+            return;
+        };
+        self.in_flight[token] = Some(request);
+        self.submit(token);
+    }
+
+    fn submit(&mut self, token: usize) {
+        if let Some(request) = self.in_flight.get(token).and_then(Option::as_ref) {
+            self.disk.submit(blanket_disk::Request {
+                token: token as u64,
+                operation: request.operation,
+                offset: request.offset,
+                buffers: request.buffers.clone(),
+                memory: Arc::clone(&request.memory),
+            });
+        }
+    }
+
+    /// Answers what the disk has done. Whether the guest wants to be notified.
+    pub(super) fn complete(&mut self) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        self.disk.collect(&mut done);
+        for completion in done.drain(..) {
+            self.finish(&completion);
+        }
+        self.done = done;
+        self.disk.flush_submissions();
+        let waits = !self.no_space.is_empty();
+        self.counters
+            .waits_for_space
+            .store(waits, Ordering::Relaxed);
+        let notify = self.ring.publish();
+        if notify {
+            count(&self.counters.notifications, 1);
+        }
+        notify
+    }
+
+    fn finish(&mut self, completion: &Completion) {
+        let Ok(token) = usize::try_from(completion.token) else {
+            return;
+        };
+        if matches!(completion.result, Err(Failure::NoSpace))
+            && self.setup.when_full == WhenFull::Wait
+            && !self.failed
+        {
+            self.no_space.push(token);
+            return;
+        }
+        let Some(request) = self.in_flight.get_mut(token).and_then(Option::take) else {
+            return;
+        };
+        self.free.push(token);
+        let (id, op) = (request.id, request.op);
+        let mut status = match &completion.result {
+            Ok(()) => Status::Okay,
+            Err(Failure::Unsupported) => Status::Unsupported,
+            Err(failure) => {
+                tracing::warn!("a disk request fails: {failure}");
+                count(&self.counters.errors, 1);
+                Status::Error
+            }
+        };
+        if let (Status::Okay, Some((sector, segments))) = (status, &request.then) {
+            match self.transfer(id, op, true, *sector, segments) {
+                Ok(()) => return,
+                Err(refused) => {
+                    tracing::debug!("a write after a flush is refused: {refused}");
+                    count(&self.counters.errors, 1);
+                    status = Status::Error;
+                }
+            }
+        }
+        // Before the guest hears that it is done: it takes its grants back then.
+        drop(request);
+        self.ring.respond(&Request::response(id, op, status));
+    }
+
+    /// Requests that find no space fail from now on.
+    pub(super) fn give_up_space(&mut self) {
+        self.failed = true;
+        self.try_space_again();
+    }
+
+    /// Has the disk try again what found no space.
+    pub(super) fn try_space_again(&mut self) {
+        for token in std::mem::take(&mut self.no_space) {
+            self.submit(token);
+        }
+        self.disk.flush_submissions();
+    }
+
+    /// Whether the disk has requests, or some wait for space.
+    pub(super) fn busy(&self) -> bool {
+        self.free.len() < self.in_flight.len()
+    }
+
+    /// Whether no further request can be taken.
+    pub(super) fn is_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    pub(super) fn waits_for_space(&self) -> bool {
+        !self.no_space.is_empty()
+    }
+
+    /// Asks the guest to notify. Whether requests came meanwhile.
+    pub(super) fn sleep(&mut self) -> Result<bool, Overrun> {
+        self.ring.sleep()
+    }
+
+    /// Readable when the disk has done something.
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.disk.event()
+    }
+}
+
+fn in_bytes(sectors: u64) -> Result<u64, Bad> {
+    sectors.checked_mul(SECTOR as u64).ok_or(Bad::Sector)
+}
+
+/// What a request costs by the limits.
+fn bytes(request: &Request) -> u64 {
+    match &request.ask {
+        Ok(Ask::Transfer { segments, .. }) => match segments {
+            Segments::Direct(segments) => segments.iter().map(|s| s.length() as u64).sum(),
+            // What they name is not read yet.
+            Segments::Indirect { count, .. } => *count as u64 * PAGE_SIZE,
+        },
+        Ok(Ask::Flush { segments, .. }) => segments.iter().map(|s| s.length() as u64).sum(),
+        _ => 0,
+    }
+}

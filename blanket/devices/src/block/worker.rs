@@ -1,0 +1,119 @@
+//! The thread of a queue: waits for the guest, for the disk, and for the time when its
+//! limits or the host's space let it go on.
+
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{lock, queue};
+use crate::bus::Fault;
+use crate::{Guest, Kick, Limiter};
+
+/// How often a request is made again that found no space on the host.
+const SPACE_AGAIN: Duration = Duration::from_millis(500);
+
+/// A queue, and what its thread waits for.
+pub(super) struct Worker {
+    pub guest: Arc<dyn Guest>,
+    pub kick: Arc<Kick>,
+    pub port: u32,
+    pub queue: queue::Queue,
+    pub limiter: Arc<Mutex<Limiter>>,
+    pub fault: Fault,
+    /// When what found no space is tried again.
+    pub again: Option<Instant>,
+}
+
+impl Worker {
+    /// The life of the thread.
+    pub(super) fn run(mut self) {
+        loop {
+            if self.kick.stopped() {
+                break;
+            }
+            self.kick.clear();
+            let wait = match self.work() {
+                Ok(wait) => wait,
+                Err(overrun) => {
+                    self.fault.raise(overrun);
+                    break;
+                }
+            };
+            self.wait(wait);
+        }
+        self.drain();
+    }
+
+    /// Does all that can be done now. The time after which there may be more to do,
+    /// besides what the descriptors tell.
+    fn work(&mut self) -> Result<Option<Duration>, crate::ring::Overrun> {
+        loop {
+            self.complete();
+            let now = Instant::now();
+            let mut wait = self.try_space_again(now);
+            let limited = self.queue.accept(|bytes| {
+                let mut limiter = lock(&self.limiter);
+                limiter.take(now, bytes)
+            })?;
+            self.complete();
+            if let Some(limited) = limited {
+                wait = Some(wait.map_or(limited, |wait| wait.min(limited)));
+                return Ok(wait);
+            }
+            if self.queue.is_full() || !self.queue.sleep()? {
+                return Ok(wait);
+            }
+        }
+    }
+
+    /// Answers what the disk has done.
+    fn complete(&mut self) {
+        if self.queue.complete() {
+            self.guest.raise(self.port);
+        }
+    }
+
+    /// Has the disk try again what found no space, from time to time. When to look next.
+    fn try_space_again(&mut self, now: Instant) -> Option<Duration> {
+        if !self.queue.waits_for_space() {
+            self.again = None;
+            return None;
+        }
+        match self.again {
+            Some(again) if again > now => {}
+            again => {
+                if again.is_some() {
+                    self.queue.try_space_again();
+                }
+                self.again = Some(now + SPACE_AGAIN);
+            }
+        }
+        self.again.map(|again| again.saturating_duration_since(now))
+    }
+
+    fn wait(&self, timeout: Option<Duration>) {
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let event = self.queue.event();
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.kick.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(event, PollFlags::IN),
+        ];
+        // A signal is as good as a descriptor: the loop looks at everything.
+        let _ = poll(&mut fds, timeout.as_ref());
+    }
+
+    /// Carries out what was begun, and answers it.
+    fn drain(&mut self) {
+        self.queue.give_up_space();
+        while self.queue.busy() {
+            self.complete();
+            if self.queue.busy() {
+                let mut fds = [PollFd::from_borrowed_fd(self.queue.event(), PollFlags::IN)];
+                let _ = poll(&mut fds, None);
+            }
+        }
+        self.complete();
+    }
+}

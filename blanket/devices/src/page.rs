@@ -1,0 +1,112 @@
+//! A page of guest memory. All pointers into it are made here.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use blanket_abi::{Gfn, PAGE_SIZE};
+use blanket_disk::Buffer;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryError, VolatileSlice};
+
+use crate::GuestMemory;
+
+/// Bytes of a page.
+pub(crate) const SIZE: usize = 4096;
+const _: () = assert!(SIZE as u64 == PAGE_SIZE);
+
+/// A page that the guest shares: it may change at any time.
+#[derive(Clone)]
+pub struct Page {
+    start: NonNull<u8>,
+    /// Keeps it mapped.
+    memory: Arc<GuestMemory>,
+}
+
+// SAFETY: the pointer is to memory that is mapped as long as `memory` lives, and that is
+// only accessed by volatile copies and atomics, which any thread may do.
+unsafe impl Send for Page {}
+// SAFETY: as above.
+unsafe impl Sync for Page {}
+
+impl std::fmt::Debug for Page {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Page").field(&self.start).finish()
+    }
+}
+
+impl Page {
+    /// The page of a frame.
+    ///
+    /// # Errors
+    /// The VM has no such frame.
+    pub fn new(memory: &Arc<GuestMemory>, gfn: Gfn) -> Result<Self, GuestMemoryError> {
+        let start = memory
+            .get_slice(GuestAddress(gfn.base()), SIZE)?
+            .ptr_guard_mut()
+            .as_ptr();
+        let start = NonNull::new(start).ok_or(GuestMemoryError::InvalidGuestAddress(
+            GuestAddress(gfn.base()),
+        ))?;
+        Ok(Self {
+            start,
+            memory: Arc::clone(memory),
+        })
+    }
+
+    /// The memory that the page is of, to be kept while [`Page::buffer`] is in use.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: the page is mapped, readable and writable, as long as `memory` lives,
+        // and no reference leads to it.
+        unsafe { VolatileSlice::new(self.start.as_ptr(), SIZE) }
+    }
+
+    /// Copies bytes out of the page. What is beyond its end is left as it was.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        // A read that begins in the page is cut off at its end; there is no other error.
+        let _ = self.slice().read(into, offset);
+    }
+
+    /// Copies bytes into the page; those beyond its end are left out.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        let _ = self.slice().write(from, offset);
+    }
+
+    /// A word of the page with acquire order; `offset` is a multiple of 4 within it.
+    #[must_use]
+    pub fn load(&self, offset: usize) -> u32 {
+        self.word(offset).load(Ordering::Acquire)
+    }
+
+    /// Sets a word of the page with release order.
+    pub fn store(&self, offset: usize, value: u32) {
+        self.word(offset).store(value, Ordering::Release);
+    }
+
+    /// A word of the page for atomic operations.
+    pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
+        assert!(
+            offset.is_multiple_of(4) && offset < SIZE,
+            "no word of a page"
+        );
+        // SAFETY: inside the page and aligned, by the line above; the page is mapped as
+        // long as `self`. The guest changes words with plain stores and locked
+        // instructions, of which a word-sized atomic is the counterpart.
+        unsafe { AtomicU32::from_ptr(self.start.as_ptr().add(offset).cast()) }
+    }
+
+    /// Bytes of the page for a disk's request, which must keep [`Page::memory`]. Cut off
+    /// at the page's end.
+    #[must_use]
+    pub fn buffer(&self, offset: usize, length: usize) -> Buffer {
+        let offset = offset.min(SIZE);
+        let length = length.min(SIZE - offset);
+        // SAFETY: inside the page. It stays mapped while its memory is kept, which the
+        // contract of a request says; all access is by the rules of this module.
+        unsafe { Buffer::new(self.start.add(offset), length) }
+    }
+}
