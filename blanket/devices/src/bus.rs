@@ -266,7 +266,7 @@ pub struct Report {
 /// The devices of a VM. Dropping it ends all backends.
 pub struct Bus {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -306,7 +306,7 @@ impl Bus {
         let thread = crate::thread("bus").spawn(move || run.run())?;
         Ok(Self {
             shared,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
         })
     }
 
@@ -410,19 +410,30 @@ impl Bus {
             fault: slot.fault.clone(),
         })
     }
-}
 
-impl Drop for Bus {
-    fn drop(&mut self) {
+    /// Ends all backends: what they have begun is carried out and answered first. No
+    /// device is attached any more.
+    pub fn end(&self) {
         self.shared.signal.lock().stop = true;
         self.shared.signal.changed.notify_all();
-        if let Some(thread) = self.thread.take()
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread
             && thread.join().is_err()
         {
             tracing::error!("the bus's thread panicked");
         }
-        // Ends the backends, before the VM's memory goes.
         self.shared.lock().clear();
+        self.shared.gone.notify_all();
+    }
+}
+
+impl Drop for Bus {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

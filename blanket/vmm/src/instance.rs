@@ -1,7 +1,6 @@
 //! A VM as its user sees it: from the files it is made of, over its reboots, to
 //! the way it ended.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -10,17 +9,21 @@ use std::time::{Duration, Instant};
 use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Audit, VmStats};
 use blanket_abi::xen::domid;
+use blanket_devices::bus::{self, Bus};
 use blanket_xenstore::{DomainSpec, Errno};
+use vm_memory::GuestMemoryError;
 
 use crate::balloon::{Balloon, Memory};
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
+use crate::devices::AnyDevice;
+use crate::hub::Hub;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
 use crate::kernel::{self, Kernel};
 use crate::sync::lock;
 use crate::trace;
-use crate::vm::{self, Backend, Backends, EarlyConsole, End, Vm};
+use crate::vm::{self, Backends, EarlyConsole, End, Ports, Vm};
 use crate::xenstore::Xenstore;
 
 /// What a VM is made of.
@@ -91,6 +94,15 @@ pub enum Error {
     /// The vCPUs.
     #[error(transparent)]
     Start(#[from] vm::Failure),
+    /// The grant table.
+    #[error("the VM's grant table cannot be reached: {0}")]
+    Grants(GuestMemoryError),
+    /// The bus of its devices.
+    #[error("cannot start the thread of the VM's devices: {0}")]
+    Bus(io::Error),
+    /// A device.
+    #[error(transparent)]
+    Attach(#[from] bus::Error),
     /// The first nodes of the store.
     #[error("cannot describe the VM in its xenstore: {0}")]
     Xenstore(Errno),
@@ -165,6 +177,8 @@ pub struct Instance {
     uuid: String,
     hypervisor: Arc<dyn Hypervisor>,
     console: Arc<Console>,
+    /// Kept over reboots.
+    pub(crate) devices: Mutex<Vec<AnyDevice>>,
     started: Instant,
     now: Mutex<Now>,
 }
@@ -201,6 +215,7 @@ struct Running {
     handle: vm::Handle,
     xenstore: Arc<Xenstore>,
     balloon: Arc<Balloon>,
+    bus: Arc<Bus>,
 }
 
 impl Instance {
@@ -221,6 +236,7 @@ impl Instance {
             uuid: uuid().map_err(Error::Uuid)?,
             hypervisor,
             console,
+            devices: Mutex::default(),
             started: Instant::now(),
             now: Mutex::new(Now {
                 traced,
@@ -275,14 +291,14 @@ impl Instance {
         if lock(&self.now).traced {
             machine.trace(true)?;
         }
-        let ports: [(u32, Arc<dyn Backend>); 2] = [
-            (STORE_PORT, Arc::clone(&xenstore) as Arc<dyn Backend>),
-            (CONSOLE_PORT, Arc::clone(&self.console) as Arc<dyn Backend>),
-        ];
+        let ports = Arc::new(Ports::default());
+        ports.set(STORE_PORT, Some(Arc::clone(&xenstore) as _));
+        ports.set(CONSOLE_PORT, Some(Arc::clone(&self.console) as _));
+        let bus = self.bus(&domain, &machine, &ports, &xenstore)?;
         let balloon = Balloon::new(Arc::clone(&domain.memory), domain.boot.ram_frames);
         let balloon = Arc::new(balloon);
         let backends = Backends {
-            ports: BTreeMap::from(ports),
+            ports,
             early_console: Arc::clone(&self.console) as Arc<dyn EarlyConsole>,
             balloon: Arc::clone(&balloon),
         };
@@ -301,8 +317,33 @@ impl Instance {
             handle: vm.handle(),
             xenstore,
             balloon,
+            bus,
         });
         Ok(vm)
+    }
+
+    /// The VM's bus, with the devices that it has.
+    fn bus(
+        &self,
+        domain: &builder::Domain,
+        machine: &Arc<dyn Machine>,
+        ports: &Arc<Ports>,
+        xenstore: &Arc<Xenstore>,
+    ) -> Result<Arc<Bus>, Error> {
+        let hub = Hub::new(
+            domain,
+            Arc::clone(machine),
+            Arc::clone(ports),
+            Arc::clone(xenstore),
+            self.spec.vcpus,
+        )
+        .map_err(Error::Grants)?;
+        let bus = Bus::new(Arc::new(hub)).map_err(Error::Bus)?;
+        xenstore.set_bus(bus.changed());
+        for device in lock(&self.devices).iter() {
+            bus.attach(device.as_device())?;
+        }
+        Ok(Arc::new(bus))
     }
 
     /// Waits for the end of a VM, starting it again when it reboots.
@@ -317,6 +358,7 @@ impl Instance {
                 let mut now = lock(&self.now);
                 if let Some(running) = now.running.take() {
                     running.balloon.end();
+                    running.bus.end();
                     match self.counters(&running, now.target) {
                         Ok(stats) => now.last_stats = Some(stats),
                         Err(error) => tracing::warn!(%error, "the last counters are lost"),
@@ -510,6 +552,12 @@ impl Instance {
     #[must_use]
     pub fn core_build_id(&self) -> [u8; 32] {
         self.hypervisor.info().build_id
+    }
+
+    /// The bus of its devices, while it runs.
+    pub(crate) fn running_bus(&self) -> Option<Arc<Bus>> {
+        let now = lock(&self.now);
+        now.running.as_ref().map(|running| Arc::clone(&running.bus))
     }
 
     /// Its identity, kept over reboots.

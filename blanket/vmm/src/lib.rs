@@ -10,6 +10,8 @@ pub mod builder;
 pub mod console;
 pub mod core_image;
 pub mod device;
+pub mod devices;
+mod hub;
 pub mod hypervisor;
 pub mod instance;
 pub mod kernel;

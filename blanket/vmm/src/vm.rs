@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,26 @@ const REPORT_PATIENCE: Duration = Duration::from_secs(5);
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 /// The VMM's end of an event channel.
-pub trait Backend: Send + Sync {
-    /// The guest notified the port. Called by the vCPU's thread: must not wait.
-    fn notified(&self);
+pub use blanket_devices::Listener as Backend;
+
+/// The VMM's ends of a VM's event channels. They come and go while it runs.
+#[derive(Default)]
+pub struct Ports(RwLock<BTreeMap<u32, Arc<dyn Backend>>>);
+
+impl Ports {
+    /// Sets who is told when the guest notifies a port.
+    pub fn set(&self, port: u32, backend: Option<Arc<dyn Backend>>) {
+        let mut ports = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match backend {
+            Some(backend) => ports.insert(port, backend),
+            None => ports.remove(&port),
+        };
+    }
+
+    fn get(&self, port: u32) -> Option<Arc<dyn Backend>> {
+        let ports = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        ports.get(&port).cloned()
+    }
 }
 
 /// Takes what a guest writes with `console_io`, before it has a console.
@@ -89,7 +106,7 @@ pub enum Failure {
 /// What serves a VM.
 pub struct Backends {
     /// By event channel port.
-    pub ports: BTreeMap<u32, Arc<dyn Backend>>,
+    pub ports: Arc<Ports>,
     /// `console_io`.
     pub early_console: Arc<dyn EarlyConsole>,
     /// Takes the memory that the guest gives up.
@@ -397,7 +414,7 @@ impl Shared {
     fn serve(&self, exit: Exit) -> Option<End> {
         match exit {
             Exit::Send(port) => {
-                match self.backends.ports.get(&port) {
+                match self.backends.ports.get(port) {
                     Some(backend) => backend.notified(),
                     None => tracing::debug!(port, "the guest notified a port without a backend"),
                 }

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use blanket_abi::xen::io::xenstore as page;
+use blanket_devices::bus::Changed;
 use blanket_xenstore::{ConnId, Connection, DomId, DomainSpec, Errno, Path, Store};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -38,6 +39,8 @@ struct Inner {
     unread: Vec<u8>,
     /// Where to report a broken ring; `None` once that is done.
     error: Option<(Arc<crate::builder::GuestMemory>, GuestAddress)>,
+    /// Told of changes in the guest's device directories.
+    bus: Option<Changed>,
 }
 
 impl Xenstore {
@@ -53,6 +56,7 @@ impl Xenstore {
         let mut store = Store::default();
         let host = store.connect(0);
         store.introduce(host, spec)?;
+        store.watch(host, &format!("{}/device", Path::home(spec.domain)), b"bus")?;
         let guest = Connection::new(&mut store, spec.domain);
         let ring = |data, producer, consumer| {
             let place = Place {
@@ -75,6 +79,7 @@ impl Xenstore {
                 replies: ring(page::RSP, page::RSP_PROD, page::RSP_CONS),
                 unread: Vec::new(),
                 error: Some((Arc::clone(&domain.memory), error)),
+                bus: None,
             }),
         })
     }
@@ -111,6 +116,19 @@ impl Xenstore {
         inner.store.read(host, None, &path)
     }
 
+    /// Sets what is told of changes in the guest's device directories.
+    pub fn set_bus(&self, bus: Changed) {
+        lock(&self.inner).bus = Some(bus);
+    }
+
+    /// Uses the store as domain 0.
+    pub fn with_store(&self, act: &mut dyn FnMut(&mut Store, ConnId)) {
+        let mut inner = lock(&self.inner);
+        let host = inner.host;
+        act(&mut inner.store, host);
+        self.pump(&mut inner);
+    }
+
     /// Moves bytes both ways until nothing moves, and tells the guest if any did.
     fn pump(&self, inner: &mut Inner) {
         match inner.pump() {
@@ -128,10 +146,22 @@ impl Xenstore {
                 }
             }
         }
+        inner.tell_bus();
     }
 }
 
 impl Inner {
+    /// Tells the bus if domain 0's watch fired.
+    fn tell_bus(&mut self) {
+        let mut fired = false;
+        while self.store.next_event(self.host).is_some() {
+            fired = true;
+        }
+        if fired && let Some(bus) = &self.bus {
+            bus.notify();
+        }
+    }
+
     fn pump(&mut self) -> Result<bool, (u32, String)> {
         if self.error.is_none() {
             return Ok(false);

@@ -52,18 +52,15 @@ impl Worker {
         loop {
             self.complete();
             let now = Instant::now();
-            let mut wait = self.try_space_again(now);
+            self.try_space_again(now);
             let limited = self.queue.accept(|bytes| {
                 let mut limiter = lock(&self.limiter);
                 limiter.take(now, bytes)
             })?;
             self.complete();
-            if let Some(limited) = limited {
-                wait = Some(wait.map_or(limited, |wait| wait.min(limited)));
-                return Ok(wait);
-            }
-            if self.queue.is_full() || !self.queue.sleep()? {
-                return Ok(wait);
+            let space = self.queue.waits_for_space().then_some(SPACE_AGAIN);
+            if limited.is_some() || self.queue.is_full() || !self.queue.sleep()? {
+                return Ok(limited.into_iter().chain(space).min());
             }
         }
     }
@@ -75,22 +72,16 @@ impl Worker {
         }
     }
 
-    /// Has the disk try again what found no space, from time to time. When to look next.
-    fn try_space_again(&mut self, now: Instant) -> Option<Duration> {
+    /// Has the disk try again what found no space, from time to time.
+    fn try_space_again(&mut self, now: Instant) {
         if !self.queue.waits_for_space() {
             self.again = None;
-            return None;
-        }
-        match self.again {
-            Some(again) if again > now => {}
-            again => {
-                if again.is_some() {
-                    self.queue.try_space_again();
-                }
-                self.again = Some(now + SPACE_AGAIN);
+        } else if self.again.is_none_or(|again| again <= now) {
+            if self.again.is_some() {
+                self.queue.try_space_again();
             }
+            self.again = Some(now + SPACE_AGAIN);
         }
-        self.again.map(|again| again.saturating_duration_since(now))
     }
 
     fn wait(&self, timeout: Option<Duration>) {

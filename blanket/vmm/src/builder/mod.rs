@@ -24,14 +24,13 @@ use blanket_abi::xen::grant;
 use blanket_abi::{Gfn, PAGE_SIZE};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 pub use layout::{FrameRange, Layout};
 
 use crate::kernel::Kernel;
 
-/// Memory of a VM, shared with the guest.
-pub type GuestMemory = GuestMemoryMmap<()>;
+pub use blanket_devices::GuestMemory;
 
 /// Event channel port of the xenstore ring.
 pub const STORE_PORT: u32 = 1;

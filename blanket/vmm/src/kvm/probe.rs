@@ -4,7 +4,6 @@
 //! one: domain builder, core, hypercalls by `syscall` from CPL 3, a timer that wakes
 //! the vCPU from its sleep, power off.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -118,7 +117,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
             other => broken(&other),
         })?;
     let backends = Backends {
-        ports: BTreeMap::new(),
+        ports: Arc::default(),
         early_console: Arc::new(Silent),
         balloon: Arc::new(Balloon::new(
             Arc::clone(&domain.memory),

@@ -1,0 +1,122 @@
+//! The devices of a VM, kept over its reboots, attached and detached while it runs.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blanket_devices::block::{self, Vbd};
+use blanket_devices::bus::{self, Device, Report};
+
+use crate::instance::Instance;
+use crate::sync::lock;
+
+/// A device of any class.
+#[derive(Clone)]
+pub enum AnyDevice {
+    /// A disk.
+    Disk(Arc<Vbd>),
+}
+
+impl AnyDevice {
+    /// As the bus knows it.
+    pub(crate) fn as_device(&self) -> Arc<dyn Device> {
+        match self {
+            Self::Disk(disk) => Arc::clone(disk) as _,
+        }
+    }
+
+    fn is(&self, class: &str, number: u32) -> bool {
+        let device = self.as_device();
+        device.class() == class && device.number() == number
+    }
+}
+
+/// Why a device of a VM could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The bus.
+    #[error(transparent)]
+    Bus(#[from] bus::Error),
+    /// The image.
+    #[error("{device}: its size cannot be changed: {source}")]
+    Resize {
+        /// The device, by the guest's name.
+        device: String,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+impl Instance {
+    /// Adds a device. A guest that runs finds it at once.
+    ///
+    /// # Errors
+    /// The VM has one with its number.
+    pub fn attach(&self, device: AnyDevice) -> Result<(), Error> {
+        let mut devices = lock(&self.devices);
+        let new = device.as_device();
+        let (class, number) = (new.class(), new.number());
+        if devices.iter().any(|other| other.is(class, number)) {
+            return Err(bus::Error::Exists { class, number }.into());
+        }
+        if let Some(bus) = self.running_bus() {
+            bus.attach(new)?;
+        }
+        devices.push(device);
+        Ok(())
+    }
+
+    /// Takes a device away, once its guest lets go of it.
+    ///
+    /// # Errors
+    /// There is none; the guest uses it for longer than `timeout`.
+    pub fn detach(&self, class: &'static str, number: u32, timeout: Duration) -> Result<(), Error> {
+        if !lock(&self.devices).iter().any(|d| d.is(class, number)) {
+            return Err(bus::Error::Missing { class, number }.into());
+        }
+        if let Some(bus) = self.running_bus() {
+            bus.detach(class, number, timeout)?;
+        }
+        lock(&self.devices).retain(|device| !device.is(class, number));
+        Ok(())
+    }
+
+    /// The disks, in the order in which they were added.
+    #[must_use]
+    pub fn disks(&self) -> Vec<Arc<Vbd>> {
+        let devices = lock(&self.devices);
+        devices
+            .iter()
+            .map(|device| match device {
+                AnyDevice::Disk(disk) => Arc::clone(disk),
+            })
+            .collect()
+    }
+
+    /// Gives a disk another size, in its image and in the guest.
+    ///
+    /// # Errors
+    /// There is none; the image cannot have that size.
+    pub fn resize(&self, number: u32, size: u64) -> Result<(), Error> {
+        let class = block::CLASS;
+        let disk = self
+            .disks()
+            .into_iter()
+            .find(|disk| disk.number() == number)
+            .ok_or(bus::Error::Missing { class, number })?;
+        disk.disk().resize(size).map_err(|source| Error::Resize {
+            device: block::device_name(disk.config().index),
+            source,
+        })?;
+        if let Some(bus) = self.running_bus() {
+            bus.refresh(class, number, &disk.size_nodes())?;
+        }
+        Ok(())
+    }
+
+    /// What a device is doing; `None` if the VM does not run.
+    #[must_use]
+    pub fn device_report(&self, class: &'static str, number: u32) -> Option<Report> {
+        self.running_bus()?.report(class, number)
+    }
+}
