@@ -4,8 +4,10 @@
 //! submits [`Request`]s to it, and collects [`Completion`]s when the queue's descriptor
 //! becomes readable. Nothing here waits for a medium.
 
+mod reader;
 mod request;
 
+pub use reader::Reader;
 pub use request::{Buffer, Completion, Failure, Operation, Request};
 
 use std::fmt::Debug;
