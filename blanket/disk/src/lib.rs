@@ -4,8 +4,29 @@
 //! submits [`Request`]s to it, and collects [`Completion`]s when the queue's descriptor
 //! becomes readable. Nothing here waits for a medium.
 
+mod chain;
+mod error;
+mod event;
+mod format;
+mod layer;
+mod limit;
+mod lock;
+mod manage;
+mod open;
+mod qcow2;
+mod raw;
+mod reader;
 mod request;
+mod vhd;
+mod vmdk;
+mod workers;
 
+pub use error::Error;
+pub use format::{Format, UnknownFormat};
+pub use limit::{Limiter, Limits};
+pub use manage::{Backing, Info, create, info, resize, snapshot};
+pub use open::{DataPath, Image, Options, open};
+pub use reader::Reader;
 pub use request::{Buffer, Completion, Failure, Operation, Request};
 
 use std::fmt::Debug;

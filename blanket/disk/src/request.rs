@@ -86,7 +86,9 @@ impl Request {
     /// Bytes that it moves.
     #[must_use]
     pub fn length(&self) -> u64 {
-        self.buffers.iter().map(|buffer| buffer.length as u64).sum()
+        self.buffers
+            .iter()
+            .fold(0, |sum, buffer| sum.saturating_add(buffer.length as u64))
     }
 }
 
@@ -135,4 +137,47 @@ pub enum Failure {
     /// The host's answer.
     #[error("the host cannot read or write the image: {0}")]
     Host(std::io::Error),
+}
+
+/// Says of a request, before anything is done for it, that it cannot be.
+pub(crate) fn check(
+    request: &Request,
+    size: u64,
+    read_only: bool,
+    discard_granularity: u32,
+) -> Result<(), Failure> {
+    let length = match request.operation {
+        Operation::Flush => return Ok(()),
+        Operation::Write | Operation::Discard { .. } if read_only => return Err(Failure::ReadOnly),
+        Operation::Discard { .. } if discard_granularity == 0 => return Err(Failure::Unsupported),
+        Operation::Discard { length } => length,
+        Operation::Read | Operation::Write => request.length(),
+    };
+    let offset = request.offset;
+    let whole = |bytes: u64| bytes.is_multiple_of(crate::SECTOR);
+    let whole_buffers = request.buffers.iter().all(|one| whole(one.length as u64));
+    if !whole(offset) || !whole(length) || !whole_buffers {
+        return Err(Failure::Host(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            format!("{length} bytes at {offset} are not whole sectors"),
+        )));
+    }
+    if offset.checked_add(length).is_none_or(|end| end > size) {
+        return Err(Failure::OutOfRange {
+            offset,
+            length,
+            size,
+        });
+    }
+    Ok(())
+}
+
+/// The failure that an error of the host is.
+pub(crate) fn host(error: std::io::Error) -> Failure {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    if matches!(error.kind(), StorageFull | QuotaExceeded) {
+        Failure::NoSpace
+    } else {
+        Failure::Host(error)
+    }
 }
