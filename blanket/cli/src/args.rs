@@ -8,6 +8,7 @@ use blanket_vmm::console::Sink;
 use blanket_vmm::core_image;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::disk::{self, DiskCommand, DiskSpec};
 use crate::exit;
 
 /// The program's version, and the core's that it carries.
@@ -123,6 +124,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Disks of VMs, and images
+    Disk {
+        /// What to do
+        #[command(subcommand)]
+        command: DiskCommand,
+    },
     /// Walk a VM's page tables and say what they map; exits with 1 if that is too much
     ///
     /// The VM stands still meanwhile.
@@ -196,6 +203,9 @@ pub struct Run {
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
+    /// A disk: PATH[,OPTION]...; may be given several times
+    #[arg(long, value_name = "DISK", long_help = disk::HELP)]
+    pub disk: Vec<DiskSpec>,
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,
@@ -301,7 +311,7 @@ pub enum OnReboot {
 }
 
 /// Reads a size with its unit.
-fn size(text: &str) -> Result<u64, String> {
+pub fn size(text: &str) -> Result<u64, String> {
     let unit = text.trim_start_matches(|c: char| c.is_ascii_digit());
     let number = &text[..text.len() - unit.len()];
     let shift = match unit
@@ -324,7 +334,7 @@ fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "the size is too large".to_owned())
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+pub fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text
         .parse()
         .map_err(|_| "not a number of seconds".to_owned())?;

@@ -16,6 +16,7 @@ use crate::control::{Answer, Info, Request, ask};
 use crate::exit::{self, hint, output};
 use crate::prometheus;
 use crate::registry::Registry;
+use crate::table::table;
 
 /// Ctrl-]: detaches.
 const ESCAPE: u8 = 0x1d;
@@ -68,27 +69,6 @@ fn memory(vm: &Info) -> String {
     } else {
         format!("{}M/{}M", current >> 20, vm.memory >> 20)
     }
-}
-
-/// Columns as wide as their widest cell.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let widths: [usize; N] = std::array::from_fn(|n| {
-        rows.iter()
-            .map(|row| row[n].chars().count())
-            .max()
-            .unwrap_or(0)
-    });
-    let mut out = String::new();
-    for row in rows {
-        let line: String = row
-            .iter()
-            .zip(widths)
-            .map(|(cell, width)| format!("{cell:<width$}  "))
-            .collect();
-        out.push_str(line.trim_end());
-        out.push('\n');
-    }
-    out
 }
 
 fn duration(seconds: f64) -> String {

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
+use blanket_devices::block;
 use blanket_vmm::balloon;
 use blanket_vmm::instance::Instance;
 use blanket_vmm::trace::Record;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Report;
+use crate::disk::{self, DiskInfo};
 use crate::stats::Stats;
 
 /// Longest request.
@@ -36,6 +38,27 @@ pub enum Request {
         bytes: u64,
         /// Milliseconds to wait for it.
         timeout_ms: u64,
+    },
+    /// Its disks.
+    Disks,
+    /// Give it another disk.
+    AttachDisk {
+        /// As for `--disk`.
+        spec: String,
+    },
+    /// Take a disk away.
+    DetachDisk {
+        /// The guest's name for it.
+        disk: String,
+        /// Milliseconds that the guest has.
+        timeout_ms: u64,
+    },
+    /// Make a disk larger.
+    ResizeDisk {
+        /// The guest's name for it.
+        disk: String,
+        /// Bytes.
+        size: u64,
     },
     /// Ask its guest to power off.
     Stop {
@@ -74,6 +97,10 @@ pub enum Answer {
     Audit(Report),
     /// How far its guest came with its memory.
     Balloon(Memory),
+    /// Its disks.
+    Disks(Vec<DiskInfo>),
+    /// The guest's name for a device.
+    Name(String),
     /// Its trace was switched.
     Trace {
         /// It was on before.
@@ -223,6 +250,22 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
                 Err(error) => Answer::Error(error.to_string()),
             }
         }
+        Ok(Request::Disks) => Answer::Disks(disk::list(instance)),
+        Ok(Request::AttachDisk { spec }) => match disk::attach(instance, spec) {
+            Ok(name) => Answer::Name(name),
+            Err(error) => Answer::Error(format!("{error:#}")),
+        },
+        Ok(Request::DetachDisk { disk, timeout_ms }) => {
+            let timeout = Duration::from_millis(*timeout_ms);
+            let done = disk::number(instance, disk)
+                .and_then(|number| Ok(instance.detach(block::CLASS, number, timeout)?));
+            answered(done)
+        }
+        Ok(Request::ResizeDisk { disk, size }) => {
+            let done =
+                disk::number(instance, disk).and_then(|number| Ok(instance.resize(number, *size)?));
+            answered(done)
+        }
         Ok(Request::Stop { timeout_ms }) => {
             match instance.stop(Duration::from_millis(*timeout_ms)) {
                 Ok(()) => Answer::Done,
@@ -264,6 +307,13 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
         _ => {}
     }
     Ok(())
+}
+
+fn answered(done: Result<()>) -> Answer {
+    match done {
+        Ok(()) => Answer::Done,
+        Err(error) => Answer::Error(format!("{error:#}")),
+    }
 }
 
 fn send(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {

@@ -5,6 +5,7 @@ mod audit;
 mod client;
 mod control;
 mod crash;
+mod disk;
 mod doctor;
 mod exit;
 mod host;
@@ -13,6 +14,7 @@ mod prometheus;
 mod registry;
 mod run;
 mod stats;
+mod table;
 mod trace;
 
 use std::io::Write as _;
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
             json,
         } => client::balloon(&name, size, timeout, json),
         Command::Upgrade { name } => client::upgrade(&name),
+        Command::Disk { command } => disk::command(&command),
         Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use blanket_vmm::console::{Console, IoThread, Sink};
 use blanket_vmm::device::Error as DeviceError;
+use blanket_vmm::devices::AnyDevice;
 use blanket_vmm::hypervisor::Isolation;
 use blanket_vmm::instance::{Instance, OnReboot, Spec};
 use blanket_vmm::vm::End;
@@ -75,7 +76,12 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         },
     };
     let console = Console::new().context("cannot make a console")?;
+    let vcpus = spec.vcpus;
     let instance = Instance::new(spec, hypervisor, console)?;
+    for (index, disk) in (0..).zip(&run.disk) {
+        let vbd = Arc::new(disk.open(index, vcpus)?);
+        instance.attach(AnyDevice::Disk(vbd, disk.path.clone()))?;
+    }
     let kept_at = registry.crash(&entry.name);
     let end = live(run, detached, &registry, entry, listener, &instance)?;
     let counters = instance.stats().ok().flatten();

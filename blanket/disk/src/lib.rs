@@ -9,7 +9,7 @@ mod error;
 mod event;
 mod format;
 mod layer;
-mod limit;
+
 mod lock;
 mod manage;
 mod open;
@@ -23,7 +23,6 @@ mod workers;
 
 pub use error::Error;
 pub use format::{Format, UnknownFormat};
-pub use limit::{Limiter, Limits};
 pub use manage::{Backing, Info, create, info, resize, snapshot};
 pub use open::{DataPath, Image, Options, open};
 pub use reader::Reader;

@@ -1,6 +1,7 @@
 //! The devices of a VM, kept over its reboots, attached and detached while it runs.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,15 +14,15 @@ use crate::sync::lock;
 /// A device of any class.
 #[derive(Clone)]
 pub enum AnyDevice {
-    /// A disk.
-    Disk(Arc<Vbd>),
+    /// A disk, and the file that it is in.
+    Disk(Arc<Vbd>, PathBuf),
 }
 
 impl AnyDevice {
     /// As the bus knows it.
     pub(crate) fn as_device(&self) -> Arc<dyn Device> {
         match self {
-            Self::Disk(disk) => Arc::clone(disk) as _,
+            Self::Disk(disk, _) => Arc::clone(disk) as _,
         }
     }
 
@@ -83,12 +84,12 @@ impl Instance {
 
     /// The disks, in the order in which they were added.
     #[must_use]
-    pub fn disks(&self) -> Vec<Arc<Vbd>> {
+    pub fn disks(&self) -> Vec<(Arc<Vbd>, PathBuf)> {
         let devices = lock(&self.devices);
         devices
             .iter()
             .map(|device| match device {
-                AnyDevice::Disk(disk) => Arc::clone(disk),
+                AnyDevice::Disk(disk, path) => (Arc::clone(disk), path.clone()),
             })
             .collect()
     }
@@ -102,6 +103,7 @@ impl Instance {
         let disk = self
             .disks()
             .into_iter()
+            .map(|(disk, _)| disk)
             .find(|disk| disk.number() == number)
             .ok_or(bus::Error::Missing { class, number })?;
         disk.disk().resize(size).map_err(|source| Error::Resize {
