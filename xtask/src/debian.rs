@@ -252,8 +252,8 @@ tree=$1/tree
 rm -rf "$tree"
 mkdir "$tree"
 tar --numeric-owner --xattrs --xattrs-include='*' -C "$tree" -xf "$1/root.tar"
-mkfs.vfat -F 32 -n EFI -i {ESP_ID} --offset {esp} "$1/disk.raw" {esp_kib}
-mcopy -s -i "$1/disk.raw@@{esp_bytes}" "$tree"/boot/efi/EFI ::
+mkfs.vfat -n EFI -i {ESP_ID} --offset {esp} "$1/disk.raw" {esp_kib}
+mcopy -s -i "$1/disk.raw@@{esp_bytes}" "$tree"/boot/efi/EFI ::/
 rm -rf "$tree"/boot/efi/EFI
 mke2fs -F -q -t ext4 -L root -U {ROOT_UUID} -E offset={root_bytes},hash_seed={ROOT_UUID} \
     -d "$tree" "$1/disk.raw" {root_kib}k
