@@ -252,16 +252,17 @@ tree=$1/tree
 rm -rf "$tree"
 mkdir "$tree"
 tar --numeric-owner --xattrs --xattrs-include='*' -C "$tree" -xf "$1/root.tar"
-mkfs.vfat -n EFI -i {ESP_ID} --offset {esp} "$1/disk.raw" {esp_kib}
-mcopy -s -i "$1/disk.raw@@{esp_bytes}" "$tree"/boot/efi/EFI ::/
+rm -f "$1/esp"
+mkfs.vfat -n EFI -i {ESP_ID} -C "$1/esp" {esp_kib}
+mcopy -s -i "$1/esp" "$tree"/boot/efi/EFI ::/
+dd if="$1/esp" of="$1/disk.raw" bs=512 seek={esp} conv=notrunc,sparse status=none
 rm -rf "$tree"/boot/efi/EFI
 mke2fs -F -q -t ext4 -L root -U {ROOT_UUID} -E offset={root_bytes},hash_seed={ROOT_UUID} \
     -d "$tree" "$1/disk.raw" {root_kib}k
-rm -rf "$tree" "$1/root.tar"
+rm -rf "$tree" "$1/root.tar" "$1/esp"
 "#,
         esp = ESP.0,
         esp_kib = ESP.1 / 2,
-        esp_bytes = ESP.0 << 9,
         root_bytes = ROOT_START << 9,
     )
 }
