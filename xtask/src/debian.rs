@@ -152,9 +152,8 @@ fn made(project: &Project, variant: Variant) -> Result<PathBuf> {
 /// All that decides what is in an image, but the state of Debian's archive.
 fn recipe(variant: Variant) -> String {
     format!(
-        "{}\n{}\n{}\n{}\n",
+        "{}\n{PREPARE}\n{CUSTOMIZE}\n{}\n{}\n",
         variant.packages().join(" "),
-        CUSTOMIZE,
         table(variant),
         populate(variant)
     )
@@ -162,9 +161,13 @@ fn recipe(variant: Variant) -> String {
 
 /// Packages to a tar archive. Mmdebstrap needs no root where it may make user namespaces.
 fn bootstrap(sh: &Shell, variant: Variant, mirrors: &(String, String), dir: &Path) -> Result<()> {
-    let script = dir.join("customize");
-    write_if_changed(&script, CUSTOMIZE.as_bytes())?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let script = |name: &str, text: &str| -> Result<PathBuf> {
+        let script = dir.join(name);
+        write_if_changed(&script, text.as_bytes())?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        Ok(script)
+    };
+    let (prepare, customize) = (script("prepare", PREPARE)?, script("customize", CUSTOMIZE)?);
     let (debian, security) = mirrors;
     let keys = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
     let sources = [
@@ -179,13 +182,11 @@ fn bootstrap(sh: &Shell, variant: Variant, mirrors: &(String, String), dir: &Pat
         .into_iter()
         .map(|option| format!("--aptopt={option}"))
         .collect();
-    let answers = "chroot \"$1\" debconf-set-selections";
-    let answers = format!("echo '{SOURCE_OF_CLOUD_INIT}' | {answers}");
     let tar = dir.join("root.tar");
     cmd!(
         sh,
         "mmdebstrap --quiet --mode={mode} --variant=minbase --include={include} {options...}
-         --essential-hook={answers} --customize-hook={script} bookworm {tar} {sources...}"
+         --essential-hook={prepare} --customize-hook={customize} bookworm {tar} {sources...}"
     )
     .quiet()
     .run()
@@ -267,8 +268,24 @@ rm -rf "$tree" "$1/root.tar" "$1/esp"
     )
 }
 
-/// What `dpkg-reconfigure cloud-init` would set: no search for clouds that are not there.
-const SOURCE_OF_CLOUD_INIT: &str = "cloud-init cloud-init/datasources multiselect NoCloud, None";
+/// Run by mmdebstrap with the new system's root, before all packages but the essential ones.
+///
+/// What an installer asks first: the initrd gets the fsck that fstab calls for, and cloud-init
+/// is told not to search for clouds that are not there (`dpkg-reconfigure cloud-init`).
+const PREPARE: &str = r#"#!/bin/sh
+set -eu
+root=$1
+echo debian >"$root"/etc/hostname
+printf '127.0.0.1\tlocalhost\n127.0.1.1\tdebian\n::1\tlocalhost ip6-localhost\n' >"$root"/etc/hosts
+cat >"$root"/etc/fstab <<END
+UUID=b1a2c3d4-5e6f-4a7b-8c9d-0e1f2a3b4c5d / ext4 errors=remount-ro 0 1
+UUID=B1A2-C3D4 /boot/efi vfat umask=0077 0 0
+END
+chroot "$root" debconf-set-selections <<END
+cloud-init cloud-init/datasources multiselect NoCloud, None
+locales locales/default_environment_locale select C.UTF-8
+END
+"#;
 
 /// Run by mmdebstrap with the new system's root, after all packages.
 ///
@@ -279,12 +296,6 @@ set -eu
 root=$1
 uuid=b1a2c3d4-5e6f-4a7b-8c9d-0e1f2a3b4c5d
 
-echo debian >"$root"/etc/hostname
-printf '127.0.0.1\tlocalhost\n127.0.1.1\tdebian\n::1\tlocalhost ip6-localhost\n' >"$root"/etc/hosts
-cat >"$root"/etc/fstab <<END
-UUID=$uuid / ext4 errors=remount-ro 0 1
-UUID=B1A2-C3D4 /boot/efi vfat umask=0077 0 1
-END
 rm -f "$root"/etc/apt/sources.list.d/* "$root"/etc/apt/apt.conf.d/99mmdebstrap
 cat >"$root"/etc/apt/sources.list <<END
 deb http://deb.debian.org/debian bookworm main
@@ -362,7 +373,8 @@ mod tests {
     fn the_recipe_names_one_file_system() {
         assert!(CUSTOMIZE.contains(&format!("uuid={ROOT_UUID}")));
         assert!(CUSTOMIZE.contains(&format!("fs_uuid) echo {ROOT_UUID}")));
-        assert!(CUSTOMIZE.contains("UUID=B1A2-C3D4") && ESP_ID == "B1A2C3D4");
+        assert!(PREPARE.contains(&format!("UUID={ROOT_UUID} / ext4")));
+        assert!(PREPARE.contains("UUID=B1A2-C3D4") && ESP_ID == "B1A2C3D4");
     }
 
     #[test]
