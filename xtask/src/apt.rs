@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use xshell::cmd;
+use xshell::{Shell, cmd};
 
 use crate::project::{Project, write_if_changed};
 
@@ -160,7 +160,7 @@ pub fn mirror() -> Result<String> {
 
 /// The mirrors that this machine uses for Debian 12 and its security updates,
 /// from its own apt sources in either format.
-fn host_mirrors() -> Result<(String, String)> {
+pub fn host_mirrors() -> Result<(String, String)> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.flatten().map(|entry| entry.path()));
@@ -181,6 +181,24 @@ fn host_mirrors() -> Result<(String, String)> {
             })
     };
     Ok((find(SUITE)?, find(&format!("{SUITE}-security"))?))
+}
+
+/// Options by which this machine's apt reaches its mirrors, as lines of apt.conf.
+pub fn host_proxies(sh: &Shell) -> Result<Vec<String>> {
+    let dump = cmd!(sh, "apt-config dump Acquire").quiet().read()?;
+    Ok(dump
+        .lines()
+        .filter(|line| is_proxy(line))
+        .map(str::to_owned)
+        .collect())
+}
+
+/// Whether a line of `apt-config dump` sets a proxy, or how one is found.
+fn is_proxy(line: &str) -> bool {
+    let Some((name, value)) = line.split_once(' ') else {
+        return false;
+    };
+    name.to_ascii_lowercase().contains("::proxy") && value != "\"\";"
 }
 
 /// The URI that one sources file names for `suite`, if any.
@@ -209,6 +227,13 @@ fn mirror_in(text: &str, suite: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn proxies_are_found() {
+        assert!(is_proxy("Acquire::http::Proxy \"http://cache:3142\";"));
+        assert!(!is_proxy("Acquire::http::Proxy \"\";"));
+        assert!(!is_proxy("Acquire::Languages \"none\";"));
+    }
 
     #[test]
     fn mirrors_in_both_formats() {

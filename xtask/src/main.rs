@@ -10,6 +10,7 @@ mod bench;
 mod build;
 mod cases;
 mod compile_check;
+mod debian;
 mod demo;
 mod density;
 mod everywhere;
@@ -51,6 +52,8 @@ enum Verb {
     Bench(bench::Args),
     /// Debian packages of the command and the module.
     Package(package::Args),
+    /// Make a disk image of a whole Debian 12, and say where it is.
+    Image(debian::Args),
     /// Build the core image, the kernel module and the static `blanket` command.
     Build(build::Args),
     /// Boot stock-kernel instances in QEMU and run a command in the first.
@@ -75,6 +78,7 @@ fn verb(verb: &Verb) -> anyhow::Result<()> {
         Verb::Test(args) => test::run(&project, args),
         Verb::Bench(args) => bench::run(&project, args),
         Verb::Package(args) => package::run(&project, args),
+        Verb::Image(args) => debian::run(&project, args),
         Verb::Build(args) => build::run(&project, args),
         Verb::Lab(args) => lab::run(&project, args),
     }

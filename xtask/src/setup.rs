@@ -14,6 +14,8 @@ pub enum Need {
     Build,
     /// Unpack kernels and boot them in QEMU.
     Boot,
+    /// Make disk images of whole systems, and read them.
+    Images,
 }
 
 /// Debian packages by need. gcc-12 is what Debian 12's kernels were built with,
@@ -36,11 +38,27 @@ const PACKAGES: &[(Need, &[&str])] = &[
             "debian-archive-keyring",
         ],
     ),
+    (
+        Need::Images,
+        &[
+            "mmdebstrap",
+            "uidmap",
+            "fdisk",
+            "e2fsprogs",
+            "dosfstools",
+            "mtools",
+            "xfsprogs",
+            "btrfs-progs",
+            "qemu-utils",
+            "tar",
+            "debian-archive-keyring",
+        ],
+    ),
 ];
 
 /// The `setup` verb: everything for every verb.
 pub fn run(project: &Project) -> Result<()> {
-    ensure(project, &[Need::Build, Need::Boot])?;
+    ensure(project, &[Need::Build, Need::Boot, Need::Images])?;
     println!("setup: everything is here");
     Ok(())
 }
