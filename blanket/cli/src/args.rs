@@ -66,7 +66,10 @@ pub enum Command {
         kernel: Option<PathBuf>,
     },
     /// Run a VM in this process
-    #[command(after_help = exit::TABLE)]
+    #[command(
+        after_help = exit::TABLE,
+        group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk"]).required(true).multiple(true)
+    )]
     Run(Run),
     /// List running VMs
     Ps {
@@ -197,11 +200,18 @@ pub enum Generated {
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct Run {
-    /// Kernel: a vmlinuz, as distributions ship it, or an ELF vmlinux
+    /// Disk image to boot as a whole: its first disk, with the kernel that it has inside
+    #[arg(value_name = "IMAGE")]
+    pub image: Option<PathBuf>,
+    /// Kernel, instead of the image's: a vmlinuz, as distributions ship it, or an ELF vmlinux
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
+    /// Which of the image's boot entries: its title, id, number from 0, or a kernel version
+    /// [default: the image's own]
+    #[arg(long, value_name = "ENTRY", conflicts_with = "kernel")]
+    pub boot_entry: Option<String>,
     /// Initial RAM disk
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
     /// A disk: PATH[,OPTION]...; may be given several times
     #[arg(long, value_name = "DISK", long_help = disk::HELP)]
@@ -219,7 +229,8 @@ pub struct Run {
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
-    /// Kernel command line; console=hvc0 is added if it is not there
+    /// Kernel command line, appended to the image's if that is what is booted; console=hvc0
+    /// is added if it is not there
     #[arg(
         long,
         value_name = "TEXT",
@@ -372,18 +383,6 @@ fn sink(text: &str) -> Result<Sink, String> {
     })
 }
 
-/// The user's command line, with the console that Blanket gives.
-pub fn with_console(cmdline: &str) -> String {
-    let has = cmdline
-        .split_ascii_whitespace()
-        .any(|word| word == "console=hvc0" || word.starts_with("console=hvc0,"));
-    match (has, cmdline.is_empty()) {
-        (true, _) => cmdline.to_owned(),
-        (false, true) => "console=hvc0".to_owned(),
-        (false, false) => format!("{cmdline} console=hvc0"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -426,17 +425,12 @@ mod tests {
     }
 
     #[test]
-    fn the_console_is_added_only_if_it_is_missing() {
-        assert_eq!(with_console(""), "console=hvc0");
-        assert_eq!(with_console("quiet"), "quiet console=hvc0");
-        assert_eq!(with_console("console=ttyS0"), "console=ttyS0 console=hvc0");
-        assert_eq!(with_console("a console=hvc0 b"), "a console=hvc0 b");
-    }
-
-    #[test]
     fn wrong_arguments_exit_with_2() {
         for arguments in [
             &["blanket", "run"][..],
+            &["blanket", "run", "--memory", "1G"],
+            &["blanket", "run", "a.img", "--initrd", "i"],
+            &["blanket", "run", "--kernel", "k", "--boot-entry", "0"],
             &["blanket", "run", "--kernel", "k", "--cpus", "0"],
             &["blanket", "run", "--kernel", "k", "--memory", "12"],
             &["blanket", "stop"],

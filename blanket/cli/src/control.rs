@@ -169,7 +169,7 @@ pub struct Info {
     pub uptime_seconds: f64,
     /// How often it was booted.
     pub boots: u32,
-    /// Kernel file.
+    /// Which kernel it runs.
     pub kernel: String,
     /// Initrd file.
     pub initrd: Option<String>,
@@ -228,7 +228,7 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
                 balloon: instance.memory().into(),
                 uptime_seconds: instance.uptime().as_secs_f64(),
                 boots: instance.boots(),
-                kernel: spec.kernel.display().to_string(),
+                kernel: instance.booted(),
                 initrd: spec.initrd.as_ref().map(|path| path.display().to_string()),
                 cmdline: spec.cmdline.clone(),
                 console: console.to_owned(),
@@ -384,7 +384,8 @@ mod tests {
         std::fs::write(&kernel, Synthetic::default().elf()).expect("written");
         let spec = Spec {
             name: "test".into(),
-            kernel,
+            kernel: Some(kernel),
+            boot_entry: None,
             initrd: None,
             memory: 64 << 20,
             balloon: None,

@@ -61,7 +61,7 @@ fn text(instance: &Instance, end: &End) -> String {
         env!("CARGO_PKG_VERSION"),
         instance.host(),
         core_image::digits(&core),
-        spec.kernel.display(),
+        instance.booted(),
         spec.cmdline,
     );
     if let Some(sentence) = exit::sentence(end) {

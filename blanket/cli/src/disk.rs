@@ -12,7 +12,7 @@ use blanket_devices::Limits;
 use blanket_devices::block::{self, Config, Vbd, WhenFull};
 use blanket_devices::bus::State;
 use blanket_disk::{Backing, Format, Options};
-use blanket_vmm::devices::AnyDevice;
+use blanket_vmm::devices::{AnyDevice, DiskFile};
 use blanket_vmm::instance::Instance;
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
@@ -119,11 +119,24 @@ impl DiskSpec {
         Ok((options, config))
     }
 
+    /// An image with nothing said about it.
+    pub fn of(path: PathBuf) -> Self {
+        Self {
+            path,
+            options: Vec::new(),
+        }
+    }
+
     /// Opens the image as disk `index`.
-    pub fn open(&self, index: u32, vcpus: u32) -> Result<Vbd> {
+    pub fn open(&self, index: u32, vcpus: u32) -> Result<AnyDevice> {
         let (options, config) = self.understand(index).map_err(anyhow::Error::msg)?;
         let image = blanket_disk::open(&self.path, &options)?;
-        Ok(Vbd::new(Arc::new(image), config, vcpus))
+        let file = DiskFile {
+            path: self.path.clone(),
+            reader: image.reader(),
+        };
+        let vbd = Vbd::new(Arc::new(image), config, vcpus);
+        Ok(AnyDevice::Disk(Arc::new(vbd), file))
     }
 }
 
@@ -293,8 +306,7 @@ pub fn attach(instance: &Instance, spec: &str) -> Result<String> {
     let index = (0..MOST)
         .find(|index| !used.contains(index))
         .with_context(|| format!("a VM has at most {MOST} disks"))?;
-    let vbd = spec.open(index, instance.spec().vcpus)?;
-    instance.attach(AnyDevice::Disk(Arc::new(vbd), spec.path))?;
+    instance.attach(spec.open(index, instance.spec().vcpus)?)?;
     Ok(block::device_name(index))
 }
 

@@ -13,7 +13,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use blanket_vmm::console::{Console, IoThread, Sink};
 use blanket_vmm::device::Error as DeviceError;
-use blanket_vmm::devices::AnyDevice;
 use blanket_vmm::hypervisor::Isolation;
 use blanket_vmm::instance::{Instance, OnReboot, Spec};
 use blanket_vmm::vm::End;
@@ -22,6 +21,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::{self, Run};
+use crate::disk::DiskSpec;
 use crate::exit;
 use crate::registry::{Entry, Registry};
 use crate::stats::Stats;
@@ -41,7 +41,9 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     if run.detach && !detached {
         return detach(run);
     }
-    readable("kernel", &run.kernel)?;
+    if let Some(kernel) = &run.kernel {
+        readable("kernel", kernel)?;
+    }
     if let Some(initrd) = &run.initrd {
         readable("initrd", initrd)?;
     }
@@ -59,7 +61,8 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         memory: run.memory,
         balloon: run.balloon,
         vcpus: run.cpus,
-        cmdline: args::with_console(&run.cmdline),
+        boot_entry: run.boot_entry.clone(),
+        cmdline: run.cmdline.clone(),
         on_reboot: match run.on_reboot {
             args::OnReboot::Restart => OnReboot::Restart,
             args::OnReboot::Exit => OnReboot::Exit,
@@ -78,9 +81,10 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     let console = Console::new().context("cannot make a console")?;
     let vcpus = spec.vcpus;
     let instance = Instance::new(spec, hypervisor, console)?;
-    for (index, disk) in (0..).zip(&run.disk) {
-        let vbd = Arc::new(disk.open(index, vcpus)?);
-        instance.attach(AnyDevice::Disk(vbd, disk.path.clone()))?;
+    let image = run.image.iter().cloned().map(DiskSpec::of);
+    let disks: Vec<DiskSpec> = image.chain(run.disk.iter().cloned()).collect();
+    for (index, disk) in (0..).zip(&disks) {
+        instance.attach(disk.open(index, vcpus)?)?;
     }
     let kept_at = registry.crash(&entry.name);
     let end = live(run, detached, &registry, entry, listener, &instance)?;

@@ -7,15 +7,25 @@ use std::time::Duration;
 
 use blanket_devices::block::{self, Vbd};
 use blanket_devices::bus::{self, Device, Report};
+use blanket_disk::Reader;
 
 use crate::instance::Instance;
 use crate::sync::lock;
+
+/// The image of a disk.
+#[derive(Clone, Debug)]
+pub struct DiskFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What the guest sees in it.
+    pub reader: Reader,
+}
 
 /// A device of any class.
 #[derive(Clone)]
 pub enum AnyDevice {
     /// A disk, and the file that it is in.
-    Disk(Arc<Vbd>, PathBuf),
+    Disk(Arc<Vbd>, DiskFile),
 }
 
 impl AnyDevice {
@@ -89,7 +99,7 @@ impl Instance {
         devices
             .iter()
             .map(|device| match device {
-                AnyDevice::Disk(disk, path) => (Arc::clone(disk), path.clone()),
+                AnyDevice::Disk(disk, path) => (Arc::clone(disk), path.path.clone()),
             })
             .collect()
     }

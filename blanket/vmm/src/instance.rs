@@ -14,13 +14,14 @@ use blanket_xenstore::{DomainSpec, Errno};
 use vm_memory::GuestMemoryError;
 
 use crate::balloon::{Balloon, Memory};
+use crate::boot;
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
 use crate::devices::AnyDevice;
 use crate::hub::Hub;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
-use crate::kernel::{self, Kernel};
+use crate::kernel;
 use crate::sync::lock;
 use crate::trace;
 use crate::vm::{self, Backends, EarlyConsole, End, Ports, Vm};
@@ -31,8 +32,9 @@ use crate::xenstore::Xenstore;
 pub struct Spec {
     /// Its name, also in its xenstore.
     pub name: String,
-    /// The kernel file. Read again at each reboot, as the initrd.
-    pub kernel: PathBuf,
+    /// The kernel file; without one, the first disk says what is booted. Read again at
+    /// each reboot, as the initrd.
+    pub kernel: Option<PathBuf>,
     /// The initrd file.
     pub initrd: Option<PathBuf>,
     /// RAM, bytes.
@@ -41,7 +43,9 @@ pub struct Spec {
     pub balloon: Option<u64>,
     /// vCPUs.
     pub vcpus: u32,
-    /// Kernel command line.
+    /// Which of the first disk's boot entries, if not its default.
+    pub boot_entry: Option<String>,
+    /// Kernel command line; appended to the disk's, if that is what is booted.
     pub cmdline: String,
     /// What a reboot of the guest does.
     pub on_reboot: OnReboot,
@@ -82,6 +86,17 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// What the first disk says.
+    #[error("{}: {source}", path.display())]
+    Boot {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: blanket_boot::Error,
+    },
+    /// Neither a kernel nor a disk.
+    #[error("there is nothing to boot: give a disk image, or a kernel with --kernel")]
+    NothingToBoot,
     /// The domain.
     #[error(transparent)]
     Build(#[from] builder::Error),
@@ -207,6 +222,8 @@ struct Now {
     /// What the guest is asked to have, bytes, also over reboots.
     target: u64,
     last_stats: Option<Counters>,
+    /// Which kernel runs, or ran last.
+    booted: String,
 }
 
 #[derive(Clone)]
@@ -254,17 +271,17 @@ impl Instance {
         let spec = &self.spec;
         let begun = Instant::now();
         let domain = {
-            let kernel = Kernel::load(&spec.kernel)?;
-            tracing::info!(kernel = %spec.kernel.display(), elapsed = ?begun.elapsed(), "kernel read");
-            let initrd = spec.initrd.as_deref().map(read_initrd).transpose()?;
+            let start = self.start()?;
+            tracing::info!(kernel = start.description, elapsed = ?begun.elapsed(), "kernel read");
+            lock(&self.now).booted = start.description;
             let config = builder::Config {
                 memory: spec.memory,
-                cmdline: spec.cmdline.clone(),
+                cmdline: start.cmdline,
                 verbose: spec.verbose,
                 mergeable: spec.mergeable,
                 inject: spec.inject,
             };
-            builder::build(&kernel, initrd.as_deref(), &config)?
+            builder::build(&start.kernel, start.initrd.as_deref(), &config)?
         };
         tracing::info!(elapsed = ?begun.elapsed(), "domain built");
 
@@ -320,6 +337,30 @@ impl Instance {
             bus,
         });
         Ok(vm)
+    }
+
+    /// What it boots.
+    fn start(&self) -> Result<boot::Start, Error> {
+        if let Some(kernel) = &self.spec.kernel {
+            return boot::from_files(&self.spec, kernel);
+        }
+        let devices = lock(&self.devices);
+        let first = devices.iter().map(|device| match device {
+            AnyDevice::Disk(_, file) => file,
+        });
+        let file = first
+            .into_iter()
+            .next()
+            .ok_or(Error::NothingToBoot)?
+            .clone();
+        drop(devices);
+        boot::from_disk(&self.spec, &file.path, file.reader)
+    }
+
+    /// Which kernel runs, or ran last; empty before the first boot.
+    #[must_use]
+    pub fn booted(&self) -> String {
+        lock(&self.now).booted.clone()
     }
 
     /// The VM's bus, with the devices that it has.
@@ -603,21 +644,6 @@ fn give_back() {
     unsafe {
         libc::malloc_trim(0);
     }
-}
-
-fn read_initrd(path: &std::path::Path) -> Result<Vec<u8>, Error> {
-    let failed = |source| Error::Initrd {
-        path: path.to_owned(),
-        source,
-    };
-    let bytes = std::fs::read(path).map_err(failed)?;
-    if bytes.is_empty() {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "the file is empty",
-        )));
-    }
-    Ok(bytes)
 }
 
 /// A random UUID (RFC 9562, version 4).

@@ -22,7 +22,8 @@ fn kernel_file() -> tempfile::NamedTempFile {
 fn spec(kernel: &std::path::Path) -> Spec {
     Spec {
         name: "test".into(),
-        kernel: kernel.to_owned(),
+        kernel: Some(kernel.to_owned()),
+        boot_entry: None,
         initrd: None,
         memory: 64 << 20,
         balloon: None,
@@ -498,7 +499,7 @@ fn errors_name_the_file() {
         instance.boot().err().expect("refused").to_string()
     };
     let missing = Spec {
-        kernel: "/no/kernel".into(),
+        kernel: Some("/no/kernel".into()),
         ..spec(kernel.path())
     };
     assert!(fails(missing).contains("/no/kernel"));
