@@ -11,7 +11,7 @@ use blanket_disk::{
 use common::{SECTOR, contents, pattern, qemu_img, read, simple, write};
 use tempfile::TempDir;
 
-const SIZE: usize = 3 * 1024 * 1024 + 17 * SECTOR;
+const SIZE: usize = 2 * 1024 * 1024 + 17 * SECTOR;
 
 /// A directory with `from.raw`, and its bytes.
 fn source() -> (TempDir, Vec<u8>) {

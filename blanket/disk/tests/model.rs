@@ -219,17 +219,17 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn raw_through_io_uring(steps in prop::collection::vec(step(), 1..12)) {
+    fn raw_through_io_uring(steps in prop::collection::vec(step(), 1..8)) {
         raw(DataPath::IoUring, &steps);
     }
 
     #[test]
-    fn raw_through_threads(steps in prop::collection::vec(step(), 1..12)) {
+    fn raw_through_threads(steps in prop::collection::vec(step(), 1..8)) {
         raw(DataPath::Threads, &steps);
     }
 
     #[test]
-    fn qcow2_of_our_own(steps in prop::collection::vec(step(), 1..12)) {
+    fn qcow2_of_our_own(steps in prop::collection::vec(step(), 1..8)) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.qcow2");
         let size = LANES * LANE * SECTOR;
@@ -238,7 +238,7 @@ proptest! {
     }
 
     #[test]
-    fn qcow2_on_a_raw_image(steps in prop::collection::vec(step(), 1..12), short in 0usize..1000) {
+    fn qcow2_on_a_raw_image(steps in prop::collection::vec(step(), 1..8), short in 0usize..1000) {
         let directory = tempfile::tempdir().unwrap();
         let base = directory.path().join("base.raw");
         let mut model = pattern(LANES * LANE * SECTOR - short * SECTOR, 3);
@@ -254,7 +254,7 @@ proptest! {
     }
 
     #[test]
-    fn qcow2_of_qemu(steps in prop::collection::vec(step(), 1..12), bits in 9u32..16) {
+    fn qcow2_of_qemu(steps in prop::collection::vec(step(), 1..8), bits in 9u32..16) {
         let directory = tempfile::tempdir().unwrap();
         let model = pattern(LANES * LANE * SECTOR, 5);
         fs::write(directory.path().join("from.raw"), &model).unwrap();
