@@ -191,8 +191,15 @@ fn vhd(kind: u32) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::ptr::NonNull;
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+
     use proptest::prelude::*;
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    use super::*;
+    use crate::{Buffer, Operation, Request};
 
     #[test]
     fn the_samples_are_sound() {
@@ -214,6 +221,79 @@ mod tests {
         let seen = of(Format::Vmdk).nth(2).unwrap();
         assert_eq!(seen[..2048], [0; 2048]);
         assert_eq!(seen[2048..], [b'b'; 4608]);
+    }
+
+    /// Writes, discards and grows an image whose tables may lie, as a guest would.
+    fn use_up(bytes: &[u8]) {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("base.raw"), [b'b'; 8192]).unwrap();
+        let path = directory.path().join("disk");
+        fs::write(&path, bytes).unwrap();
+        let options = Options {
+            format: Some(Format::Qcow2),
+            ..Options::default()
+        };
+        let Ok(image) = open(&path, &options) else {
+            return;
+        };
+        let mut queue = image.queue(1).unwrap();
+        let mut done = Vec::new();
+        let operations = [
+            Operation::Write,
+            Operation::Flush,
+            Operation::Discard { length: 2048 },
+            Operation::Write,
+            Operation::Read,
+            Operation::Flush,
+        ];
+        for (token, operation) in operations.into_iter().enumerate() {
+            let moves = matches!(operation, Operation::Read | Operation::Write);
+            let memory = Arc::new(
+                (0..if moves { 512 } else { 0 })
+                    .map(|_| AtomicU64::new(7))
+                    .collect::<Vec<_>>(),
+            );
+            let start = NonNull::from(memory.as_slice()).cast();
+            // SAFETY: the atomics are as long, and are kept by the request; only raw pointers
+            // lead to them.
+            let buffer = unsafe { Buffer::new(start, memory.len() * 8) };
+            queue.submit(Request {
+                token: token as u64,
+                operation,
+                offset: if operation == Operation::Flush {
+                    0
+                } else {
+                    512
+                },
+                buffers: vec![buffer],
+                memory,
+            });
+            while queue.in_flight() > 0 {
+                let mut polled = [PollFd::from_borrowed_fd(queue.event(), PollFlags::IN)];
+                // An interruption leads to another look.
+                let _ = poll(&mut polled, None);
+                queue.collect(&mut done);
+            }
+        }
+        assert_eq!(done.len(), 6);
+        // Whether it can is the image's affair.
+        let _ = image.resize(1 << 20);
+    }
+
+    proptest! {
+        // Each of these waits for the medium.
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn no_changed_image_that_is_written_ends_its_host(
+            changes in prop::collection::vec((0usize..2600, any::<u8>()), 0..5),
+        ) {
+            let mut bytes = qcow2();
+            for (place, value) in changes {
+                bytes[place] = value;
+            }
+            use_up(&bytes);
+        }
     }
 
     proptest! {
