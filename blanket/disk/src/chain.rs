@@ -6,6 +6,8 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::OFlags;
+
 use crate::error::Error;
 use crate::format::{Doubt, Format, HEAD, agreed};
 use crate::layer::Layer;
@@ -195,6 +197,8 @@ pub(crate) fn open_file(path: &Path, read_only: bool) -> Result<(File, fs::Metad
     if !kind.is_file() && !kind.is_block_device() {
         return Err(Error::Kind { path: path.into() });
     }
+    // On files that do not wait io_uring may answer EAGAIN again and again.
+    rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|error| failed(error.into()))?;
     Ok((file, metadata))
 }
 
