@@ -12,14 +12,15 @@ use crate::project::Project;
 pub enum Need {
     /// Compile the core, the module and the command.
     Build,
-    /// Unpack kernels and boot them in QEMU.
+    /// Unpack kernels and boot them in QEMU; run the tests.
     Boot,
     /// Make disk images of whole systems, and read them.
     Images,
 }
 
 /// Debian packages by need. gcc-12 is what Debian 12's kernels were built with,
-/// libelf1 is for the objtool of their headers, xz for the 6.12 modules.
+/// libelf1 is for the objtool of their headers, xz for the 6.12 modules; qemu-utils makes and
+/// checks the disk images of unit tests.
 const PACKAGES: &[(Need, &[&str])] = &[
     (
         Need::Build,
@@ -29,6 +30,7 @@ const PACKAGES: &[(Need, &[&str])] = &[
         Need::Boot,
         &[
             "qemu-system-x86",
+            "qemu-utils",
             "busybox-static",
             "kmod",
             "xz-utils",

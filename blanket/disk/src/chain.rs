@@ -6,10 +6,12 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::OFlags;
+
 use crate::error::Error;
 use crate::format::{Doubt, Format, HEAD, agreed};
 use crate::layer::Layer;
-use crate::lock::{self, Use};
+use crate::lock::{self, ImageFile, Use};
 use crate::open::{Body, Options};
 use crate::raw::Raw;
 use crate::reader::{Source, length};
@@ -28,7 +30,7 @@ pub(crate) struct Opener<'a> {
 
 /// A file that was opened, and what is known of it.
 struct Opened {
-    file: File,
+    file: ImageFile,
     path: PathBuf,
     format: Format,
     length: u64,
@@ -59,6 +61,7 @@ impl<'a> Opener<'a> {
         read_only: bool,
     ) -> Result<Opened, Error> {
         let (file, metadata) = open_file(path, read_only)?;
+        let mut file = ImageFile::new(file);
         let failed = |source| Error::Open {
             path: path.into(),
             source,
@@ -84,7 +87,7 @@ impl<'a> Opener<'a> {
             });
         }
         if self.options.lock {
-            self.lock(path, &file, read_only)?;
+            lock(path, &mut file, read_only)?;
         }
         Ok(Opened {
             file,
@@ -92,26 +95,6 @@ impl<'a> Opener<'a> {
             format,
             length,
         })
-    }
-
-    fn lock(&self, path: &Path, file: &File, read_only: bool) -> Result<(), Error> {
-        let (wanted, how) = if read_only {
-            (Use::Read, "for reading")
-        } else {
-            (Use::Write, "for writing")
-        };
-        match lock::take(file, wanted) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Error::Locked {
-                path: path.into(),
-                how,
-                holders: lock::holders(file),
-            }),
-            Err(source) => Err(Error::NoLocks {
-                path: path.into(),
-                source,
-            }),
-        }
     }
 
     /// Gives a file to the driver of its format.
@@ -150,7 +133,8 @@ impl<'a> Opener<'a> {
                 let mut extents = Vec::new();
                 for name in plan.files() {
                     let found = self.permitted(&path, name)?;
-                    extents.push(self.file(&found, Some(Format::Raw), true)?.file);
+                    let opened = self.file(&found, Some(Format::Raw), true)?;
+                    extents.push(Arc::new(opened.file));
                 }
                 Arc::new(vmdk::Image::open(file, plan, extents).map_err(content)?)
             }
@@ -165,24 +149,10 @@ impl<'a> Opener<'a> {
         name: &str,
         format: Option<&str>,
     ) -> Result<Arc<dyn Source>, Error> {
-        let format = self.named_format(image, format)?;
+        let format = named_format(image, format)?;
         let path = self.permitted(image, name)?;
         let opened = self.file(&path, format, true)?;
         Ok(self.body(opened, true)?.source())
-    }
-
-    /// The format that a qcow2 image says its backing image has.
-    pub(crate) fn named_format(
-        &self,
-        image: &Path,
-        name: Option<&str>,
-    ) -> Result<Option<Format>, Error> {
-        let format = name.map(str::parse::<Format>).transpose();
-        format.map_err(|error| Error::Content {
-            path: image.into(),
-            format: Format::Qcow2,
-            source: io::Error::new(io::ErrorKind::InvalidData, error),
-        })
     }
 
     /// Where a name in an image leads to, if it may lead there. The image may come from anybody,
@@ -227,6 +197,8 @@ pub(crate) fn open_file(path: &Path, read_only: bool) -> Result<(File, fs::Metad
     if !kind.is_file() && !kind.is_block_device() {
         return Err(Error::Kind { path: path.into() });
     }
+    // On files that do not wait io_uring may answer EAGAIN again and again.
+    rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|error| failed(error.into()))?;
     Ok((file, metadata))
 }
 
@@ -263,4 +235,34 @@ pub(crate) fn agreed_format(
             ),
         },
     })
+}
+
+/// The format that a qcow2 image says its backing image has.
+pub(crate) fn named_format(image: &Path, name: Option<&str>) -> Result<Option<Format>, Error> {
+    let format = name.map(str::parse::<Format>).transpose();
+    format.map_err(|error| Error::Content {
+        path: image.into(),
+        format: Format::Qcow2,
+        source: io::Error::new(io::ErrorKind::InvalidData, error),
+    })
+}
+
+fn lock(path: &Path, file: &mut ImageFile, read_only: bool) -> Result<(), Error> {
+    let (wanted, how) = if read_only {
+        (Use::Read, "for reading")
+    } else {
+        (Use::Write, "for writing")
+    };
+    match file.lock(wanted) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::Locked {
+            path: path.into(),
+            how,
+            holders: lock::holders(file),
+        }),
+        Err(source) => Err(Error::NoLocks {
+            path: path.into(),
+            source,
+        }),
+    }
 }

@@ -17,6 +17,8 @@ mod qcow2;
 mod raw;
 mod reader;
 mod request;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod vhd;
 mod vmdk;
 mod workers;

@@ -3,10 +3,11 @@
 //! They are OFD locks on the bytes that QEMU locks (`include/block/block-common.h`,
 //! `block/file-posix.c`), so a QEMU that has the image counts too: byte 100 + n is locked, shared,
 //! by who uses permission n, byte 200 + n by who does not let others use it. They go with the
-//! last descriptor of the open file.
+//! last descriptor of the open file at the latest, so with the process.
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -17,6 +18,49 @@ const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 
+/// The file of an image, and its lock if it has one.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    file: File,
+    locked: bool,
+}
+
+impl ImageFile {
+    /// Without a lock.
+    pub(crate) fn new(file: File) -> Self {
+        Self {
+            file,
+            locked: false,
+        }
+    }
+
+    /// Takes the lock, or says `false` because another has it.
+    pub(crate) fn lock(&mut self, wanted: Use) -> io::Result<bool> {
+        self.locked = take(&self.file, wanted)?;
+        Ok(self.locked)
+    }
+}
+
+impl Deref for ImageFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Drop for ImageFile {
+    /// Gives the lock back. A child that was forked and has not yet become another program has
+    /// a descriptor of the same open file, and would keep it.
+    fn drop(&mut self) {
+        if self.locked
+            && let Err(error) = release(&self.file)
+        {
+            tracing::warn!(%error, "the lock of an image cannot be given back");
+        }
+    }
+}
+
 /// What a holder wants to do with the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Use {
@@ -26,8 +70,8 @@ pub(crate) enum Use {
     Write,
 }
 
-/// Takes the lock of an image, or says `false` because another has it.
-pub(crate) fn take(file: &File, wanted: Use) -> io::Result<bool> {
+/// See [`ImageFile::lock`].
+fn take(file: &File, wanted: Use) -> io::Result<bool> {
     let used: &[i64] = match wanted {
         Use::Read => &[CONSISTENT_READ],
         Use::Write => &[CONSISTENT_READ, WRITE, RESIZE],
@@ -46,17 +90,27 @@ pub(crate) fn take(file: &File, wanted: Use) -> io::Result<bool> {
             UNSHARED + permission,
         )?;
     }
+    let mut free = true;
     for &permission in used {
-        if held(file, UNSHARED + permission)? {
-            return Ok(false);
-        }
+        free &= !held(file, UNSHARED + permission)?;
     }
     for &permission in unshared {
-        if held(file, USED + permission)? {
-            return Ok(false);
+        free &= !held(file, USED + permission)?;
+    }
+    if !free {
+        // Others that ask while the file is still open must not take this for a holder.
+        release(file)?;
+    }
+    Ok(free)
+}
+
+fn release(file: &File) -> io::Result<()> {
+    for permission in [CONSISTENT_READ, WRITE, RESIZE] {
+        for byte in [USED + permission, UNSHARED + permission] {
+            control(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte)?;
         }
     }
-    Ok(true)
+    Ok(())
 }
 
 /// Whether another open file has a lock on the byte.
@@ -121,28 +175,26 @@ mod tests {
 
     #[test]
     fn many_readers_or_one_writer() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = tempfile::NamedTempFile::new().unwrap();
         let open = || {
             let mut options = File::options();
-            options.read(true).write(true).open(file.path()).unwrap()
+            ImageFile::new(options.read(true).write(true).open(path.path()).unwrap())
         };
-        let (first, second, third) = (open(), open(), open());
-        assert!(take(&first, Use::Read).unwrap());
-        assert!(take(&second, Use::Read).unwrap());
-        assert!(!take(&third, Use::Write).unwrap());
-        assert!(!written(file.path()));
-        drop((first, second, third));
-        let writer = open();
-        assert!(take(&writer, Use::Write).unwrap());
-        assert!(written(file.path()));
+        let (mut first, mut second, mut third) = (open(), open(), open());
+        assert!(first.lock(Use::Read).unwrap());
+        assert!(second.lock(Use::Read).unwrap());
+        assert!(!third.lock(Use::Write).unwrap());
+        assert!(!written(path.path()));
+        drop((first, second));
+        assert!(third.lock(Use::Write).unwrap());
+        assert!(written(path.path()));
         for wanted in [Use::Read, Use::Write] {
-            assert!(!take(&open(), wanted).unwrap());
+            assert!(!open().lock(wanted).unwrap());
         }
-        // A second descriptor of the same open file keeps the lock.
-        let copy = writer.try_clone().unwrap();
-        drop(writer);
-        assert!(!take(&open(), Use::Read).unwrap());
+        // Another descriptor of the same open file does not keep the lock.
+        let copy = third.try_clone().unwrap();
+        drop(third);
+        assert!(open().lock(Use::Write).unwrap());
         drop(copy);
-        assert!(take(&open(), Use::Write).unwrap());
     }
 }

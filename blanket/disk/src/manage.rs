@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{DEEPEST, Opener, agreed_format, open_file};
+use crate::chain::{DEEPEST, Opener, agreed_format, named_format, open_file};
 use crate::error::Error;
 use crate::format::Format;
 use crate::open::{Options, open};
@@ -15,8 +15,8 @@ use crate::{Disk as _, SECTOR, lock, qcow2};
 /// What a new image stands on.
 #[derive(Clone, Copy, Debug)]
 pub struct Backing<'a> {
-    /// The file. It is written into the image as given, if that is absolute, else as the way
-    /// from the new image's directory.
+    /// The file. If it is in the directory of the new image or below, the image gets the way
+    /// from there, so that the directory can be moved; else the whole path.
     pub path: &'a Path,
     /// Its format; if nobody says it, its name and content must agree.
     pub format: Option<Format>,
@@ -140,11 +140,8 @@ impl Base {
     }
 }
 
-/// How one gets from an image to what it stands on, so that the directory of both can be moved.
+/// How one gets from an image to what it stands on, see [`Backing::path`].
 fn way(image: &Path, backing: &Path) -> io::Result<PathBuf> {
-    if backing.is_absolute() {
-        return Ok(backing.into());
-    }
     let parent = match image.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
@@ -250,7 +247,7 @@ fn examine(path: &Path, format: Option<Format>, options: &Options) -> Result<(In
             info.internal_snapshots = header.snapshots;
             if let Some(name) = header.backing {
                 let opener = Opener::new(path, options);
-                let format = opener.named_format(path, header.backing_format.as_deref())?;
+                let format = named_format(path, header.backing_format.as_deref())?;
                 let below = opener.permitted(path, &name)?;
                 info.backing = Some(name);
                 return Ok((info, Some((below, format))));

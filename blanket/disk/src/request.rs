@@ -181,3 +181,18 @@ pub(crate) fn host(error: std::io::Error) -> Failure {
         Failure::Host(error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_host_is_told_from_a_broken_one() {
+        for code in [libc::ENOSPC, libc::EDQUOT] {
+            let failure = host(std::io::Error::from_raw_os_error(code));
+            assert!(matches!(failure, Failure::NoSpace), "{failure}");
+        }
+        let failure = host(std::io::Error::from_raw_os_error(libc::EIO));
+        assert!(matches!(failure, Failure::Host(_)), "{failure}");
+    }
+}

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::SECTOR;
 use crate::layer::Layer;
+use crate::lock::ImageFile;
 use crate::reader::Source;
 
 /// Bytes of a footer, and of a dynamic disk's header.
@@ -19,7 +20,7 @@ const NO_BLOCK: u32 = u32::MAX;
 /// An open VHD image.
 #[derive(Debug)]
 pub(crate) struct Image {
-    file: File,
+    file: ImageFile,
     size: u64,
     blocks: Option<Blocks>,
 }
@@ -47,7 +48,7 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 
 impl Image {
     /// Opens an image of `length` bytes.
-    pub(crate) fn open(file: File, length: u64) -> io::Result<Self> {
+    pub(crate) fn open(file: ImageFile, length: u64) -> io::Result<Self> {
         let Some(data) = length.checked_sub(FOOTER as u64) else {
             return Err(invalid("the file is shorter than a footer"));
         };

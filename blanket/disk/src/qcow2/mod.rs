@@ -17,6 +17,7 @@ use imago::{FormatDriverBuilder, StorageOpenOptions};
 
 use crate::SECTOR;
 use crate::layer::Layer;
+use crate::lock::ImageFile;
 use crate::reader::Source;
 pub(crate) use header::Header;
 use storage::Below;
@@ -31,7 +32,8 @@ pub(crate) struct Image {
     access: RwLock<Option<FormatAccess<Store>>>,
     /// The driver panicked: what it holds in memory is not to be written any more.
     broken: AtomicBool,
-    file: File,
+    // Dropped, and with it the lock, after the driver has written its tables.
+    file: ImageFile,
     size: AtomicU64,
     read_only: bool,
     granularity: u32,
@@ -40,7 +42,7 @@ pub(crate) struct Image {
 impl Image {
     /// Opens an image whose header was checked. `backing` is what the header's name leads to.
     pub(crate) fn open(
-        file: File,
+        file: ImageFile,
         header: &Header,
         backing: Option<Arc<dyn Source>>,
         read_only: bool,

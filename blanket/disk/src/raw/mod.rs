@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+use crate::lock::ImageFile;
 use crate::reader::{Source, length};
 use crate::request::{check, host};
 use crate::workers::{Engine, WorkerQueue};
@@ -25,7 +26,7 @@ const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::K
 /// An open raw image.
 #[derive(Debug)]
 pub(crate) struct Raw {
-    file: File,
+    file: ImageFile,
     size: AtomicU64,
     read_only: bool,
     /// 0 once the host has said that it cannot.
@@ -35,7 +36,7 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
-    pub(crate) fn new(file: File, read_only: bool, data_path: DataPath) -> io::Result<Self> {
+    pub(crate) fn new(file: ImageFile, read_only: bool, data_path: DataPath) -> io::Result<Self> {
         let size = length(&file)?;
         let granularity = if read_only {
             0
@@ -179,8 +180,9 @@ impl Engine for Raw {
         let result = match request.operation {
             Operation::Read | Operation::Write => self.transfer(request),
             Operation::Flush => self.file.sync_data(),
+            Operation::Discard { length: 0 } => Ok(()),
             Operation::Discard { length } => {
-                rustix::fs::fallocate(&self.file, PUNCH, request.offset, length)
+                rustix::fs::fallocate(&*self.file, PUNCH, request.offset, length)
                     .map_err(io::Error::from)
             }
         };

@@ -7,9 +7,11 @@ mod sparse;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use crate::SECTOR;
 use crate::layer::Layer;
+use crate::lock::ImageFile;
 use crate::reader::{Source, length};
 use descriptor::{Descriptor, Kind};
 use sparse::Sparse;
@@ -81,7 +83,7 @@ struct Extent {
 enum Data {
     Zero,
     /// At this offset of the file.
-    Flat(File, u64),
+    Flat(Arc<ImageFile>, u64),
     Sparse(Sparse),
 }
 
@@ -95,10 +97,14 @@ pub(crate) struct Image {
 
 impl Image {
     /// `others` are the files of [`Plan::files`].
-    pub(crate) fn open(file: File, plan: Plan, others: Vec<File>) -> io::Result<Self> {
+    pub(crate) fn open(
+        file: ImageFile,
+        plan: Plan,
+        others: Vec<Arc<ImageFile>>,
+    ) -> io::Result<Self> {
         let descriptor = match plan {
             Plan::One => {
-                let sparse = Sparse::open(file)?;
+                let sparse = Sparse::open(Arc::new(file))?;
                 return Self::new(vec![(sparse.size(), Data::Sparse(sparse))]);
             }
             Plan::Many(descriptor) => descriptor,
@@ -110,7 +116,7 @@ impl Image {
                 let file = others
                     .get(index)
                     .ok_or_else(|| invalid("an extent has no file"))?;
-                file.try_clone()
+                Ok::<_, io::Error>(Arc::clone(file))
             };
             let data = match extent.kind {
                 Kind::Zero => Data::Zero,

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use miniz_oxide::inflate::TINFLStatus;
 use miniz_oxide::inflate::core::inflate_flags::{
@@ -14,6 +14,7 @@ use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
 use super::descriptor::Descriptor;
 use super::{LARGEST, LONGEST_DESCRIPTOR, invalid};
 use crate::SECTOR;
+use crate::lock::ImageFile;
 use crate::reader::length;
 
 /// Flags of the header.
@@ -35,7 +36,7 @@ const HEADER: usize = 512;
 /// An open sparse extent.
 #[derive(Debug)]
 pub(super) struct Sparse {
-    file: File,
+    file: Arc<ImageFile>,
     /// Bytes of the file.
     length: u64,
     size: u64,
@@ -65,7 +66,7 @@ fn header(file: &File, at: u64) -> io::Result<[u8; HEADER]> {
 }
 
 impl Sparse {
-    pub(super) fn open(file: File) -> io::Result<Self> {
+    pub(super) fn open(file: Arc<ImageFile>) -> io::Result<Self> {
         let length = length(&file)?;
         if length < SECTOR {
             return Err(invalid("a sparse extent is shorter than a header"));
