@@ -265,7 +265,7 @@ impl Interpreter<'_> {
                 if !entries.is_empty() {
                     // Newest first, by file name.
                     entries.sort_by(|a, b| crate::version::compare(&b.id, &a.id));
-                    self.add_bls(entries, &device);
+                    self.add_bls(entries, &place);
                     return true;
                 }
             }
