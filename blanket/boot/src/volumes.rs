@@ -174,14 +174,9 @@ impl World for Volumes {
             Search::Partition(uuid) => volume.partition.uuid.eq_ignore_ascii_case(uuid),
             Search::File(path) => fs::find(volume.root(relative), path).is_ok(),
         };
-        let volume = self.all.iter_mut().find_map(|volume| {
-            if matches(volume) {
-                Some(volume.device.clone())
-            } else {
-                None
-            }
-        });
-        volume
+        self.all
+            .iter_mut()
+            .find_map(|volume| matches(volume).then(|| volume.device.clone()))
     }
 
     fn describe(&mut self, device: &str) -> Option<(String, String, &'static str)> {

@@ -55,7 +55,7 @@ pub struct Item {
 enum Body {
     Script(Block, Vec<String>),
     /// An entry file, and the directory where it is.
-    Bls(bls::Entry, Place),
+    Bls(Box<(bls::Entry, Place)>),
 }
 
 /// How a block ended.
@@ -194,7 +194,7 @@ impl<'a> Interpreter<'a> {
             self.add(Item {
                 title,
                 id,
-                body: Body::Bls(entry, directory.clone()),
+                body: Body::Bls(Box::new((entry, directory.clone()))),
                 submenu: None,
             });
         }
@@ -237,7 +237,7 @@ impl<'a> Interpreter<'a> {
     pub fn start(&mut self, item: &Item, chosen: &str) -> Start {
         self.start = Start::default();
         match &item.body {
-            Body::Bls(entry, directory) => self.start_bls(entry, directory),
+            Body::Bls(bls) => self.start_bls(&bls.0, &bls.1),
             Body::Script(block, words) => {
                 let before = self.variables.clone();
                 let outer = std::mem::replace(&mut self.words, words.clone());
