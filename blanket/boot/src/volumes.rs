@@ -10,7 +10,7 @@ use crate::partitions::{self, Partition, Role, Table};
 use crate::source::{Source, Window};
 
 /// Bytes that may be read to find what to boot, counting what is read again.
-const BUDGET: u64 = 8 << 30;
+const BUDGET: u64 = 4 << 30;
 
 /// A partition with a file system that can be read.
 pub struct Volume {

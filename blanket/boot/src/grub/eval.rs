@@ -107,6 +107,8 @@ impl<'a> Interpreter<'a> {
             // What a PC with a BIOS has; some configurations ask.
             ("grub_platform", "pc".into()),
             ("grub_cpu", "i386".into()),
+            // Ubuntu's cloud images first try without their initrd, and say here that it failed.
+            ("initrdfail", "1".into()),
         ] {
             variables.insert(name.to_owned(), value);
         }

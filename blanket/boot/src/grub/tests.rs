@@ -199,6 +199,18 @@ fn what_an_entry_starts() {
 }
 
 #[test]
+fn ubuntu_s_second_try_is_the_first() {
+    let start = first(
+        "menuentry a {\nif [ \"${initrdfail}\" = 1 ]; then\nlinux /v root=x\ninitrd /i\n\
+         else\nlinux /v root=x panic=-1\nfi\ninitrdfail\n}",
+    );
+    assert_eq!(
+        (start.cmdline.as_str(), start.initrds.len()),
+        ("BOOT_IMAGE=/v root=x", 1)
+    );
+}
+
+#[test]
 fn scripts_without_end_end() {
     for text in [
         "while true; do true; done",
