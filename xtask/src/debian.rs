@@ -270,8 +270,8 @@ rm -rf "$tree" "$1/root.tar" "$1/esp"
 
 /// Run by mmdebstrap with the new system's root, before all packages but the essential ones.
 ///
-/// What an installer asks first: the initrd gets the fsck that fstab calls for, and cloud-init
-/// is told not to search for clouds that are not there (`dpkg-reconfigure cloud-init`).
+/// What an installer asks first. Cloud-init is told not to search for clouds that are not there
+/// (`dpkg-reconfigure cloud-init`).
 const PREPARE: &str = r#"#!/bin/sh
 set -eu
 root=$1

@@ -7,6 +7,7 @@ mod abi_check;
 mod apt;
 mod audit_check;
 mod bench;
+mod boot_check;
 mod build;
 mod cases;
 mod compile_check;

@@ -275,3 +275,188 @@ impl Read for Lz4Legacy<'_> {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn member(name: &str, content: &[u8]) -> Vec<u8> {
+        let mut out = format!(
+            "070701{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}",
+            1,
+            0o100_644,
+            0,
+            0,
+            1,
+            0,
+            content.len(),
+            0,
+            0,
+            0,
+            0,
+            name.len() + 1,
+            0
+        )
+        .into_bytes();
+        out.extend(name.as_bytes());
+        out.push(0);
+        out.resize(out.len().next_multiple_of(4), 0);
+        out.extend(content);
+        out.resize(out.len().next_multiple_of(4), 0);
+        out
+    }
+
+    fn archive(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut out: Vec<u8> = members
+            .iter()
+            .flat_map(|(name, content)| member(name, content))
+            .collect();
+        out.extend(member("TRAILER!!!", b""));
+        out.resize(out.len().next_multiple_of(512), 0);
+        out
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn xz(bytes: &[u8]) -> Vec<u8> {
+        let options = lzma_rust2::XzOptions::with_preset(1);
+        let mut writer = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+        writer.write_all(bytes).unwrap();
+        writer.finish().unwrap()
+    }
+
+    fn zstd(bytes: &[u8]) -> Vec<u8> {
+        ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
+    }
+
+    fn lz4(bytes: &[u8]) -> Vec<u8> {
+        let mut out = vec![0x02, 0x21, 0x4c, 0x18];
+        for block in bytes.chunks(LZ4_BLOCK) {
+            let packed = lz4_flex::block::compress(block);
+            out.extend(u32::try_from(packed.len()).unwrap().to_le_bytes());
+            out.extend(packed);
+        }
+        out
+    }
+
+    fn system() -> Vec<u8> {
+        archive(&[
+            ("init", b"#!/bin/sh"),
+            ("usr/lib/modules/6.1/kernel/net.ko", &[7; 5001]),
+            (
+                "usr/lib/modules/6.1/kernel/drivers/block/xen-blkfront.ko.zst",
+                b"module",
+            ),
+        ])
+    }
+
+    fn other() -> Vec<u8> {
+        archive(&[("kernel/x86/microcode/AuthenticAMD.bin", &[1; 3001])])
+    }
+
+    #[test]
+    fn every_compression() {
+        for packed in [
+            system(),
+            gzip(&system()),
+            xz(&system()),
+            zstd(&system()),
+            lz4(&system()),
+        ] {
+            assert_eq!(driver(&packed, BLOCK_DRIVER), Ok(Driver::Module));
+            // After the microcode, as distributions put it.
+            let whole = [other(), packed].concat();
+            assert_eq!(driver(&whole, BLOCK_DRIVER), Ok(Driver::Module));
+            assert_eq!(driver(&whole, "xen_blkfront"), Ok(Driver::Module));
+        }
+        // Several archives in one stream.
+        let inner = [other(), system()].concat();
+        assert_eq!(driver(&gzip(&inner), BLOCK_DRIVER), Ok(Driver::Module));
+    }
+
+    #[test]
+    fn built_in() {
+        let list = b"kernel/fs/ext4/ext4.ko\nkernel/drivers/block/xen-blkfront.ko\n";
+        let whole = archive(&[("lib/modules/6.8/modules.builtin", list)]);
+        assert_eq!(driver(&gzip(&whole), BLOCK_DRIVER), Ok(Driver::BuiltIn));
+        let whole = archive(&[(
+            "lib/modules/6.8/modules.builtin",
+            b"kernel/fs/ext4/ext4.ko\n",
+        )]);
+        assert!(driver(&gzip(&whole), BLOCK_DRIVER).is_err());
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let error = driver(&gzip(&other()), BLOCK_DRIVER)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("no xen-blkfront") && error.contains("update-initramfs -u"));
+        let names = archive(&[
+            ("drivers/xen-blkback/xen-blkback.ko", b""),
+            ("xen-blkfront", b""),
+        ]);
+        assert!(matches!(
+            driver(&names, BLOCK_DRIVER),
+            Err(InitrdError::NoDriver { .. })
+        ));
+        assert!(matches!(
+            driver(b"", BLOCK_DRIVER),
+            Err(InitrdError::NoDriver { .. })
+        ));
+    }
+
+    #[test]
+    fn damage_is_said() {
+        for bytes in [
+            &b"hello"[..],
+            &system()[..200],
+            &gzip(&system())[..40],
+            b"BZh9",
+        ] {
+            assert!(matches!(
+                driver(bytes, BLOCK_DRIVER),
+                Err(InitrdError::Damaged(_))
+            ));
+        }
+    }
+
+    #[test]
+    fn a_bomb_ends() {
+        let mut bomb = member("zeros", &[]);
+        // Its content is as long as a header can say, and it is not there.
+        bomb[54..62].copy_from_slice(b"ffffffff");
+        let zeros = vec![0; 64 << 20];
+        let packed = gzip(&[bomb, zeros].concat());
+        assert!(matches!(
+            driver(&packed, BLOCK_DRIVER),
+            Err(InitrdError::Damaged(_))
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_end(start in 0usize..7, bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let magic: [&[u8]; 7] = [
+                b"", b"070701", &[0x1f, 0x8b], b"\xfd7zXZ\0", &[0x28, 0xb5, 0x2f, 0xfd],
+                &[0x02, 0x21, 0x4c, 0x18], &[0x5d, 0, 0],
+            ];
+            let _ = driver(&[magic[start], &bytes].concat(), BLOCK_DRIVER);
+        }
+
+        #[test]
+        fn a_changed_byte_ends(at in 0usize..700, byte in any::<u8>()) {
+            let mut whole = system();
+            let at = at % whole.len();
+            whole[at] = byte;
+            let _ = driver(&whole, BLOCK_DRIVER);
+        }
+    }
+}

@@ -300,3 +300,127 @@ impl Mbr {
         Ok(partitions)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn disk(bytes: Vec<u8>) -> Window {
+        Window::new(Arc::new(bytes), 1 << 30)
+    }
+
+    /// A GPT with one partition, with both copies.
+    fn with_gpt(sector: usize) -> Vec<u8> {
+        let sectors = 400;
+        let mut bytes = vec![0; sectors * sector];
+        bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+        bytes[446 + 4] = 0xee;
+        bytes[446 + 8] = 1;
+        let mut entries = vec![0; 128 * 128];
+        entries[128..144].copy_from_slice(&[
+            0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8, 0xd2, 0x11, 0xba, 0x4b, 0x00, 0xa0, 0xc9, 0x3e,
+            0xc9, 0x3b,
+        ]);
+        entries[144] = 9;
+        entries[160..168].copy_from_slice(&100u64.to_le_bytes());
+        entries[168..176].copy_from_slice(&149u64.to_le_bytes());
+        for (lba, table) in [(1, 2), (sectors - 1, sectors - 40)] {
+            let mut header = vec![0; 92];
+            header[..8].copy_from_slice(b"EFI PART");
+            header[12..16].copy_from_slice(&92u32.to_le_bytes());
+            header[24..32].copy_from_slice(&(lba as u64).to_le_bytes());
+            header[72..80].copy_from_slice(&(table as u64).to_le_bytes());
+            header[80..84].copy_from_slice(&128u32.to_le_bytes());
+            header[84..88].copy_from_slice(&128u32.to_le_bytes());
+            header[88..92].copy_from_slice(&crc32fast::hash(&entries).to_le_bytes());
+            let sum = crc32fast::hash(&header);
+            header[16..20].copy_from_slice(&sum.to_le_bytes());
+            bytes[lba * sector..lba * sector + 92].copy_from_slice(&header);
+            bytes[table * sector..table * sector + entries.len()].copy_from_slice(&entries);
+        }
+        bytes
+    }
+
+    #[test]
+    fn gpt_with_both_sector_sizes() {
+        for sector in [512, 4096] {
+            let (table, partitions) = read(&disk(with_gpt(sector))).unwrap();
+            assert_eq!((table, partitions.len()), (Table::Gpt, 1));
+            let only = &partitions[0];
+            assert_eq!((only.number, only.role), (2, Role::Esp));
+            assert_eq!(
+                (only.start, only.size),
+                (100 * sector as u64, 50 * sector as u64)
+            );
+            assert_eq!(only.uuid, "00000009-0000-0000-0000-000000000000");
+        }
+    }
+
+    #[test]
+    fn the_second_copy_counts_when_the_first_is_damaged() {
+        let mut bytes = with_gpt(512);
+        bytes[512 + 50] ^= 1;
+        assert_eq!(read(&disk(bytes.clone())).unwrap().0, Table::Gpt);
+        let last = bytes.len() - 512;
+        bytes[last + 50] ^= 1;
+        assert_ne!(read(&disk(bytes)).unwrap().0, Table::Gpt);
+    }
+
+    #[test]
+    fn logical_partitions_in_a_circle_end() {
+        let mut bytes = vec![0; 1 << 20];
+        let mut record = |at: usize, rows: &[(u8, u32, u32)]| {
+            for (index, (kind, first, count)) in rows.iter().enumerate() {
+                let row = at * 512 + 446 + index * 16;
+                bytes[row + 4] = *kind;
+                bytes[row + 8..row + 12].copy_from_slice(&first.to_le_bytes());
+                bytes[row + 12..row + 16].copy_from_slice(&count.to_le_bytes());
+            }
+            bytes[at * 512 + 510..at * 512 + 512].copy_from_slice(&[0x55, 0xaa]);
+        };
+        record(0, &[(0x83, 10, 20), (0x05, 100, 1000)]);
+        record(100, &[(0x83, 1, 50), (0x05, 60, 100)]);
+        record(160, &[(0x83, 1, 40), (0x05, 0, 100)]);
+        let (table, partitions) = read(&disk(bytes)).unwrap();
+        assert_eq!(table, Table::Mbr);
+        let found: Vec<(u32, u64)> = partitions
+            .iter()
+            .map(|p| (p.number, p.start / 512))
+            .collect();
+        assert_eq!(found, [(1, 10), (5, 101), (6, 161)]);
+    }
+
+    #[test]
+    fn no_table_is_one_partition() {
+        for size in [0, 100, 4096] {
+            let (table, partitions) = read(&disk(vec![0; size])).unwrap();
+            assert_eq!((table, partitions.len()), (Table::None, 1));
+            assert_eq!((partitions[0].number, partitions[0].size), (0, size as u64));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn changed_tables_stay_within_the_disk(
+            changes in prop::collection::vec((0usize..512 * 60, any::<u8>()), 0..40),
+            protective in any::<bool>(),
+        ) {
+            let mut bytes = with_gpt(512);
+            if !protective {
+                bytes[446 + 4] = 0x05;
+            }
+            for (at, byte) in changes {
+                bytes[at] = byte;
+            }
+            let size = bytes.len() as u64;
+            let (_, partitions) = read(&disk(bytes)).unwrap();
+            prop_assert!(partitions.len() <= MAX_PARTITIONS + 64);
+            for partition in partitions {
+                prop_assert!(partition.start + partition.size <= size);
+            }
+        }
+    }
+}

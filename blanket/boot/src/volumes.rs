@@ -10,7 +10,7 @@ use crate::partitions::{self, Partition, Role, Table};
 use crate::source::{Source, Window};
 
 /// Bytes that may be read to find what to boot, counting what is read again.
-const BUDGET: u64 = 8 << 30;
+const BUDGET: u64 = 4 << 30;
 
 /// A partition with a file system that can be read.
 pub struct Volume {
@@ -174,14 +174,9 @@ impl World for Volumes {
             Search::Partition(uuid) => volume.partition.uuid.eq_ignore_ascii_case(uuid),
             Search::File(path) => fs::find(volume.root(relative), path).is_ok(),
         };
-        let volume = self.all.iter_mut().find_map(|volume| {
-            if matches(volume) {
-                Some(volume.device.clone())
-            } else {
-                None
-            }
-        });
-        volume
+        self.all
+            .iter_mut()
+            .find_map(|volume| matches(volume).then(|| volume.device.clone()))
     }
 
     fn describe(&mut self, device: &str) -> Option<(String, String, &'static str)> {

@@ -18,7 +18,7 @@ const MAX_LINKS: u32 = 40;
 /// Longest path, bytes (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
 /// Bytes that are asked of a file at a time.
-const CHUNK: usize = 4 << 20;
+const CHUNK: usize = 8 << 20;
 
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,12 +210,17 @@ fn in_pieces(
         let piece = usize::try_from(size - done).map_or(CHUNK, |left| left.min(CHUNK));
         let start = out.len();
         out.resize(start + piece, 0);
-        let count = next(done, &mut out[start..])?.min(piece);
-        out.truncate(start + count);
-        if count == 0 {
-            break;
+        // Some give no more than a block at a time.
+        let mut filled = 0;
+        while filled < piece {
+            let count = next(done + filled as u64, &mut out[start + filled..])?;
+            if count == 0 {
+                out.truncate(start + filled);
+                return Ok(());
+            }
+            filled += count.min(piece - filled);
         }
-        done += count as u64;
+        done += piece as u64;
     }
     Ok(())
 }

@@ -136,12 +136,10 @@ impl Interpreter<'_> {
                 "--set" | "-s" => {
                     // Its value is a word of its own only where more words come.
                     variable = Some("root".to_owned());
-                    if arguments
-                        .clone()
-                        .filter(|next| !next.starts_with("--"))
-                        .count()
-                        > 1
-                        && let Some(next) = arguments.next_if(|next| !next.starts_with("--"))
+                    let is_word = |next: &&String| !next.starts_with('-');
+                    let words = arguments.clone().filter(|next| is_word(next)).count();
+                    if words > usize::from(names.is_empty())
+                        && let Some(next) = arguments.next_if(|next| is_word(next))
                     {
                         variable = Some(next.clone());
                     }
@@ -265,7 +263,7 @@ impl Interpreter<'_> {
                 if !entries.is_empty() {
                     // Newest first, by file name.
                     entries.sort_by(|a, b| crate::version::compare(&b.id, &a.id));
-                    self.add_bls(entries, &device);
+                    self.add_bls(entries, &place);
                     return true;
                 }
             }

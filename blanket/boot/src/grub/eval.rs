@@ -54,7 +54,8 @@ pub struct Item {
 #[derive(Clone, Debug)]
 enum Body {
     Script(Block, Vec<String>),
-    Bls(bls::Entry, String),
+    /// An entry file, and the directory where it is.
+    Bls(Box<(bls::Entry, Place)>),
 }
 
 /// How a block ended.
@@ -106,6 +107,8 @@ impl<'a> Interpreter<'a> {
             // What a PC with a BIOS has; some configurations ask.
             ("grub_platform", "pc".into()),
             ("grub_cpu", "i386".into()),
+            // Ubuntu's cloud images first try without their initrd, and say here that it failed.
+            ("initrdfail", "1".into()),
         ] {
             variables.insert(name.to_owned(), value);
         }
@@ -186,14 +189,14 @@ impl<'a> Interpreter<'a> {
         true
     }
 
-    /// Adds entries of the Boot Loader Specification, which are on `device`.
-    pub(super) fn add_bls(&mut self, entries: Vec<bls::Entry>, device: &str) {
+    /// Adds entries of the Boot Loader Specification, which are in `directory`.
+    pub(super) fn add_bls(&mut self, entries: Vec<bls::Entry>, directory: &Place) {
         for entry in entries {
             let (title, id) = (entry.title.clone(), entry.id.clone());
             self.add(Item {
                 title,
                 id,
-                body: Body::Bls(entry, device.to_owned()),
+                body: Body::Bls(Box::new((entry, directory.clone()))),
                 submenu: None,
             });
         }
@@ -236,7 +239,7 @@ impl<'a> Interpreter<'a> {
     pub fn start(&mut self, item: &Item, chosen: &str) -> Start {
         self.start = Start::default();
         match &item.body {
-            Body::Bls(entry, device) => self.start_bls(entry, device),
+            Body::Bls(bls) => self.start_bls(&bls.0, &bls.1),
             Body::Script(block, words) => {
                 let before = self.variables.clone();
                 let outer = std::mem::replace(&mut self.words, words.clone());
@@ -252,34 +255,26 @@ impl<'a> Interpreter<'a> {
         std::mem::take(&mut self.start)
     }
 
-    fn start_bls(&mut self, entry: &bls::Entry, device: &str) {
-        let expand = |text: &str| self.expand_text(text);
-        let kernel = expand(&entry.linux);
-        let options = expand(&entry.options.join(" "));
-        let initrds: Vec<String> = entry.initrds.iter().map(|text| expand(text)).collect();
-        let place = |path: &str| Place {
-            device: device.to_owned(),
-            path: path.to_owned(),
-            relative: false,
-        };
-        self.start.cmdline = join(
-            [
-                "BOOT_IMAGE=".to_owned() + &format!("({device}){kernel}"),
-                options,
-            ]
-            .iter()
-            .map(String::as_str),
-        );
-        self.start.initrds = initrds
-            .iter()
-            .flat_map(|text| text.split_whitespace())
-            .map(place)
-            .collect();
-        self.start.kernel = Some(place(&kernel));
-        if kernel.is_empty() {
-            self.start.kernel = None;
-            self.start.other = Some("an entry without a kernel".into());
+    fn start_bls(&mut self, entry: &bls::Entry, directory: &Place) {
+        if !entry.is_linux() {
+            self.start.other = Some("an entry that is no kernel with its initrd".into());
+            return;
         }
+        let place = |path: &str| Place {
+            path: path.to_owned(),
+            ..directory.clone()
+        };
+        let kernel = self.expand_text(&entry.linux);
+        let options = self.expand_text(&entry.options.join(" "));
+        let image = format!("BOOT_IMAGE=({}){kernel}", directory.device);
+        self.start.cmdline = join([image.as_str(), options.trim()].into_iter());
+        for initrd in &entry.initrds {
+            let files = self.expand_text(initrd);
+            self.start
+                .initrds
+                .extend(files.split_whitespace().map(place));
+        }
+        self.start.kernel = Some(place(&kernel));
     }
 
     /// Text of an entry file, in which GRUB expands variables.

@@ -5,6 +5,8 @@ pub mod env;
 pub mod eval;
 pub mod parse;
 mod test_command;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 

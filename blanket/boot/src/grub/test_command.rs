@@ -75,11 +75,13 @@ impl Interpreter<'_> {
             [operator @ ("-e" | "-f" | "-d" | "-s"), file, ..] => {
                 *rest = &words[2..];
                 let place = self.place(file);
-                match (*operator, self.world.kind(&place)) {
-                    ("-e", Ok(_)) | ("-f" | "-s", Ok(Kind::File(1..))) => true,
-                    ("-f", Ok(Kind::File(_))) | ("-d", Ok(Kind::Directory)) => true,
-                    _ => false,
-                }
+                matches!(
+                    (*operator, self.world.kind(&place)),
+                    ("-e", Ok(_))
+                        | ("-s", Ok(Kind::File(1..)))
+                        | ("-f", Ok(Kind::File(_)))
+                        | ("-d", Ok(Kind::Directory))
+                )
             }
             [word, ..] => {
                 *rest = &words[1..];
