@@ -1,6 +1,8 @@
 //! The backend with a frontend of its own, over a link whose other end is the test.
 
+pub(super) mod namespace;
 pub(super) mod packets;
+pub(super) mod tcp;
 
 use std::time::Duration;
 

@@ -389,6 +389,7 @@ impl NetQueue {
             let seen = self.guest.raised(self.tx_port);
             self.collect();
             if let Some(answer) = self.answers.remove(&id) {
+                self.free.push(id);
                 return answer;
             }
             assert!(Instant::now() < until, "no answer to {id}");
@@ -420,7 +421,6 @@ impl NetQueue {
                 assert!(self.guest.revoke(gref), "the grant of {id} is in use");
                 let twice = self.answers.insert(id, status);
                 assert_eq!(twice, None, "answered twice");
-                self.free.push(id);
             }
             let event = self.tx_cons.wrapping_add(1);
             self.guest.write(self.tx_ring + 12, &event.to_le_bytes());

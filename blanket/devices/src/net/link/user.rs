@@ -352,7 +352,7 @@ fn pidfd(child: &Child) -> io::Result<OwnedFd> {
 
 /// Asks who has an address of a documentation's network (RFC 826, RFC 5227): passt says
 /// that it is itself.
-fn arp_probe(mac: Mac) -> Vec<u8> {
+pub(super) fn arp_probe(mac: Mac) -> Vec<u8> {
     let mut packet = Vec::with_capacity(42);
     packet.extend(Mac::BROADCAST.bytes());
     packet.extend(mac.bytes());
