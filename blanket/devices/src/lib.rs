@@ -12,6 +12,7 @@ pub mod grant;
 mod guest;
 mod kick;
 mod limit;
+pub mod net;
 mod page;
 pub mod ring;
 

@@ -2,6 +2,7 @@
 
 mod blkfront;
 mod disk;
+mod netfront;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -19,6 +20,7 @@ use crate::{Guest, GuestMemory, Listener};
 
 pub use blkfront::Blkfront;
 pub use disk::{MemoryDisk, Shared};
+pub use netfront::{Features, Got, NetQueue, Netfront, tx_slot};
 
 /// Frames of RAM.
 const RAM: u64 = 4096;

@@ -1,0 +1,404 @@
+//! The host's own connections, as any of its users has them: passt (<https://passt.top>)
+//! runs beside the VM, answers its DHCP, and makes of its TCP and UDP streams sockets of
+//! the host's. It needs no privilege, and nothing set up.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, BufRead as _, BufReader};
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::stream::Stream;
+use super::{Error, Health, Link, LinkState, Port as _, SharedPort};
+use crate::net::Mac;
+use crate::net::headers::Sum;
+use crate::net::lock;
+use crate::net::offload::Offloads;
+
+/// How long passt has to answer when it starts.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Lines that are kept of what it says.
+const KEPT_LINES: usize = 8;
+/// The program.
+const PROGRAM: &str = "passt";
+
+/// What is forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A port of the host's that leads to one of the guest's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// Of which kind.
+    pub transport: Transport,
+    /// Address of the host's; all of them with `None`.
+    pub address: Option<IpAddr>,
+    /// The host's port.
+    pub host: u16,
+    /// The guest's.
+    pub guest: u16,
+}
+
+impl Forward {
+    /// As passt takes it: an option and its value.
+    fn arguments(&self) -> [String; 2] {
+        let option = match self.transport {
+            Transport::Tcp => "-t",
+            Transport::Udp => "-u",
+        };
+        [option.to_owned(), self.to_string()]
+    }
+}
+
+impl fmt::Display for Forward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(address) = self.address {
+            write!(f, "{address}/")?;
+        }
+        write!(f, "{}:{}", self.host, self.guest)
+    }
+}
+
+/// How a VM is connected in user mode.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Ports that lead to the guest.
+    pub forwards: Vec<Forward>,
+    /// The MTU that the guest is told by DHCP; passt's own, 65520, with `None`.
+    pub mtu: Option<u16>,
+}
+
+/// A passt that runs. It ends when this is dropped, and when this process ends.
+pub struct User {
+    config: Config,
+    port: Arc<Mutex<Stream>>,
+    /// For the last word to passt.
+    socket: OwnedFd,
+    health: Health,
+    lines: Arc<Mutex<VecDeque<String>>>,
+    stopping: Arc<AtomicBool>,
+    process: OwnedFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("User")
+            .field("config", &self.config)
+            .field("health", &self.health)
+            .finish_non_exhaustive()
+    }
+}
+
+impl User {
+    /// Starts passt for the device with address `mac`, and waits until it has all that it
+    /// needs of the host.
+    ///
+    /// # Errors
+    /// It is not there, or says why it cannot.
+    pub fn start(config: Config, mac: Mac) -> Result<Self, Error> {
+        Self::start_program(PROGRAM, config, mac)
+    }
+
+    fn start_program(program: &str, config: Config, mac: Mac) -> Result<Self, Error> {
+        let mut user = Self::spawn(program, config)?;
+        if let Err(how) = user.wait(mac) {
+            // Its thread has its last words when it has ended.
+            user.end();
+            let output = lock(&user.lines).iter().cloned().collect();
+            let how = how.to_owned();
+            return Err(Error::Passt { how, output });
+        }
+        Ok(user)
+    }
+
+    fn spawn(program: &str, config: Config) -> Result<Self, Error> {
+        let host = |what| {
+            move |source: io::Error| Error::Host {
+                name: "user-mode networking".into(),
+                what,
+                source,
+            }
+        };
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(|error| host("a socket")(error.into()))?;
+        let mut command = Command::new(program);
+        command
+            .args(["-f", "-e", "--fd", &theirs.as_raw_fd().to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        for forward in &config.forwards {
+            command.args(forward.arguments());
+        }
+        if let Some(mtu) = config.mtu {
+            command.args(["-m", &mtu.to_string()]);
+        }
+        // SAFETY: between fork and exec there are two system calls, and nothing else.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())?;
+                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+                Ok(())
+            });
+        }
+
+        let health = Health::default();
+        let lines = Arc::<Mutex<VecDeque<String>>>::default();
+        let (started, wait) = channel();
+        let stopping = Arc::<AtomicBool>::default();
+        let watch = Watch {
+            health: health.clone(),
+            lines: Arc::clone(&lines),
+            stopping: Arc::clone(&stopping),
+        };
+        // The host ends the child with the thread that started it: one that stays.
+        let thread = crate::thread("passt")
+            .spawn(move || watch.run(command, &started))
+            .map_err(host("a thread"))?;
+        let spawned = wait
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("its thread ended")));
+        let process = match spawned {
+            Ok(process) => process,
+            Err(error) => {
+                let _ = thread.join();
+                return Err(match error.kind() {
+                    io::ErrorKind::NotFound => Error::NoPasst,
+                    _ => Error::Passt {
+                        how: format!("cannot be started: {error}"),
+                        output: Vec::new(),
+                    },
+                });
+            }
+        };
+        let socket = ours.try_clone().map_err(host("a socket"))?;
+        let name = "user-mode network".to_owned();
+        rustix::io::ioctl_fionbio(&ours, true).map_err(|error| host("a socket")(error.into()))?;
+        Ok(Self {
+            config,
+            port: Arc::new(Mutex::new(Stream::new(ours, name, health.clone()))),
+            socket,
+            health,
+            lines,
+            stopping,
+            process,
+            thread: Some(thread),
+        })
+    }
+
+    /// passt's process, as a descriptor.
+    #[must_use]
+    pub fn process(&self) -> &OwnedFd {
+        &self.process
+    }
+
+    /// Waits until passt answers the device: it has then bound all ports, and knows the
+    /// guest's address.
+    fn wait(&self, mac: Mac) -> Result<(), &'static str> {
+        let until = Instant::now() + PATIENCE;
+        let mut port = lock(&self.port);
+        // One for each IP that the host may have.
+        port.send_bytes(&arp_probe(mac));
+        port.send_bytes(&neighbour_probe(mac));
+        while port.receive(&[]).is_none() {
+            if !self.health.is_up() {
+                return Err("ended when it was started");
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err("does not answer");
+            }
+            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+            let timeout = Timespec::try_from(left).ok();
+            let _ = poll(&mut fds, timeout.as_ref());
+        }
+        Ok(())
+    }
+
+    /// Ends passt, and waits until it has ended.
+    fn end(&mut self) {
+        self.stopping.store(true, Ordering::Release);
+        self.health.down("it is not used any more");
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that watches passt panicked");
+        }
+    }
+}
+
+impl Link for User {
+    fn describe(&self) -> String {
+        let forwards: Vec<String> = self
+            .config
+            .forwards
+            .iter()
+            .map(Forward::to_string)
+            .collect();
+        if forwards.is_empty() {
+            "user".into()
+        } else {
+            format!("user, forwards {}", forwards.join(" "))
+        }
+    }
+
+    fn max_queues(&self) -> u32 {
+        1
+    }
+
+    /// It takes long packets as they are: to it they are long segments.
+    fn takes(&self) -> Offloads {
+        Offloads {
+            csum4: false,
+            csum6: false,
+            tso4: true,
+            tso6: true,
+        }
+    }
+
+    fn open(&self, _queues: u32, _offloads: Offloads) -> io::Result<Vec<SharedPort>> {
+        Ok(vec![Arc::clone(&self.port) as SharedPort])
+    }
+
+    fn state(&self) -> LinkState {
+        self.health.state()
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The thread that starts passt, logs what it says, and notes its end.
+struct Watch {
+    health: Health,
+    lines: Arc<Mutex<VecDeque<String>>>,
+    stopping: Arc<AtomicBool>,
+}
+
+impl Watch {
+    fn run(&self, mut command: Command, started: &Sender<io::Result<OwnedFd>>) {
+        let child = command.spawn();
+        // The child's end of the socket: with it open here, its death would not be seen.
+        drop(command);
+        let mut child = match child {
+            Ok(child) => child,
+            Err(error) => {
+                let _ = started.send(Err(error));
+                return;
+            }
+        };
+        let _ = started.send(pidfd(&child));
+        if let Some(stderr) = child.stderr.take() {
+            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+                self.said(&String::from_utf8_lossy(&line));
+            }
+        }
+        let how = match child.wait() {
+            Ok(status) => format!("passt ended: {status}"),
+            Err(error) => format!("passt is lost: {error}"),
+        };
+        if !self.stopping.load(Ordering::Acquire) {
+            tracing::error!("user-mode network: {how}: the VM is cut off from it");
+            self.health.down(how);
+        }
+    }
+
+    fn said(&self, line: &str) {
+        let line = line.trim();
+        // Said for each line where the host has no system log.
+        if line.is_empty() || (line.starts_with("Failed to send ") && line.ends_with("syslog")) {
+            return;
+        }
+        tracing::info!("passt: {line}");
+        let mut lines = lock(&self.lines);
+        if lines.len() == KEPT_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(line.to_owned());
+    }
+}
+
+fn pidfd(child: &Child) -> io::Result<OwnedFd> {
+    let pid = Pid::from_child(child);
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// Asks who has an address of a documentation's network (RFC 826, RFC 5227): passt says
+/// that it is itself.
+pub(super) fn arp_probe(mac: Mac) -> Vec<u8> {
+    let mut packet = Vec::with_capacity(42);
+    packet.extend(Mac::BROADCAST.bytes());
+    packet.extend(mac.bytes());
+    packet.extend([0x08, 0x06, 0, 1, 0x08, 0x00, 6, 4, 0, 1]);
+    packet.extend(mac.bytes());
+    packet.extend([0; 4]);
+    packet.extend([0; 6]);
+    packet.extend([192, 0, 2, 1]);
+    packet
+}
+
+/// The same of IPv6 (RFC 4861).
+fn neighbour_probe(mac: Mac) -> Vec<u8> {
+    let [a, b, c, d, e, f] = mac.bytes();
+    // The link-local address made of the hardware's.
+    let mut source = [0; 16];
+    source[..2].copy_from_slice(&[0xfe, 0x80]);
+    source[8..].copy_from_slice(&[a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+    let mut target = [0; 16];
+    target[..4].copy_from_slice(&[0x20, 0x01, 0x0d, 0xb8]);
+    target[15] = 1;
+    let mut group = [0; 16];
+    group[..2].copy_from_slice(&[0xff, 0x02]);
+    group[11..].copy_from_slice(&[1, 0xff, 0, 0, 1]);
+
+    let mut solicitation = vec![135, 0, 0, 0, 0, 0, 0, 0];
+    solicitation.extend(target);
+    solicitation.extend([1, 1]);
+    solicitation.extend(mac.bytes());
+    let mut sum = Sum::default();
+    sum.add(&source);
+    sum.add(&group);
+    sum.add(&[0, 0, 0, 32, 0, 0, 0, 58]);
+    sum.add(&solicitation);
+    solicitation[2..4].copy_from_slice(&sum.checksum().to_be_bytes());
+
+    let mut packet = Vec::with_capacity(86);
+    packet.extend([0x33, 0x33, 0xff, 0, 0, 1]);
+    packet.extend(mac.bytes());
+    packet.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 32, 58, 255]);
+    packet.extend(source);
+    packet.extend(group);
+    packet.extend(solicitation);
+    packet
+}
+
+#[cfg(test)]
+#[path = "user_tests.rs"]
+mod tests;

@@ -1,0 +1,168 @@
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+use super::*;
+use crate::net::protocol::{Gso, GsoKind, tx_flag};
+use crate::net::tests::Setup;
+use crate::net::tests::namespace::{ip, with_own_network};
+use crate::net::tests::packets::{Build, pattern};
+use crate::net::tests::tcp::Connection;
+use crate::testing::{Features, Netfront};
+
+const OURS: Mac = Mac::new([0x00, 0x16, 0x3e, 0, 0, 2]);
+
+/// A host with a network for passt to find. Nothing answers there.
+fn with_a_host(work: impl FnOnce() + Send + 'static) {
+    with_own_network(|| {
+        ip("tuntap add out0 mode tap");
+        ip("addr add 10.9.8.7/24 dev out0");
+        ip("link set out0 up");
+        ip("route add default via 10.9.8.1");
+        work();
+    });
+}
+
+fn forward(host: u16, guest: u16) -> Config {
+    Config {
+        forwards: vec![Forward {
+            transport: Transport::Tcp,
+            address: Some(Ipv4Addr::LOCALHOST.into()),
+            host,
+            guest,
+        }],
+        mtu: None,
+    }
+}
+
+fn connect(config: Config) -> (Setup, Netfront, Arc<User>) {
+    let user = Arc::new(User::start(config, OURS).expect("passt runs"));
+    let link = Arc::clone(&user) as Arc<dyn Link>;
+    let setup = Setup::new(link, crate::net::Config::new(0, OURS), 1);
+    let front = Netfront::connect(&setup.guest, 0, Features::LINUX);
+    (setup, front, user)
+}
+
+#[test]
+fn passt_gives_an_address() {
+    with_a_host(|| {
+        let (_setup, mut front, _user) = connect(Config::default());
+        let build = Build {
+            to: [0xff; 6],
+            from: OURS.bytes(),
+            source: ([0; 4], 68),
+            target: ([255; 4], 67),
+            ..Build::udp4()
+        };
+        // A DHCPDISCOVER (RFC 2131).
+        let mut ask = vec![1, 1, 6, 0, 1, 2, 3, 4, 0, 0, 0x80, 0];
+        ask.resize(28, 0);
+        ask.extend(OURS.bytes());
+        ask.resize(236, 0);
+        ask.extend([99, 130, 83, 99, 53, 1, 1, 255]);
+        ask.resize(300, 0);
+        let queue = &mut front.queues[0];
+        let ids = queue.send(&build.blank(&ask), tx_flag::CSUM_BLANK, None);
+        assert_eq!(queue.answers(&ids), [0]);
+        let offer = loop {
+            let bytes = queue.receive().bytes;
+            if bytes.len() > 300 && bytes[34..38] == [0, 67, 0, 68] {
+                break bytes;
+            }
+        };
+        let payload = &offer[42..];
+        assert_eq!(payload[4..8], [1, 2, 3, 4], "to our question");
+        assert_eq!(payload[16..20], [10, 9, 8, 7], "the host's own address");
+        front.close();
+    });
+}
+
+#[test]
+fn a_forwarded_port_leads_to_the_guest() {
+    with_a_host(|| {
+        let (_setup, mut front, _user) = connect(forward(2222, 22));
+        let mut socket = TcpStream::connect("127.0.0.1:2222").expect("passt listens");
+        let mut connection = Connection::accept(&mut front.queues[0], 22);
+        let to_guest = pattern(10_000, 3);
+        socket.write_all(&to_guest).expect("written");
+        connection.receive(to_guest.len());
+        assert!(connection.received == to_guest);
+        // As one long segment.
+        let to_host = pattern(20_000, 4);
+        let cut = Gso {
+            kind: GsoKind::TcpV4,
+            size: 1448,
+        };
+        connection.send(&to_host, Some(cut));
+        let mut arrived = vec![0; to_host.len()];
+        socket.read_exact(&mut arrived).expect("all of it");
+        assert!(arrived == to_host);
+        front.close();
+    });
+}
+
+#[test]
+fn its_end_is_seen_and_said() {
+    with_a_host(|| {
+        let (setup, mut front, user) = connect(Config::default());
+        assert_eq!(user.state(), LinkState::Up);
+        pidfd_send_signal(user.process(), Signal::KILL).expect("killed");
+        let mut fds = [PollFd::new(user.process(), PollFlags::IN)];
+        poll(&mut fds, None).expect("it ends");
+        let queue = &mut front.queues[0];
+        let packet = Build::tcp4().packet(&[]);
+        // The first may still get into the socket.
+        while queue
+            .send(&packet, 0, None)
+            .into_iter()
+            .any(|id| queue.answer(id) == 0)
+        {}
+        assert!(matches!(setup.vif.link().state(), LinkState::Down(_)));
+        front.close();
+    });
+}
+
+#[test]
+fn it_ends_with_its_link() {
+    with_a_host(|| {
+        let user = User::start(Config::default(), OURS).expect("passt runs");
+        let process = user.process().try_clone().expect("a descriptor");
+        drop(user);
+        let mut fds = [PollFd::new(&process, PollFlags::IN)];
+        let ready = poll(&mut fds, Some(&Timespec::default())).expect("polled");
+        assert_eq!(ready, 1, "it has ended");
+    });
+}
+
+#[test]
+fn errors_say_what_mends_them() {
+    let missing = User::start_program("no-such-passt", Config::default(), OURS);
+    let error = missing.expect_err("no passt").to_string();
+    assert!(error.contains("apt-get install passt"), "{error}");
+    with_a_host(|| {
+        let _taken = TcpListener::bind("127.0.0.1:2222").expect("a listener");
+        let error = User::start(forward(2222, 22), OURS)
+            .expect_err("taken")
+            .to_string();
+        assert!(error.contains("2222"), "{error}");
+    });
+    with_own_network(|| {
+        // No way out of this host.
+        let error = User::start(Config::default(), OURS).expect_err("no network");
+        let error = error.to_string();
+        assert!(
+            error.contains("passt ended") && error.contains("it said"),
+            "{error}"
+        );
+    });
+}
+
+#[test]
+fn forwards_are_written_as_passt_takes_them() {
+    let forward = Forward {
+        transport: Transport::Udp,
+        address: None,
+        host: 53,
+        guest: 5353,
+    };
+    assert_eq!(forward.arguments(), ["-u", "53:5353"]);
+}
