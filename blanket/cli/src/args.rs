@@ -8,8 +8,11 @@ use blanket_vmm::console::Sink;
 use blanket_vmm::core_image;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::cloud_init::{self, CloudInit};
+use crate::confine;
 use crate::disk::{self, DiskCommand, DiskSpec};
 use crate::exit;
+use crate::net::{self, NetCommand, NetSpec};
 
 /// The program's version, and the core's that it carries.
 static VERSION: LazyLock<String> = LazyLock::new(|| {
@@ -133,6 +136,12 @@ pub enum Command {
         #[command(subcommand)]
         command: DiskCommand,
     },
+    /// Networks of VMs
+    Net {
+        /// What to do
+        #[command(subcommand)]
+        command: NetCommand,
+    },
     /// Walk a VM's page tables and say what they map; exits with 1 if that is too much
     ///
     /// The VM stands still meanwhile.
@@ -216,6 +225,18 @@ pub struct Run {
     /// A disk: PATH[,OPTION]...; may be given several times
     #[arg(long, value_name = "DISK", long_help = disk::HELP)]
     pub disk: Vec<DiskSpec>,
+    /// A network: user, or tap=NAME, with [,OPTION]...; may be given several times
+    #[arg(long, value_name = "NET", long_help = net::HELP)]
+    pub net: Vec<NetSpec>,
+    /// Tell the guest's cloud-init what to do: FILE[,meta=FILE][,network=FILE]
+    #[arg(long, value_name = "FILE", long_help = cloud_init::HELP)]
+    pub cloud_init: Option<CloudInit>,
+    /// Let disks in this directory be attached later; may be given several times
+    #[arg(long, value_name = "DIR")]
+    pub attach_from: Vec<PathBuf>,
+    /// Do not confine the VM's process
+    #[arg(long, long_help = confine::HELP)]
+    pub no_sandbox: bool,
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_devices::block;
 use blanket_vmm::balloon;
 use blanket_vmm::instance::Instance;
@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Report;
 use crate::disk::{self, DiskInfo};
+use crate::net::{self, NetInfo};
+use crate::registry::Registry;
 use crate::stats::Stats;
 
 /// Longest request.
@@ -60,6 +62,20 @@ pub enum Request {
         /// Bytes.
         size: u64,
     },
+    /// Its networks.
+    Nets,
+    /// Give it another network.
+    AttachNet {
+        /// As for `--net`.
+        spec: String,
+    },
+    /// Take a network away.
+    DetachNet {
+        /// The guest's name for it.
+        net: String,
+        /// Milliseconds that the guest has.
+        timeout_ms: u64,
+    },
     /// Ask its guest to power off.
     Stop {
         /// Milliseconds that it has.
@@ -99,6 +115,8 @@ pub enum Answer {
     Balloon(Memory),
     /// Its disks.
     Disks(Vec<DiskInfo>),
+    /// Its networks.
+    Nets(Vec<NetInfo>),
     /// The guest's name for a device.
     Name(String),
     /// Its trace was switched.
@@ -266,6 +284,18 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
                 disk::number(instance, disk).and_then(|number| Ok(instance.resize(number, *size)?));
             answered(done)
         }
+        Ok(Request::Nets) => Answer::Nets(net::list(instance)),
+        Ok(Request::AttachNet { spec }) => match net::attach(instance, spec) {
+            Ok(name) => Answer::Name(name),
+            Err(error) => Answer::Error(format!("{error:#}")),
+        },
+        Ok(Request::DetachNet { net, timeout_ms }) => {
+            let timeout = Duration::from_millis(*timeout_ms);
+            let done = net::number(instance, net).and_then(|number| {
+                Ok(instance.detach(blanket_devices::net::CLASS, number, timeout)?)
+            });
+            answered(done)
+        }
         Ok(Request::Stop { timeout_ms }) => {
             match instance.stop(Duration::from_millis(*timeout_ms)) {
                 Ok(()) => Answer::Done,
@@ -307,6 +337,15 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
         _ => {}
     }
     Ok(())
+}
+
+/// Asks the VM of a name something.
+pub fn ask_vm(name: &str, request: &Request) -> Result<Answer> {
+    let stream = Registry::open()?.connect(name)?;
+    match ask(&stream, request).with_context(|| name.to_owned())? {
+        Answer::Gone => bail!("{name} ended before it could answer"),
+        answer => Ok(answer),
+    }
 }
 
 fn answered(done: Result<()>) -> Answer {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use blanket_devices::Limits;
 use blanket_devices::block::{self, Config, Vbd, WhenFull};
-use blanket_devices::bus::State;
+use blanket_devices::bus::{Report, State};
 use blanket_disk::{Backing, Format, Options};
 use blanket_vmm::devices::{AnyDevice, DiskFile};
 use blanket_vmm::instance::Instance;
@@ -18,9 +18,8 @@ use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 
 use crate::args::{seconds, size};
-use crate::control::{Answer, Request, ask};
+use crate::control::{Answer, Request, ask_vm};
 use crate::exit::output;
-use crate::registry::Registry;
 use crate::table::table;
 
 /// Most disks of a VM: Linux numbers them in one byte.
@@ -129,10 +128,15 @@ impl DiskSpec {
 
     /// Opens the image as disk `index`.
     pub fn open(&self, index: u32, vcpus: u32) -> Result<AnyDevice> {
+        self.open_as(self.path.clone(), index, vcpus)
+    }
+
+    /// As [`DiskSpec::open`], and has another name in listings.
+    pub fn open_as(&self, name: PathBuf, index: u32, vcpus: u32) -> Result<AnyDevice> {
         let (options, config) = self.understand(index).map_err(anyhow::Error::msg)?;
         let image = blanket_disk::open(&self.path, &options)?;
         let file = DiskFile {
-            path: self.path.clone(),
+            path: name,
             reader: image.reader(),
         };
         let vbd = Vbd::new(Arc::new(image), config, vcpus);
@@ -268,14 +272,7 @@ fn info(instance: &Instance, vbd: &Vbd, path: &Path) -> DiskInfo {
     let counters = vbd.counters();
     let state = match &report {
         _ if counters.waits_for_space.load(Ordering::Relaxed) => "no-space",
-        None => "stopped",
-        Some(report) if report.leaving => "leaving",
-        Some(report) => match report.backend {
-            State::Connected => "connected",
-            State::Closing => "closing",
-            State::Closed => "closed",
-            _ => "waiting",
-        },
+        report => state_word(report.as_ref()),
     };
     let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     DiskInfo {
@@ -292,6 +289,20 @@ fn info(instance: &Instance, vbd: &Vbd, path: &Path) -> DiskInfo {
         flushes: count(&counters.flushes),
         discards: count(&counters.discards),
         errors: count(&counters.errors),
+    }
+}
+
+/// What a device is doing, in a word.
+pub fn state_word(report: Option<&Report>) -> &'static str {
+    match report {
+        None => "stopped",
+        Some(report) if report.leaving => "leaving",
+        Some(report) => match report.backend {
+            State::Connected => "connected",
+            State::Closing => "closing",
+            State::Closed => "closed",
+            _ => "waiting",
+        },
     }
 }
 
@@ -413,14 +424,6 @@ pub fn command(command: &DiskCommand) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn ask_vm(name: &str, request: &Request) -> Result<Answer> {
-    let stream = Registry::open()?.connect(name)?;
-    match ask(&stream, request).with_context(|| name.to_owned())? {
-        Answer::Gone => bail!("{name} ended before it could answer"),
-        answer => Ok(answer),
-    }
-}
-
 /// The same disk for a process with another working directory.
 fn absolute(disk: &DiskSpec) -> Result<String> {
     let path = std::path::absolute(&disk.path)
@@ -463,7 +466,8 @@ fn listing(disks: &[DiskInfo]) -> String {
     table(&rows)
 }
 
-fn mib(bytes: u64) -> String {
+/// Bytes for people.
+pub fn mib(bytes: u64) -> String {
     format!("{}M", bytes >> 20)
 }
 

@@ -3,6 +3,8 @@
 mod args;
 mod audit;
 mod client;
+mod cloud_init;
+mod confine;
 mod control;
 mod crash;
 mod disk;
@@ -10,6 +12,7 @@ mod doctor;
 mod exit;
 mod host;
 mod limits;
+mod net;
 mod prometheus;
 mod registry;
 mod run;
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         } => client::balloon(&name, size, timeout, json),
         Command::Upgrade { name } => client::upgrade(&name),
         Command::Disk { command } => disk::command(&command),
+        Command::Net { command } => net::command(&command),
         Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),

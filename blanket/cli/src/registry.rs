@@ -47,6 +47,11 @@ impl Registry {
         Self::at(directory)
     }
 
+    /// Where it is.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// A registry at a given place, which is created.
     pub fn at(directory: PathBuf) -> Result<Self> {
         let shown = directory.display().to_string();

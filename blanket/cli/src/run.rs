@@ -25,7 +25,7 @@ use crate::disk::DiskSpec;
 use crate::exit;
 use crate::registry::{Entry, Registry};
 use crate::stats::Stats;
-use crate::{control, crash, host, limits};
+use crate::{confine, control, crash, host, limits};
 
 /// Set in the environment of the process that `--detach` leaves behind.
 const DETACHED: &str = "BLANKET_DETACHED";
@@ -86,6 +86,13 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     for (index, disk) in (0..).zip(&disks) {
         instance.attach(disk.open(index, vcpus)?)?;
     }
+    if let Some(cloud_init) = &run.cloud_init {
+        let index = u32::try_from(disks.len()).unwrap_or(u32::MAX);
+        instance.attach(cloud_init.disk(index, &entry.name, vcpus)?)?;
+    }
+    for (index, net) in (0..).zip(&run.net) {
+        instance.attach(net.open(index, &entry.name, vcpus)?)?;
+    }
     let kept_at = registry.crash(&entry.name);
     let end = live(run, detached, &registry, entry, listener, &instance)?;
     let counters = instance.stats().ok().flatten();
@@ -118,6 +125,8 @@ fn live(
         .console
         .clone()
         .unwrap_or(if detached { Sink::None } else { Sink::Stdio });
+    // While this process has one thread, and before a guest runs.
+    confine::enter(run, registry, &sink)?;
     let killer = Arc::clone(instance);
     let io = IoThread::start(
         Arc::clone(instance.console()),

@@ -9,7 +9,8 @@ use landlock::{
     ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetStatus,
 };
-use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+pub use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySets, UnshareFlags};
 
 /// What a process may still do.
 #[derive(Clone, Debug)]

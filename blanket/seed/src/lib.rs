@@ -115,7 +115,7 @@ impl Seed {
         // gzip is unpacked first.
         let gzip = self.user_data.starts_with(&[0x1f, 0x8b]);
         let known = |header: &&str| self.user_data.starts_with(header.as_bytes());
-        if self.user_data.is_empty() || gzip || HEADERS.iter().any(|header| known(&header)) {
+        if self.user_data.is_empty() || gzip || HEADERS.iter().any(known) {
             return Ok(());
         }
         let line = self.user_data.split(|byte| *byte == b'\n').next();

@@ -74,7 +74,7 @@ pub(crate) fn with_console(image: &str, user: &str) -> String {
         .collect();
     let last = words.iter().rev().find(|word| word.starts_with("console="));
     let by_user = user.split_ascii_whitespace();
-    let chosen = by_user.filter(|word| word.starts_with("console=")).last();
+    let chosen = by_user.rev().find(|word| word.starts_with("console="));
     let has = last.is_some_and(|word| *word == "console=hvc0" || word.starts_with("console=hvc0,"));
     // A user who names another console last wants that one for /dev/console.
     let before = chosen.is_some() && !has;

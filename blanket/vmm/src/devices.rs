@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use blanket_devices::block::{self, Vbd};
 use blanket_devices::bus::{self, Device, Report};
+use blanket_devices::net::Vif;
 use blanket_disk::Reader;
 
 use crate::instance::Instance;
@@ -26,6 +27,8 @@ pub struct DiskFile {
 pub enum AnyDevice {
     /// A disk, and the file that it is in.
     Disk(Arc<Vbd>, DiskFile),
+    /// A network.
+    Net(Arc<Vif>),
 }
 
 impl AnyDevice {
@@ -33,6 +36,7 @@ impl AnyDevice {
     pub(crate) fn as_device(&self) -> Arc<dyn Device> {
         match self {
             Self::Disk(disk, _) => Arc::clone(disk) as _,
+            Self::Net(net) => Arc::clone(net) as _,
         }
     }
 
@@ -98,10 +102,32 @@ impl Instance {
         let devices = lock(&self.devices);
         devices
             .iter()
-            .map(|device| match device {
-                AnyDevice::Disk(disk, path) => (Arc::clone(disk), path.path.clone()),
+            .filter_map(|device| match device {
+                AnyDevice::Disk(disk, file) => Some((Arc::clone(disk), file.path.clone())),
+                AnyDevice::Net(_) => None,
             })
             .collect()
+    }
+
+    /// The networks, in the order in which they were added.
+    #[must_use]
+    pub fn networks(&self) -> Vec<Arc<Vif>> {
+        let devices = lock(&self.devices);
+        devices
+            .iter()
+            .filter_map(|device| match device {
+                AnyDevice::Net(net) => Some(Arc::clone(net)),
+                AnyDevice::Disk(..) => None,
+            })
+            .collect()
+    }
+
+    /// The image of the first disk.
+    pub(crate) fn first_disk(&self) -> Option<DiskFile> {
+        lock(&self.devices).iter().find_map(|device| match device {
+            AnyDevice::Disk(_, file) => Some(file.clone()),
+            AnyDevice::Net(_) => None,
+        })
     }
 
     /// Gives a disk another size, in its image and in the guest.

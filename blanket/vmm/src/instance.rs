@@ -344,16 +344,7 @@ impl Instance {
         if let Some(kernel) = &self.spec.kernel {
             return boot::from_files(&self.spec, kernel);
         }
-        let devices = lock(&self.devices);
-        let first = devices.iter().map(|device| match device {
-            AnyDevice::Disk(_, file) => file,
-        });
-        let file = first
-            .into_iter()
-            .next()
-            .ok_or(Error::NothingToBoot)?
-            .clone();
-        drop(devices);
+        let file = self.first_disk().ok_or(Error::NothingToBoot)?;
         boot::from_disk(&self.spec, &file.path, file.reader)
     }
 
