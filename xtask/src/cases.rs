@@ -3,14 +3,15 @@
 
 mod matrix;
 
+use crate::debian::Variant;
 use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 use crate::scripts::{
-    BALLOON, DENSITY_8, DENSITY_40, HOST_CPUS, HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH,
-    KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_SHORT, MEMORY_SHORT_INSTANCE,
-    MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS,
-    VMM_TRICKS_ALL,
+    BALLOON, DEBIAN, DENSITY_8, DENSITY_40, HOST_CPUS, HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK,
+    KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_SHORT,
+    MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE,
+    TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 /// One boot of an instance.
@@ -42,6 +43,8 @@ pub struct Case {
     pub isolate: bool,
     /// Whether instance and VM have stress-ng.
     pub stress_ng: bool,
+    /// The instance has a disk of this image at /dev/vdb, and Debian's ssh, passt and iperf3.
+    pub image: Option<Variant>,
     /// Seconds until the case is a failure.
     pub timeout: u64,
     /// Somebody injects these into it ([`crate::everywhere`]).
@@ -121,6 +124,7 @@ impl Default for Case {
             modules: &[],
             isolate: false,
             stress_ng: false,
+            image: None,
             timeout: 180,
             inject: None,
             work: Work::Guest(Guest::default()),
@@ -343,6 +347,11 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
+        debian("debian", Variant::Base, 1800, DEBIAN),
+        Case {
+            long: true,
+            ..kvm(debian("kvm-debian", Variant::Base, 3600, DEBIAN))
+        },
         guest("fork-exec", 600, 2, FORK_EXEC),
         guest("stress", 600, 2, "N=20 sh /tests/stress.sh"),
         Case {
@@ -560,6 +569,21 @@ fn ioctl_fuzz(name: &str, script: &'static str) -> Case {
 }
 
 /// A core that fails on purpose, beside a VM that works.
+/// A whole Debian as a VM, in an instance that has its image.
+fn debian(name: &str, image: Variant, timeout: u64, script: &'static str) -> Case {
+    Case {
+        image: Some(image),
+        memory: "3G",
+        modules: &["tun"],
+        work: Work::Instance {
+            script,
+            guests: vec![],
+        },
+        ..hard_times(name, timeout, script)
+    }
+    .expecting("DEBIAN-OK")
+}
+
 fn core_failure(name: &str) -> Case {
     Case {
         name: name.into(),

@@ -121,6 +121,17 @@ pub fn qcow2(project: &Project, variant: Variant) -> Result<PathBuf> {
     Ok(made(project, variant)?.join("disk.qcow2"))
 }
 
+/// QEMU's options for an instance with a copy of the image as its second disk, `/dev/vdb`.
+/// What is written to it is lost with the instance.
+pub fn drive(project: &Project, variant: Variant) -> Result<Vec<String>> {
+    let image = image(project, variant)?;
+    let drive = format!(
+        "file={},format=raw,if=virtio,snapshot=on,discard=unmap",
+        image.display()
+    );
+    Ok(vec!["-drive".into(), drive])
+}
+
 /// The directory with both.
 fn made(project: &Project, variant: Variant) -> Result<PathBuf> {
     let name = variant.name();

@@ -76,14 +76,50 @@ const STRESS_NG: &[&str] = &[
     "zlib1g",
 ];
 
+/// What logs in, and what a VM's user-mode network is, with where their libraries are.
+const NETWORK_TOOLS: &[&str] = &[
+    "iperf3",
+    "libc6",
+    "libcom-err2",
+    "libgssapi-krb5-2",
+    "libiperf0",
+    "libk5crypto3",
+    "libkeyutils1",
+    "libkrb5-3",
+    "libkrb5support0",
+    "libpcre2-8-0",
+    "libsctp1",
+    "libselinux1",
+    "libssl3",
+    "openssh-client",
+    "passt",
+    "zlib1g",
+];
+
 /// Debian's stress-ng, in /bin, with the libraries that it loads.
 pub fn stress_ng(project: &Project) -> Result<Files> {
-    let _lock = project.lock("stress-ng")?;
-    let dir = project.out_dir("stress-ng")?;
+    debian_programs(project, "stress-ng", STRESS_NG, &["stress-ng"])
+}
+
+/// Debian's ssh, passt and iperf3, in /bin, with the libraries that they load.
+pub fn network_tools(project: &Project) -> Result<Files> {
+    let programs = ["ssh", "ssh-keygen", "passt", "iperf3"];
+    debian_programs(project, "network-tools", NETWORK_TOOLS, &programs)
+}
+
+/// Programs out of packages, in /bin, with the libraries that they load.
+fn debian_programs(
+    project: &Project,
+    what: &str,
+    packages: &[&str],
+    programs: &[&str],
+) -> Result<Files> {
+    let _lock = project.lock(what)?;
+    let dir = project.out_dir(what)?;
     let (root, mark) = (dir.join("root"), dir.join("whole"));
     if !mark.exists() {
-        eprintln!("test: fetching stress-ng");
-        let packages: Vec<String> = STRESS_NG.iter().map(|name| (*name).to_owned()).collect();
+        eprintln!("test: fetching {what}");
+        let packages: Vec<String> = packages.iter().map(|name| (*name).to_owned()).collect();
         Apt::new(project)?.unpack(&packages, NEWEST, &dir, &root)?;
         fs::write(&mark, "")?;
     }
@@ -95,28 +131,30 @@ pub fn stress_ng(project: &Project) -> Result<Files> {
         .each_ref()
         .map(|dir| dir.display().to_string())
         .join(":");
-    let program = root.join("usr/bin/stress-ng");
     let sh = project.shell()?;
     let loader = root.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2");
-    let list = cmd!(sh, "{loader} --library-path {path} --list {program}")
-        .quiet()
-        .read()?;
     let mut files = Files::new();
-    for line in list.lines() {
-        // "libm.so.6 => /path/libm.so.6 (0x...)"
-        let Some((name, rest)) = line.trim().split_once(" => ") else {
-            continue;
-        };
-        let from = PathBuf::from(rest.split(" (").next().unwrap_or_default());
-        ensure!(
-            from.is_file(),
-            "stress-ng wants {name}, which is in none of its packages"
-        );
-        if !name.starts_with('/') {
-            files.insert(format!("lib/x86_64-linux-gnu/{name}"), from);
+    for name in programs {
+        let program = root.join("usr/bin").join(name);
+        let list = cmd!(sh, "{loader} --library-path {path} --list {program}")
+            .quiet()
+            .read()?;
+        for line in list.lines() {
+            // "libm.so.6 => /path/libm.so.6 (0x...)"
+            let Some((library, rest)) = line.trim().split_once(" => ") else {
+                continue;
+            };
+            let from = PathBuf::from(rest.split(" (").next().unwrap_or_default());
+            ensure!(
+                from.is_file(),
+                "{name} wants {library}, which is in none of its packages"
+            );
+            if !library.starts_with('/') {
+                files.insert(format!("lib/x86_64-linux-gnu/{library}"), from);
+            }
         }
+        files.insert(format!("bin/{name}"), program);
     }
     files.insert("lib64/ld-linux-x86-64.so.2".into(), loader);
-    files.insert("bin/stress-ng".into(), program);
     Ok(files)
 }

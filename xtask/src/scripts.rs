@@ -86,3 +86,9 @@ pub const MERGED_10: &str = concat!(
     "GUESTS=10 MERGED=100\n",
     include_str!("../../tests/lab-scripts/density.sh")
 );
+
+/// A whole Debian: its system, disks and networks.
+pub const DEBIAN: &str = concat!(
+    include_str!("../../tests/lab-scripts/debian-common.sh"),
+    include_str!("../../tests/lab-scripts/debian.sh")
+);

@@ -15,6 +15,7 @@ use crate::bench;
 use crate::boot_check;
 use crate::build;
 use crate::cases::{self, Adapter, Case, Expect, Guest, Work};
+use crate::debian;
 use crate::everywhere;
 use crate::guestware;
 use crate::initramfs::{self, Files};
@@ -356,6 +357,8 @@ struct Bench<'a> {
     files: Files,
     /// The same with stress-ng, if a case wants it.
     stressed: Files,
+    /// Debian's ssh and what goes with it, if a case wants it.
+    network_tools: Files,
 }
 
 impl<'a> Bench<'a> {
@@ -369,7 +372,15 @@ impl<'a> Bench<'a> {
         if cases.iter().any(|case| case.stress_ng) {
             stressed.extend(guestware::stress_ng(project)?);
         }
+        let network_tools = if cases.iter().any(|case| case.image.is_some()) {
+            guestware::network_tools(project)?
+        } else {
+            Files::new()
+        };
         for case in cases {
+            if let Some(variant) = case.image {
+                debian::image(project, variant)?;
+            }
             let host = kernels::fetch(project, case.host)?;
             find_module(project, &host, false)?.context("the checkout has no module")?;
             for flavour in guests(case) {
@@ -383,6 +394,7 @@ impl<'a> Bench<'a> {
             instance_files,
             files,
             stressed,
+            network_tools,
         })
     }
 
@@ -448,6 +460,18 @@ impl<'a> Bench<'a> {
         Report { passed, text }
     }
 
+    /// What QEMU gives the case's instance besides.
+    fn options(&self, case: &Case) -> Result<Vec<String>> {
+        let mut options = Vec::new();
+        if let Some(variant) = case.image {
+            options.extend(debian::drive(self.project, variant)?);
+        }
+        if case.inject.is_some() {
+            options.extend(INJECTOR_LINES.map(str::to_owned));
+        }
+        Ok(options)
+    }
+
     fn boot(&self, case: &Case, output: &mut Vec<u8>) -> Result<Outcome> {
         let project = self.project;
         let kernel = kernels::fetch(project, case.host)?;
@@ -467,6 +491,9 @@ impl<'a> Bench<'a> {
         };
         payload.archive.add(files);
         payload.archive.add(&self.instance_files);
+        if case.image.is_some() {
+            payload.archive.add(&self.network_tools);
+        }
         payload.archive.text("bin/guest", 0o755, GUEST);
         payload.guest_initrd(&initramfs::guest(project, None, files)?)?;
         for flavour in guests(case) {
@@ -500,11 +527,7 @@ impl<'a> Bench<'a> {
             append: case.append.into(),
             node: 1,
             group: None,
-            extra: if case.inject.is_some() {
-                INJECTOR_LINES.map(str::to_owned).to_vec()
-            } else {
-                Vec::new()
-            },
+            extra: self.options(case)?,
         };
         let timeout = Duration::from_secs(case.timeout);
         let Some(event) = case.inject else {

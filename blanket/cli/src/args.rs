@@ -209,9 +209,10 @@ pub enum Generated {
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct Run {
-    /// Disk image to boot as a whole: its first disk, with the kernel that it has inside
+    /// Disk image to boot as a whole: the first disk, with the kernel that it has inside.
+    /// Options may follow as for --disk
     #[arg(value_name = "IMAGE")]
-    pub image: Option<PathBuf>,
+    pub image: Option<DiskSpec>,
     /// Kernel, instead of the image's: a vmlinuz, as distributions ship it, or an ELF vmlinux
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,

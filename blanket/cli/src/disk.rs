@@ -118,14 +118,6 @@ impl DiskSpec {
         Ok((options, config))
     }
 
-    /// An image with nothing said about it.
-    pub fn of(path: PathBuf) -> Self {
-        Self {
-            path,
-            options: Vec::new(),
-        }
-    }
-
     /// Opens the image as disk `index`.
     pub fn open(&self, index: u32, vcpus: u32) -> Result<AnyDevice> {
         self.open_as(self.path.clone(), index, vcpus)

@@ -81,8 +81,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     let console = Console::new().context("cannot make a console")?;
     let vcpus = spec.vcpus;
     let instance = Instance::new(spec, hypervisor, console)?;
-    let image = run.image.iter().cloned().map(DiskSpec::of);
-    let disks: Vec<DiskSpec> = image.chain(run.disk.iter().cloned()).collect();
+    let disks: Vec<&DiskSpec> = run.image.iter().chain(&run.disk).collect();
     for (index, disk) in (0..).zip(&disks) {
         instance.attach(disk.open(index, vcpus)?)?;
     }

@@ -1,0 +1,59 @@
+# For scripts in an instance that has a Debian image at /dev/vdb: VMs of it that one can
+# log in to. It changes into a directory of its own.
+cd "$(mktemp -d)" || exit 1
+fail() {
+    echo "FAILED: $*"
+    for log in *.log; do
+        echo "-- $log"
+        tail -n 60 "$log" | tr -d '\r'
+    done
+    exit 1
+}
+
+# The host's end of the VM's network; for user mode a way out, which leads nowhere here.
+tunctl -t vm0 >/dev/null
+ip addr add 192.168.77.1/24 dev vm0
+ip -6 addr add fd77::1/64 dev vm0
+ip link set vm0 up
+ip route add default via 10.77.0.254
+
+ssh-keygen -q -t ed25519 -N '' -f key || fail "no key"
+cat >user-data <<U
+#cloud-config
+users:
+  - name: user
+    sudo: ALL=(ALL) NOPASSWD:ALL
+    shell: /bin/bash
+    ssh_authorized_keys: ["$(cat key.pub)"]
+U
+cat >network <<'N'
+version: 2
+ethernets:
+  eth0:
+    addresses: [192.168.77.2/24, "fd77::2/64"]
+  eth1:
+    dhcp4: true
+N
+
+OPTIONS="-i key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o ConnectTimeout=20"
+# in_vm COMMAND...: as the user of the VM, over its first network.
+in_vm() { ssh $OPTIONS user@192.168.77.2 "$@"; }
+
+# boot IMAGE [options]: the VM `deb`, until one can log in.
+boot() {
+    blanket run "$@" --name deb --memory 1G --cpus 2 --net tap=vm0 --net user,tcp=127.0.0.1/2222:22 \
+        --cloud-init user-data,network=network --console file:deb.log --attach-from "$PWD" \
+        --detach >/dev/null || fail "deb does not start: $?"
+    login
+}
+login() {
+    until in_vm true 2>/dev/null; do
+        blanket stats deb >/dev/null 2>&1 || fail "deb is gone"
+        sleep 1
+    done
+}
+# Whole: all units started, none failed.
+running() {
+    state=$(in_vm systemctl is-system-running --wait)
+    [ "$state" = running ] || { in_vm systemctl --failed; fail "the system is $state"; }
+}
