@@ -568,7 +568,6 @@ fn ioctl_fuzz(name: &str, script: &'static str) -> Case {
     }
 }
 
-/// A core that fails on purpose, beside a VM that works.
 /// A whole Debian as a VM, in an instance that has its image.
 fn debian(name: &str, image: Variant, timeout: u64, script: &'static str) -> Case {
     Case {
@@ -584,6 +583,7 @@ fn debian(name: &str, image: Variant, timeout: u64, script: &'static str) -> Cas
     .expecting("DEBIAN-OK")
 }
 
+/// A core that fails on purpose, beside a VM that works.
 fn core_failure(name: &str) -> Case {
     Case {
         name: name.into(),
