@@ -8,10 +8,10 @@ use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 use crate::scripts::{
-    BALLOON, DEBIAN, DENSITY_8, DENSITY_40, HOST_CPUS, HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK,
-    KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_SHORT,
-    MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE,
-    TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    BALLOON, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, HOST_CPUS, HOSTILE,
+    HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN,
+    MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND,
+    TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 /// One boot of an instance.
@@ -348,6 +348,14 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
         debian("debian", Variant::Base, 1800, DEBIAN),
+        Case {
+            long: true,
+            ..debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)
+        },
+        Case {
+            long: true,
+            ..debian("debian-postgres", Variant::Full, 10_800, DEBIAN_POSTGRES)
+        },
         Case {
             long: true,
             ..kvm(debian("kvm-debian", Variant::Base, 3600, DEBIAN))

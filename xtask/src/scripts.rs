@@ -87,6 +87,19 @@ pub const MERGED_10: &str = concat!(
     include_str!("../../tests/lab-scripts/density.sh")
 );
 
+/// The same under load.
+pub const DEBIAN_LOAD: &str = concat!(
+    include_str!("../../tests/lab-scripts/debian-common.sh"),
+    include_str!("../../tests/lab-scripts/debian-load.sh")
+);
+
+/// A database whose VM is killed.
+pub const DEBIAN_POSTGRES: &str = concat!(
+    "ROUNDS=10\n",
+    include_str!("../../tests/lab-scripts/debian-common.sh"),
+    include_str!("../../tests/lab-scripts/debian-postgres.sh")
+);
+
 /// A whole Debian: its system, disks and networks.
 pub const DEBIAN: &str = concat!(
     include_str!("../../tests/lab-scripts/debian-common.sh"),
