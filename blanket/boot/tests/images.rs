@@ -89,15 +89,12 @@ fn grub_cfg(path: &str, uuid: &str) -> String {
     )
 }
 
-fn kernels(path: &str) -> Tree {
+fn kernels(path: &str, length: usize) -> Tree {
     ["6.8.0-41-generic", "6.8.0-40-generic"]
         .iter()
         .fold(Tree::default(), |tree, version| {
-            tree.file(
-                &format!("{path}/vmlinuz-{version}"),
-                bytes(version, 9_000_001),
-            )
-            .file(&format!("{path}/initrd.img-{version}"), bytes(path, 70_003))
+            tree.file(&format!("{path}/vmlinuz-{version}"), bytes(version, length))
+                .file(&format!("{path}/initrd.img-{version}"), bytes(path, 70_003))
         })
 }
 
@@ -114,7 +111,7 @@ fn debian_on_ext4() {
             part(
                 60,
                 Format::Ext4(ROOT),
-                kernels("/boot").file("/boot/grub/grub.cfg", grub_cfg("/boot", ROOT)),
+                kernels("/boot", 9_000_001).file("/boot/grub/grub.cfg", grub_cfg("/boot", ROOT)),
             ),
         ],
     );
@@ -166,7 +163,7 @@ fn ubuntu_with_boot_on_a_partition_of_its_own() {
         ("saved_entry=not there", "gnulinux-simple"),
         ("next_entry=1>1", "gnulinux-6.8.0-41-generic-recovery"),
     ] {
-        let boot = kernels("")
+        let boot = kernels("", 100_001)
             .link("/vmlinuz", "vmlinuz-6.8.0-41-generic")
             .file("/grub/grub.cfg", grub_cfg("", BOOT))
             .file("/grub/grubenv", grubenv(saved));
@@ -174,9 +171,9 @@ fn ubuntu_with_boot_on_a_partition_of_its_own() {
         let disk = Disk::new(
             "gpt",
             &[
-                part(30, Format::Ext4(ROOT), root),
+                part(8, Format::Ext4(ROOT), root),
                 esp(Tree::default()),
-                part(60, Format::Ext4(BOOT), boot),
+                part(12, Format::Ext4(BOOT), boot),
             ],
         );
         let mut image = disk.open().unwrap();
@@ -192,7 +189,7 @@ fn ubuntu_with_boot_on_a_partition_of_its_own() {
         let version = default.kernel().trim_start_matches("/vmlinuz-").to_owned();
         assert_eq!(
             image.load(default).unwrap().kernel,
-            bytes(&version, 9_000_001)
+            bytes(&version, 100_001)
         );
     }
 }
