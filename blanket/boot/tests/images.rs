@@ -273,6 +273,35 @@ fn fedora_with_entry_files_and_xfs() {
 }
 
 #[test]
+fn centos_with_its_configuration_on_the_esp() {
+    let cfg = format!(
+        "set default=\"0\"\nmenuentry 'CentOS' --unrestricted {{\n\tset root='hd0,msdos9'\n\
+         \tsearch --no-floppy --set=root --fs-uuid {BOOT}\n\tlinuxefi /vmlinuz root=/dev/mapper/cl-root ro\n\
+         \tinitrdefi /initramfs.img\n}}\n"
+    );
+    let boot = Tree::default()
+        .file("/vmlinuz", bytes("v", 100_000))
+        .file("/initramfs.img", bytes("i", 100_000));
+    let disk = Disk::new(
+        "dos",
+        &[
+            esp(Tree::default().file("/EFI/centos/grub.cfg", cfg)),
+            part(12, Format::Ext4(BOOT), boot),
+            part(8, Format::Raw(512 + 24, b"LVM2 001"), Tree::default()),
+        ],
+    );
+    let mut image = disk.open().unwrap();
+    let menu = image.menu().unwrap();
+    assert_eq!(menu.config, "partition 1 (FAT): /EFI/centos/grub.cfg");
+    let default = menu.pick(None).unwrap();
+    assert_eq!(
+        default.cmdline,
+        "BOOT_IMAGE=/vmlinuz root=/dev/mapper/cl-root ro"
+    );
+    assert_eq!(image.load(default).unwrap().kernel, bytes("v", 100_000));
+}
+
+#[test]
 fn arch_with_systemd_boot() {
     let conf = |kernel: &str| {
         format!(
