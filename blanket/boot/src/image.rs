@@ -1,5 +1,6 @@
 //! An image's boot menu, and what its entries start.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
@@ -16,6 +17,8 @@ use crate::{bls, extlinux};
 const MAX_FILE: u64 = 512 << 20;
 /// Largest initrd of all files together, bytes.
 const MAX_INITRD: usize = 1 << 30;
+/// Directories of systems on an EFI system partition.
+const MAX_SYSTEMS: usize = 16;
 /// Levels of submenus.
 const MAX_LEVELS: usize = 8;
 
@@ -335,6 +338,17 @@ impl Image {
             .with_role(Role::Xbootldr)
             .or_else(|| self.volumes.with_role(Role::Esp))
             .map(|volume| volume.device.clone());
+        let mut directories: HashMap<String, Vec<String>> = HashMap::new();
+        for (device, _) in &devices {
+            let efi = Place {
+                device: device.clone(),
+                path: "/EFI".into(),
+                relative: false,
+            };
+            let mut names = self.volumes.list(&efi).unwrap_or_default();
+            names.truncate(MAX_SYSTEMS);
+            directories.insert(device.clone(), names);
+        }
         let mut look = |loader, device: &str, path: String, relative: bool, directory: bool| {
             let place = Place {
                 device: device.to_owned(),
@@ -364,6 +378,13 @@ impl Image {
                 for above in SUBVOLUMES {
                     look(Loader::Grub, device, format!("{above}{file}"), false, false);
                 }
+            }
+        }
+        // An EFI system partition has a directory for each system; some keep all of theirs there.
+        for (device, _) in &devices {
+            for directory in directories.get(device).into_iter().flatten() {
+                let file = format!("/EFI/{directory}/grub.cfg");
+                look(Loader::Grub, device, file, false, false);
             }
         }
         // A partition that is marked for it, then any.

@@ -39,6 +39,15 @@ pub enum InitrdError {
         /// The same as a module's name.
         underscored: String,
     },
+    /// There is no initrd, so nothing says what the kernel has built in.
+    #[error(
+        "the boot entry has no initrd: the VM finds its root disk only if {driver} is built into \
+         the kernel (CONFIG_XEN_BLKDEV_FRONTEND=y in the image's /boot/config-*)"
+    )]
+    Missing {
+        /// The driver's name.
+        driver: String,
+    },
     /// It is no initrd, or a damaged one.
     #[error("the initrd cannot be read: {0}")]
     Damaged(String),
@@ -59,6 +68,11 @@ pub enum Driver {
 /// It is not there, or the initrd cannot be read to its end; a driver that was found before
 /// the damage counts.
 pub fn driver(initrd: &[u8], driver: &str) -> Result<Driver, InitrdError> {
+    if initrd.is_empty() {
+        return Err(InitrdError::Missing {
+            driver: driver.to_owned(),
+        });
+    }
     let mut search = Search {
         wanted: driver.replace('_', "-"),
         found: None,
@@ -409,7 +423,7 @@ mod tests {
         ));
         assert!(matches!(
             driver(b"", BLOCK_DRIVER),
-            Err(InitrdError::NoDriver { .. })
+            Err(InitrdError::Missing { .. })
         ));
     }
 

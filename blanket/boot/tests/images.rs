@@ -89,15 +89,12 @@ fn grub_cfg(path: &str, uuid: &str) -> String {
     )
 }
 
-fn kernels(path: &str) -> Tree {
+fn kernels(path: &str, length: usize) -> Tree {
     ["6.8.0-41-generic", "6.8.0-40-generic"]
         .iter()
         .fold(Tree::default(), |tree, version| {
-            tree.file(
-                &format!("{path}/vmlinuz-{version}"),
-                bytes(version, 9_000_001),
-            )
-            .file(&format!("{path}/initrd.img-{version}"), bytes(path, 70_003))
+            tree.file(&format!("{path}/vmlinuz-{version}"), bytes(version, length))
+                .file(&format!("{path}/initrd.img-{version}"), bytes(path, 70_003))
         })
 }
 
@@ -114,7 +111,7 @@ fn debian_on_ext4() {
             part(
                 60,
                 Format::Ext4(ROOT),
-                kernels("/boot").file("/boot/grub/grub.cfg", grub_cfg("/boot", ROOT)),
+                kernels("/boot", 9_000_001).file("/boot/grub/grub.cfg", grub_cfg("/boot", ROOT)),
             ),
         ],
     );
@@ -166,7 +163,7 @@ fn ubuntu_with_boot_on_a_partition_of_its_own() {
         ("saved_entry=not there", "gnulinux-simple"),
         ("next_entry=1>1", "gnulinux-6.8.0-41-generic-recovery"),
     ] {
-        let boot = kernels("")
+        let boot = kernels("", 100_001)
             .link("/vmlinuz", "vmlinuz-6.8.0-41-generic")
             .file("/grub/grub.cfg", grub_cfg("", BOOT))
             .file("/grub/grubenv", grubenv(saved));
@@ -174,9 +171,9 @@ fn ubuntu_with_boot_on_a_partition_of_its_own() {
         let disk = Disk::new(
             "gpt",
             &[
-                part(30, Format::Ext4(ROOT), root),
+                part(8, Format::Ext4(ROOT), root),
                 esp(Tree::default()),
-                part(60, Format::Ext4(BOOT), boot),
+                part(12, Format::Ext4(BOOT), boot),
             ],
         );
         let mut image = disk.open().unwrap();
@@ -192,7 +189,7 @@ fn ubuntu_with_boot_on_a_partition_of_its_own() {
         let version = default.kernel().trim_start_matches("/vmlinuz-").to_owned();
         assert_eq!(
             image.load(default).unwrap().kernel,
-            bytes(&version, 9_000_001)
+            bytes(&version, 100_001)
         );
     }
 }
@@ -273,6 +270,35 @@ fn fedora_with_entry_files_and_xfs() {
         assert_eq!(loaded.kernel, bytes(expected, 300_000));
         assert_eq!(loaded.initrd[..5_000_003], bytes(expected, 5_000_003));
     }
+}
+
+#[test]
+fn centos_with_its_configuration_on_the_esp() {
+    let cfg = format!(
+        "set default=\"0\"\nmenuentry 'CentOS' --unrestricted {{\n\tset root='hd0,msdos9'\n\
+         \tsearch --no-floppy --set=root --fs-uuid {BOOT}\n\tlinuxefi /vmlinuz root=/dev/mapper/cl-root ro\n\
+         \tinitrdefi /initramfs.img\n}}\n"
+    );
+    let boot = Tree::default()
+        .file("/vmlinuz", bytes("v", 100_000))
+        .file("/initramfs.img", bytes("i", 100_000));
+    let disk = Disk::new(
+        "dos",
+        &[
+            esp(Tree::default().file("/EFI/centos/grub.cfg", cfg)),
+            part(12, Format::Ext4(BOOT), boot),
+            part(8, Format::Raw(512 + 24, b"LVM2 001"), Tree::default()),
+        ],
+    );
+    let mut image = disk.open().unwrap();
+    let menu = image.menu().unwrap();
+    assert_eq!(menu.config, "partition 1 (FAT): /EFI/centos/grub.cfg");
+    let default = menu.pick(None).unwrap();
+    assert_eq!(
+        default.cmdline,
+        "BOOT_IMAGE=/vmlinuz root=/dev/mapper/cl-root ro"
+    );
+    assert_eq!(image.load(default).unwrap().kernel, bytes("v", 100_000));
 }
 
 #[test]

@@ -64,7 +64,7 @@ impl Interpreter<'_> {
             }
             "unset" => {
                 for name in arguments {
-                    self.variables.remove(name);
+                    self.variables.unset(name);
                 }
                 true
             }

@@ -16,6 +16,10 @@ const MAX_STEPS: u32 = 500_000;
 const MAX_VALUE: usize = 64 << 10;
 /// Variables at a time.
 const MAX_VARIABLES: usize = 4096;
+/// Bytes of all their values, and of one command's words.
+const MAX_BYTES: usize = 1 << 20;
+/// So many bytes of words or of a file count as one step.
+const BYTES_A_STEP: usize = 256;
 /// Words of one command.
 const MAX_WORDS: usize = 4096;
 /// Functions calling functions, files including files.
@@ -79,10 +83,40 @@ pub enum EvalError {
     Syntax(#[from] parse::SyntaxError),
 }
 
+/// Variables with their values, which are bounded together.
+#[derive(Clone, Default)]
+pub(super) struct Variables {
+    values: HashMap<String, String>,
+    bytes: usize,
+}
+
+impl Variables {
+    fn get(&self, name: &str) -> &str {
+        self.values.get(name).map_or("", String::as_str)
+    }
+
+    /// Keeps the old value where the new one is too much.
+    fn set(&mut self, name: &str, value: String) {
+        let old = self.values.get(name).map(String::len);
+        let bytes = self.bytes - old.unwrap_or(0) + value.len();
+        let room = old.is_some() || self.values.len() < MAX_VARIABLES;
+        if value.len() <= MAX_VALUE && name.len() <= MAX_VALUE && bytes <= MAX_BYTES && room {
+            self.bytes = bytes;
+            self.values.insert(name.to_owned(), value);
+        }
+    }
+
+    pub(super) fn unset(&mut self, name: &str) {
+        if let Some(old) = self.values.remove(name) {
+            self.bytes -= old.len();
+        }
+    }
+}
+
 /// An interpreter with the variables that the script has set.
 pub struct Interpreter<'a> {
     pub(super) world: &'a mut dyn World,
-    pub(super) variables: HashMap<String, String>,
+    pub(super) variables: Variables,
     functions: HashMap<String, Block>,
     /// `$1`, ...
     pub(super) words: Vec<String>,
@@ -100,7 +134,7 @@ impl<'a> Interpreter<'a> {
     /// As GRUB is when it begins with the file at `config`.
     pub fn new(world: &'a mut dyn World, config: &Place) -> Self {
         let (directory, _) = config.path.rsplit_once('/').unwrap_or_default();
-        let mut variables = HashMap::new();
+        let mut variables = Variables::default();
         for (name, value) in [
             ("root", config.device.clone()),
             ("prefix", format!("({}){directory}", config.device)),
@@ -110,7 +144,7 @@ impl<'a> Interpreter<'a> {
             // Ubuntu's cloud images first try without their initrd, and say here that it failed.
             ("initrdfail", "1".into()),
         ] {
-            variables.insert(name.to_owned(), value);
+            variables.set(name, value);
         }
         // What GRUB 2.06 and later can do (grub-core/normal/main.c).
         for feature in [
@@ -125,10 +159,10 @@ impl<'a> Interpreter<'a> {
             "nativedisk_cmd",
             "timeout_style",
         ] {
-            variables.insert(format!("feature_{feature}"), "y".into());
+            variables.set(&format!("feature_{feature}"), "y".into());
         }
         if config.relative {
-            variables.insert("btrfs_relative_path".into(), "y".into());
+            variables.set("btrfs_relative_path", "y".into());
         }
         Self {
             world,
@@ -147,6 +181,7 @@ impl<'a> Interpreter<'a> {
     /// Runs the file at `place`, as `configfile` does.
     pub fn run_file(&mut self, place: &Place) -> Result<(), EvalError> {
         let bytes = self.world.read(place, MAX_CONFIG)?;
+        self.charge(bytes.len());
         let block = parse::parse(&String::from_utf8_lossy(&bytes))?;
         let (directory, _) = place.path.rsplit_once('/').unwrap_or_default();
         self.set("config_file", format!("({}){}", place.device, place.path));
@@ -166,14 +201,17 @@ impl<'a> Interpreter<'a> {
                 None => "",
             };
         }
-        self.variables.get(name).map_or("", String::as_str)
+        self.variables.get(name)
     }
 
     pub(super) fn set(&mut self, name: &str, value: String) {
-        let known = self.variables.contains_key(name);
-        if value.len() <= MAX_VALUE && (known || self.variables.len() < MAX_VARIABLES) {
-            self.variables.insert(name.to_owned(), value);
-        }
+        self.variables.set(name, value);
+    }
+
+    /// Counts work by its bytes.
+    fn charge(&mut self, bytes: usize) {
+        let steps = u32::try_from(bytes / BYTES_A_STEP).unwrap_or(MAX_STEPS);
+        self.steps = self.steps.saturating_add(steps);
     }
 
     /// Takes the variables of an environment block.
@@ -320,11 +358,11 @@ impl<'a> Interpreter<'a> {
         self.steps += 1;
         match node {
             Node::Command(words) => {
-                let words = self.expand(words);
+                let words = self.expand_words(words);
                 self.command(&words)
             }
             Node::Menu(words, block) => {
-                let words = self.expand(words);
+                let words = self.expand_words(words);
                 self.menu(&words, block);
                 (true, Flow::Next)
             }
@@ -355,7 +393,7 @@ impl<'a> Interpreter<'a> {
                 }
             },
             Node::For(name, words, body) => {
-                for word in self.expand(words) {
+                for word in self.expand_words(words) {
                     self.set(name, word);
                     let (status, flow) = self.block(body);
                     if flow != Flow::Next {
@@ -373,9 +411,17 @@ impl<'a> Interpreter<'a> {
         }
     }
 
+    /// As [`Self::expand`], and counts it.
+    fn expand_words(&mut self, words: &[Word]) -> Vec<String> {
+        let words = self.expand(words);
+        self.charge(words.iter().map(String::len).sum());
+        words
+    }
+
     /// Words with their variables' values.
     fn expand(&self, words: &[Word]) -> Vec<String> {
         let mut out: Vec<String> = Vec::new();
+        let mut bytes = 0;
         for word in words {
             let mut now = String::new();
             let mut there = word.quoted;
@@ -405,10 +451,14 @@ impl<'a> Interpreter<'a> {
                     now.clear();
                 }
             }
+            bytes += now.len();
             if there {
                 out.push(now);
             }
             out.truncate(MAX_WORDS);
+            if bytes > MAX_BYTES {
+                break;
+            }
         }
         out
     }

@@ -229,6 +229,19 @@ fn scripts_without_end_end() {
     }
 }
 
+#[test]
+fn large_words_end() {
+    let words = " \"$b\"".repeat(4000);
+    let text = format!(
+        "set b={}\nwhile true; do set x$b=$b$b; true{words}; menuentry{words} {{ true\n}}; done",
+        "b".repeat(60_000)
+    );
+    let mut world = Fake::default();
+    world.0.insert("/boot/grub/grub.cfg", text);
+    let mut grub = Interpreter::new(&mut world, &config());
+    assert!(grub.run_file(&config()).is_err());
+}
+
 proptest! {
     #[test]
     fn any_script_ends(text in "(set a=\\$a\\$b;|function f|menuentry |submenu x |if |then|fi|while |do |done|f |\\{|\\}|\n|source /x|linux /k \\$a|initrd|search|a|'|\"| ){0,80}") {
