@@ -106,7 +106,8 @@ impl Guest {
             };
         let spec = Spec {
             name: "tricked".into(),
-            kernel,
+            kernel: Some(kernel),
+            boot_entry: None,
             initrd: Some(initrd),
             memory: RAM,
             balloon: None,
