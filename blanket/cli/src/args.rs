@@ -73,7 +73,7 @@ pub enum Command {
         after_help = exit::TABLE,
         group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk"]).required(true).multiple(true)
     )]
-    Run(Run),
+    Run(Box<Run>),
     /// List running VMs
     Ps {
         /// Write JSON
