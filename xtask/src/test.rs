@@ -493,6 +493,7 @@ impl<'a> Bench<'a> {
         payload.archive.add(&self.instance_files);
         if case.image.is_some() {
             payload.archive.add(&self.network_tools);
+            payload.archive.text("lab/leave-initramfs", 0o644, "");
         }
         payload.archive.text("bin/guest", 0o755, GUEST);
         payload.guest_initrd(&initramfs::guest(project, None, files)?)?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use blanket_devices::bus::Device as _;
 use blanket_devices::net::link::tap::Tap;
-use blanket_devices::net::link::user::{self, Forward, Transport, User};
+use blanket_devices::net::link::user::{self, Forward, User};
 use blanket_devices::net::{CLASS, Config, Direction, Link, LinkState, Mac, Vif};
 use blanket_vmm::devices::AnyDevice;
 use blanket_vmm::instance::Instance;
@@ -104,8 +104,11 @@ impl NetSpec {
             ("bps-out", _) => from_guest.bytes = rate(value)?,
             ("pps-in", _) => to_guest.operations = Some(number(key, value)?),
             ("pps-out", _) => from_guest.operations = Some(number(key, value)?),
-            ("tcp", Kind::User) => self.forwards.push(forward(Transport::Tcp, value)?),
-            ("udp", Kind::User) => self.forwards.push(forward(Transport::Udp, value)?),
+            ("tcp" | "udp", Kind::User) => {
+                let forward = format!("{key}:{value}").parse::<Forward>();
+                self.forwards
+                    .push(forward.map_err(|error| error.to_string())?);
+            }
             ("tcp" | "udp", Kind::Tap(_)) => {
                 return Err(
                     "ports are forwarded with `user` only; a tap is a network of yours".into(),
@@ -132,39 +135,18 @@ impl NetSpec {
             from_guest: self.limits[1],
             ..Config::new(index, mac)
         };
-        let link: Arc<dyn Link> = match &self.kind {
-            Kind::Tap(tap) => Arc::new(Tap::open(tap, self.queues.unwrap_or(vcpus))?),
+        let link: Box<dyn Link> = match &self.kind {
+            Kind::Tap(tap) => Box::new(Tap::open(tap, self.queues.unwrap_or(vcpus))?),
             Kind::User => {
                 let user = user::Config {
                     forwards: self.forwards.clone(),
                     mtu: self.mtu,
                 };
-                Arc::new(User::start(user, mac)?)
+                Box::new(User::start(user, mac)?)
             }
         };
         Ok(AnyDevice::Net(Arc::new(Vif::new(link, config, vcpus))))
     }
-}
-
-/// `[ADDRESS/]PORT:GUESTPORT`.
-fn forward(transport: Transport, text: &str) -> Result<Forward, String> {
-    let wrong =
-        || format!("{text:?} is no forward; write [ADDRESS/]PORT:GUESTPORT, such as 2222:22");
-    let (address, ports) = match text.split_once('/') {
-        Some((address, ports)) => (Some(address.parse().map_err(|_| wrong())?), ports),
-        None => (None, text),
-    };
-    let (host, guest) = ports.split_once(':').ok_or_else(wrong)?;
-    let port = |text: &str| match text.parse() {
-        Ok(0) | Err(_) => Err(wrong()),
-        Ok(port) => Ok(port),
-    };
-    Ok(Forward {
-        transport,
-        address,
-        host: port(host)?,
-        guest: port(guest)?,
-    })
 }
 
 /// The address of a VM's network on this machine: the same each time, and another one on
