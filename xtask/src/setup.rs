@@ -20,7 +20,7 @@ pub enum Need {
 
 /// Debian packages by need. gcc-12 is what Debian 12's kernels were built with,
 /// libelf1 is for the objtool of their headers, xz for the 6.12 modules; qemu-utils makes and
-/// checks the disk images of unit tests.
+/// checks the disk images of unit tests, iproute2 and passt make the networks of others.
 const PACKAGES: &[(Need, &[&str])] = &[
     (
         Need::Build,
@@ -38,6 +38,8 @@ const PACKAGES: &[(Need, &[&str])] = &[
             "dpkg",
             "util-linux",
             "debian-archive-keyring",
+            "iproute2",
+            "passt",
         ],
     ),
     (
