@@ -151,7 +151,7 @@ impl Groups {
 /// A network device of a VM, over its reboots.
 pub struct Vif {
     config: Config,
-    link: Arc<dyn Link>,
+    link: Box<dyn Link>,
     shared: Arc<Shared>,
     /// vCPUs of the VM.
     vcpus: u32,
@@ -160,7 +160,7 @@ pub struct Vif {
 impl Vif {
     /// A device that no guest uses yet.
     #[must_use]
-    pub fn new(link: Arc<dyn Link>, config: Config, vcpus: u32) -> Self {
+    pub fn new(link: Box<dyn Link>, config: Config, vcpus: u32) -> Self {
         let limiter = |limits: Limits| {
             (limits != Limits::default()).then(|| Arc::new(Mutex::new(Limiter::new(limits))))
         };
@@ -185,8 +185,8 @@ impl Vif {
 
     /// What it is connected to.
     #[must_use]
-    pub fn link(&self) -> &Arc<dyn Link> {
-        &self.link
+    pub fn link(&self) -> &dyn Link {
+        &*self.link
     }
 
     /// How it is given to the guest.

@@ -47,10 +47,17 @@ impl Offloads {
         self.tso4 || self.tso6
     }
 
-    const fn csum(self, family: Family) -> bool {
+    pub(super) const fn csum(self, family: Family) -> bool {
         match family {
             Family::V4 => self.csum4,
             Family::V6 => self.csum6,
+        }
+    }
+
+    pub(super) const fn cut(self, kind: GsoKind) -> bool {
+        match kind {
+            GsoKind::TcpV4 => self.tso4,
+            GsoKind::TcpV6 => self.tso6,
         }
     }
 }
@@ -192,11 +199,7 @@ impl Undone {
             0
         };
         if let Some((gso, _)) = self.cut {
-            let allowed = match gso.kind {
-                GsoKind::TcpV4 => offloads.tso4,
-                GsoKind::TcpV6 => offloads.tso6,
-            };
-            return if allowed && found.is_some() {
+            return if offloads.cut(gso.kind) && found.is_some() {
                 ToGuest::Pass {
                     flags,
                     gso: Some(gso),

@@ -172,7 +172,7 @@ proptest! {
             }
         }
         if result.is_ok() {
-            prop_assert_eq!(chain.responses(Status::Okay).count() as u32, chain.slots());
+            prop_assert_eq!(chain.responses(Status::Okay).count(), chain.slots() as usize);
         }
     }
 
@@ -204,7 +204,7 @@ proptest! {
         let bytes = RxResponse { id, flags, length: Some(length) }.encode();
         prop_assert_eq!(u16::from_le_bytes([bytes[0], bytes[1]]), id);
         prop_assert_eq!(u16::from_le_bytes([bytes[4], bytes[5]]), flags);
-        prop_assert_eq!(i16::from_le_bytes([bytes[6], bytes[7]]), length as i16);
+        prop_assert_eq!(i16::from_le_bytes([bytes[6], bytes[7]]), length.cast_signed());
         let bytes = RxResponse { id, flags, length: None }.encode();
         prop_assert_eq!(i16::from_le_bytes([bytes[6], bytes[7]]), -1);
     }

@@ -195,11 +195,11 @@ impl Tx {
         let (csum_blank, gso) = (self.chain.csum_blank, self.chain.gso);
         let (mut undone, found) = Undone::from_guest(head, length, csum_blank, gso)?;
         let takes = self.takes;
-        if gso.is_some() && !takes.long() {
+        if gso.is_some_and(|gso| !takes.cut(gso.kind)) {
             return Err(Bad::Headers.into());
         }
         if let Some(found) = found
-            && !takes.csum4
+            && !takes.csum(found.family)
         {
             self.sum_up(head, &found);
             undone = Undone::default();

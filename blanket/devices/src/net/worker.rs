@@ -84,10 +84,11 @@ impl Worker {
             if notify {
                 self.guest.raise(self.rx_port);
             }
-            let mut again = tx == Progress::More || rx == Progress::More;
-            if again && self.kick.stopped() {
+            // Asked each time round: a guest can see to it that there is always more.
+            if self.kick.stopped() {
                 return Ok(Wait::default());
             }
+            let mut again = tx == Progress::More || rx == Progress::More;
             if tx == Progress::Idle {
                 again |= self.tx.sleep()?;
             }

@@ -365,6 +365,17 @@ impl NetQueue {
         self.rx_prod = self.rx_prod.wrapping_add(1);
     }
 
+    /// The grant of page `index` for packets to the guest; of its rings behind those.
+    #[must_use]
+    pub fn gref(&self, index: usize) -> u32 {
+        let [tx, rx] = self.ring_grefs;
+        match self.rx_pages.get(index) {
+            Some((_, gref)) => *gref,
+            None if index.is_multiple_of(2) => tx,
+            None => rx,
+        }
+    }
+
     /// Posts pages, as many as there is room for at most.
     pub fn post(&mut self, count: u32) {
         for _ in 0..count {

@@ -11,16 +11,19 @@ mod vectors;
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use blanket_disk::Buffer;
 
+use super::lock;
 use super::offload::{Offloads, Undone};
 
 pub use tap::Tap;
 pub use user::User;
 
 /// A network of the host's, to which one device of a VM is connected, over its reboots.
+/// It has one owner, so that no other device uses its ends.
 pub trait Link: Send + Sync + fmt::Debug {
     /// What it is, for people: `tap vm1`.
     fn describe(&self) -> String;
@@ -101,11 +104,11 @@ pub enum LinkState {
 
 /// The state of a link, which its ends share.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Health(Arc<Mutex<Option<String>>>);
+pub(super) struct Health(Arc<(AtomicBool, Mutex<Option<String>>)>);
 
 impl Health {
     pub(super) fn state(&self) -> LinkState {
-        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &*lock(&self.0.1) {
             None => LinkState::Up,
             Some(why) => LinkState::Down(why.clone()),
         }
@@ -113,14 +116,13 @@ impl Health {
 
     /// Notes why it works no more. Whether that is news.
     pub(super) fn down(&self, why: impl fmt::Display) -> bool {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let news = state.is_none();
+        let mut state = lock(&self.0.1);
         *state = Some(why.to_string());
-        news
+        !self.0.0.swap(true, Ordering::AcqRel)
     }
 
     pub(super) fn is_up(&self) -> bool {
-        self.state() == LinkState::Up
+        !self.0.0.load(Ordering::Acquire)
     }
 }
 

@@ -43,8 +43,9 @@ fn queues_are_attached_as_they_are_used() {
     with_own_network(|| {
         ip("tuntap add many mode tap multi_queue");
         ip("addr add 10.5.0.1/24 dev many");
-        ip("link set many up");
         let tap = Tap::open("many", 3).expect("a tap");
+        // Then it is up at once; else the host would see the carrier later.
+        ip("link set many up");
         assert_eq!(tap.max_queues(), 3);
         for queues in [2, 1, 3, 3] {
             let ports = tap.open(queues, Offloads::ALL).expect("attached");
@@ -79,10 +80,11 @@ fn queues_are_attached_as_they_are_used() {
 fn tap_and_guest(features: Features) -> (Setup, Netfront) {
     ip("tuntap add tap0 mode tap");
     ip("addr add 10.5.0.1/24 dev tap0");
+    let tap = Tap::open("tap0", 1).expect("a tap");
+    // Then it is up at once; else the host would see the carrier later.
     ip("link set tap0 up");
     ip("neigh add 10.5.0.2 lladdr 00:16:3e:00:00:02 dev tap0");
-    let tap = Tap::open("tap0", 1).expect("a tap");
-    let setup = Setup::new(Arc::new(tap), Config::new(0, OURS), 1);
+    let setup = Setup::new(Box::new(tap), Config::new(0, OURS), 1);
     let front = Netfront::connect(&setup.guest, 0, features);
     (setup, front)
 }

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -72,6 +73,40 @@ impl fmt::Display for Forward {
             write!(f, "{address}/")?;
         }
         write!(f, "{}:{}", self.host, self.guest)
+    }
+}
+
+/// A text that is no forward.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is no forward of a port; write it as [tcp:|udp:][ADDRESS/]HOST-PORT:GUEST-PORT, for \
+     example 2222:22 or udp:127.0.0.1/5353:53"
+)]
+pub struct BadForward(String);
+
+impl FromStr for Forward {
+    type Err = BadForward;
+
+    /// `[tcp:|udp:][ADDRESS/]HOST-PORT:GUEST-PORT`.
+    fn from_str(text: &str) -> Result<Self, BadForward> {
+        let bad = || BadForward(text.to_owned());
+        let (transport, rest) = match text.split_once(':') {
+            Some(("tcp", rest)) => (Transport::Tcp, rest),
+            Some(("udp", rest)) => (Transport::Udp, rest),
+            _ => (Transport::Tcp, text),
+        };
+        let (address, ports) = match rest.split_once('/') {
+            Some((address, ports)) => (Some(address.parse().map_err(|_| bad())?), ports),
+            None => (None, rest),
+        };
+        let port = |text: &str| text.parse().ok().filter(|port| *port != 0).ok_or_else(bad);
+        let (host, guest) = ports.split_once(':').ok_or_else(bad)?;
+        Ok(Self {
+            transport,
+            address,
+            host: port(host)?,
+            guest: port(guest)?,
+        })
     }
 }
 

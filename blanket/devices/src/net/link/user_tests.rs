@@ -34,18 +34,18 @@ fn forward(host: u16, guest: u16) -> Config {
     }
 }
 
-fn connect(config: Config) -> (Setup, Netfront, Arc<User>) {
-    let user = Arc::new(User::start(config, OURS).expect("passt runs"));
-    let link = Arc::clone(&user) as Arc<dyn Link>;
-    let setup = Setup::new(link, crate::net::Config::new(0, OURS), 1);
+fn connect(config: Config) -> (Setup, Netfront, OwnedFd) {
+    let user = User::start(config, OURS).expect("passt runs");
+    let process = user.process().try_clone().expect("a descriptor");
+    let setup = Setup::new(Box::new(user), crate::net::Config::new(0, OURS), 1);
     let front = Netfront::connect(&setup.guest, 0, Features::LINUX);
-    (setup, front, user)
+    (setup, front, process)
 }
 
 #[test]
 fn passt_gives_an_address() {
     with_a_host(|| {
-        let (_setup, mut front, _user) = connect(Config::default());
+        let (_setup, mut front, _) = connect(Config::default());
         let build = Build {
             to: [0xff; 6],
             from: OURS.bytes(),
@@ -79,7 +79,7 @@ fn passt_gives_an_address() {
 #[test]
 fn a_forwarded_port_leads_to_the_guest() {
     with_a_host(|| {
-        let (_setup, mut front, _user) = connect(forward(2222, 22));
+        let (_setup, mut front, _) = connect(forward(2222, 22));
         let mut socket = TcpStream::connect("127.0.0.1:2222").expect("passt listens");
         let mut connection = Connection::accept(&mut front.queues[0], 22);
         let to_guest = pattern(10_000, 3);
@@ -103,10 +103,10 @@ fn a_forwarded_port_leads_to_the_guest() {
 #[test]
 fn its_end_is_seen_and_said() {
     with_a_host(|| {
-        let (setup, mut front, user) = connect(Config::default());
-        assert_eq!(user.state(), LinkState::Up);
-        pidfd_send_signal(user.process(), Signal::KILL).expect("killed");
-        let mut fds = [PollFd::new(user.process(), PollFlags::IN)];
+        let (setup, mut front, process) = connect(Config::default());
+        assert_eq!(setup.vif.link().state(), LinkState::Up);
+        pidfd_send_signal(&process, Signal::KILL).expect("killed");
+        let mut fds = [PollFd::new(&process, PollFlags::IN)];
         poll(&mut fds, None).expect("it ends");
         let queue = &mut front.queues[0];
         let packet = Build::tcp4().packet(&[]);
@@ -157,12 +157,20 @@ fn errors_say_what_mends_them() {
 }
 
 #[test]
-fn forwards_are_written_as_passt_takes_them() {
-    let forward = Forward {
-        transport: Transport::Udp,
-        address: None,
-        host: 53,
-        guest: 5353,
-    };
-    assert_eq!(forward.arguments(), ["-u", "53:5353"]);
+fn forwards_are_read_and_written_as_passt_takes_them() {
+    for (text, arguments) in [
+        ("2222:22", ["-t", "2222:22"]),
+        ("tcp:0.0.0.0/80:8080", ["-t", "0.0.0.0/80:8080"]),
+        ("udp:53:5353", ["-u", "53:5353"]),
+        ("udp:::1/53:5353", ["-u", "::1/53:5353"]),
+    ] {
+        let forward: Forward = text.parse().expect("a forward");
+        assert_eq!(forward.arguments(), arguments);
+    }
+    for text in [
+        "", "22", "22:", ":22", "0:22", "22:70000", "x/22:22", "sctp:1:2", "tcp:-t",
+    ] {
+        let error = text.parse::<Forward>().expect_err("no forward").to_string();
+        assert!(error.contains("2222:22"), "{error}");
+    }
 }
