@@ -82,10 +82,17 @@ impl Port for Frames {
                     self.gone(&"it was removed");
                     None
                 }
-                Err(error) => {
-                    self.gone(&format!("it cannot be read: {error}"));
-                    None
-                }
+                Err(error) => match error.raw_os_error() {
+                    // The packet is lost, and no more than that.
+                    Some(libc::EFAULT | libc::ENOMEM | libc::ENOBUFS) => Some(Received {
+                        length: 0,
+                        undone: None,
+                    }),
+                    _ => {
+                        self.gone(&format!("it cannot be read: {error}"));
+                        None
+                    }
+                },
             };
         }
     }
