@@ -249,5 +249,4 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 #[cfg(test)]
-#[path = "headers_tests.rs"]
 mod tests;

@@ -241,5 +241,4 @@ fn short(offset: usize) -> Result<u16, Bad> {
 }
 
 #[cfg(test)]
-#[path = "offload_tests.rs"]
 mod tests;

@@ -414,5 +414,4 @@ impl RxResponse {
 }
 
 #[cfg(test)]
-#[path = "protocol_tests.rs"]
 mod tests;

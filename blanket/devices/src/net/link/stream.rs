@@ -188,5 +188,4 @@ impl Port for Stream {
 }
 
 #[cfg(test)]
-#[path = "stream_tests.rs"]
 mod tests;

@@ -237,5 +237,4 @@ fn refused(name: &str, source: io::Error) -> Error {
 }
 
 #[cfg(test)]
-#[path = "tap_tests.rs"]
 mod tests;

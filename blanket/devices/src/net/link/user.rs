@@ -435,5 +435,4 @@ fn neighbour_probe(mac: Mac) -> Vec<u8> {
 }
 
 #[cfg(test)]
-#[path = "user_tests.rs"]
 mod tests;

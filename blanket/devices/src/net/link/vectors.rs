@@ -54,7 +54,7 @@ pub(super) fn write(fd: BorrowedFd<'_>, header: &[u8], parts: &[Buffer]) -> io::
     result(unsafe { libc::writev(fd.as_raw_fd(), vectors.list.as_ptr(), count) })
 }
 
-/// As [`write`], to a socket, without a signal when its other end is gone.
+/// As [`write()`], to a socket, without a signal when its other end is gone.
 pub(super) fn send(fd: BorrowedFd<'_>, header: &[u8], parts: &[Buffer]) -> io::Result<usize> {
     let first = libc::iovec {
         iov_base: header.as_ptr().cast_mut().cast(),
