@@ -15,7 +15,10 @@ unsafe impl Send for Scratch {}
 
 impl Scratch {
     pub(super) fn new(length: usize) -> Self {
-        Self((0..length).map(|_| UnsafeCell::new(0)).collect())
+        // Asked for as zeroes, so that the host gives pages only as they are used.
+        let zeroes = Box::into_raw(vec![0u8; length].into_boxed_slice());
+        // SAFETY: the box was let go of above, and a cell has the layout of what is in it.
+        Self(unsafe { Box::from_raw(zeroes as *mut [UnsafeCell<u8>]) })
     }
 
     fn slice(&self) -> VolatileSlice<'_> {
