@@ -1,5 +1,5 @@
-//! `demo`: two stock kernels as VMs on an instance without nested virtualization, and
-//! the same two on one that has it.
+//! `demo`: two stock kernels as VMs on an instance without nested virtualization, a whole
+//! Debian there, and the two kernels on an instance that has it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,11 +9,14 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::build;
+use crate::debian;
+use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour, Kernel};
 use crate::lab::Payload;
 use crate::project::Project;
 use crate::qemu::{self, Accelerator, End, Hardware, Machine};
+use crate::scripts::DEBIAN_DEMO;
 use crate::setup::{self, Need};
 
 /// Arguments of `demo`.
@@ -57,6 +60,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         with_module_here(project, &guests, &steps)?
     } else {
         in_lab(project, WITHOUT, &guests, &steps)?;
+        debian(project, &steps)?;
         if kvm_works(project)? {
             steps.say(
                 "this machine's own KVM works: the same kernels as VMs inside it, without QEMU",
@@ -120,16 +124,43 @@ fn in_lab(project: &Project, cpu: &str, guests: &[Kernel], steps: &Steps) -> Res
     steps.say(&format!(
         "booting an instance with 2 CPUs and 2 GiB, {by}; times below are its own"
     ));
-    let timeout = Duration::from_secs(600);
+    show(project, machine, &payload, 600)?;
+    steps.say(if inside_kvm {
+        "VMs ended, instance powered off"
+    } else {
+        "VMs ended, module unloaded, instance powered off"
+    });
+    Ok(())
+}
+
+/// A whole Debian as a VM, out of its own disk image.
+fn debian(project: &Project, steps: &Steps) -> Result<()> {
+    let variant = debian::Variant::Base;
+    let drive = debian::drive(project, variant)?;
+    let host = kernels::fetch(project, Flavour::Cloud)?;
+    let mut payload = Payload::new(project, &host, Hardware::Virtio, WITHOUT)?;
+    payload.more_modules(project, &host, &["tun"])?;
+    payload.module(&build::module_for(project, &host)?);
+    payload.program(&build::command(project)?)?;
+    payload.for_image(&guestware::network_tools(project)?);
+    payload.command(DEBIAN_DEMO);
+    steps.say("an instance without nested virtualization, and a whole Debian as its VM:");
+    let machine = Machine {
+        extra: drive,
+        ..Machine::new(WITHOUT, host, "3G")
+    };
+    show(project, machine, &payload, 1800)?;
+    steps.say("VM ended, instance powered off");
+    Ok(())
+}
+
+/// Boots an instance and shows what its command says.
+fn show(project: &Project, machine: Machine, payload: &Payload, seconds: u64) -> Result<()> {
+    let timeout = Duration::from_secs(seconds);
     let mut out = std::io::stdout().lock();
     let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut out)?;
     drop(out);
     if outcome.end == End::Exit(0) && outcome.complaints == 0 {
-        steps.say(if inside_kvm {
-            "VMs ended, instance powered off"
-        } else {
-            "VMs ended, module unloaded, instance powered off"
-        });
         outcome.discard();
         return Ok(());
     }

@@ -346,6 +346,13 @@ impl Payload {
         Ok(())
     }
 
+    /// For an instance with a disk image: Debian's ssh, passt and iperf3, and a root that
+    /// they can leave.
+    pub fn for_image(&mut self, tools: &Files) {
+        self.archive.add(tools);
+        self.archive.text("lab/leave-initramfs", 0o644, "");
+    }
+
     /// Has init load this module.
     pub fn module(&mut self, module: &Path) {
         self.archive.copy("lab/blanket.ko", 0o644, module);

@@ -87,6 +87,12 @@ pub const MERGED_10: &str = concat!(
     include_str!("../../tests/lab-scripts/density.sh")
 );
 
+/// The same, shown.
+pub const DEBIAN_DEMO: &str = concat!(
+    include_str!("../../tests/lab-scripts/debian-common.sh"),
+    include_str!("../../tests/lab-scripts/demo-debian.sh")
+);
+
 /// The same under load.
 pub const DEBIAN_LOAD: &str = concat!(
     include_str!("../../tests/lab-scripts/debian-common.sh"),

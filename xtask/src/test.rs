@@ -492,8 +492,7 @@ impl<'a> Bench<'a> {
         payload.archive.add(files);
         payload.archive.add(&self.instance_files);
         if case.image.is_some() {
-            payload.archive.add(&self.network_tools);
-            payload.archive.text("lab/leave-initramfs", 0o644, "");
+            payload.for_image(&self.network_tools);
         }
         payload.archive.text("bin/guest", 0o755, GUEST);
         payload.guest_initrd(&initramfs::guest(project, None, files)?)?;
