@@ -290,7 +290,10 @@ fn single() -> Vec<Case> {
             ..kvm(hard_times("kvm-kill-vmm", 600, KILL_VMM))
         },
         hard_times("host-cpus", 420, HOST_CPUS),
-        kvm(hard_times("kvm-host-cpus", 600, HOST_CPUS)),
+        Case {
+            long: true,
+            ..kvm(hard_times("kvm-host-cpus", 600, HOST_CPUS))
+        },
         Case {
             host: Flavour::Generic,
             ..hard_times("suspend", 420, SUSPEND)
@@ -333,11 +336,17 @@ fn single() -> Vec<Case> {
             append: "crashkernel=256M",
             ..hard_times("kdump", 420, KEXEC_CRASH)
         },
-        kvm(Case {
-            append: "crashkernel=256M",
-            ..hard_times("kvm-kdump", 600, KEXEC_CRASH)
-        }),
-        kvm(observe("kvm-observe")),
+        Case {
+            long: true,
+            ..kvm(Case {
+                append: "crashkernel=256M",
+                ..hard_times("kvm-kdump", 600, KEXEC_CRASH)
+            })
+        },
+        Case {
+            long: true,
+            ..kvm(observe("kvm-observe"))
+        },
         Case {
             name: "two-guests".into(),
             timeout: 240,
@@ -376,9 +385,15 @@ fn single() -> Vec<Case> {
             ..guest("stress-ng-long", 7200, 4, "sh /tests/stress-ng.sh all")
         },
         guest("storm", 300, 4, STORM),
-        kvm(guest("kvm-storm", 600, 4, STORM)),
+        Case {
+            long: true,
+            ..kvm(guest("kvm-storm", 600, 4, STORM))
+        },
         guest("hotplug", 300, 4, "abi-test hotplug"),
-        kvm(guest("kvm-stress", 900, 2, "N=5 sh /tests/stress.sh")),
+        Case {
+            long: true,
+            ..kvm(guest("kvm-stress", 900, 2, "N=5 sh /tests/stress.sh"))
+        },
         Case {
             long: true,
             ..kvm(guest(
@@ -483,6 +498,7 @@ fn single() -> Vec<Case> {
         }),
         kvm(Case {
             name: "kvm-idle-clock".into(),
+            long: true,
             icount: true,
             work: Work::Instance {
                 script: include_str!("../../tests/lab-scripts/idle-clock.sh"),
@@ -491,7 +507,10 @@ fn single() -> Vec<Case> {
             ..Case::default()
         }),
         memory("memory-128M", "128M"),
-        memory("memory-1G", "1G"),
+        Case {
+            long: true,
+            ..memory("memory-1G", "1G")
+        },
         Case {
             memory: "4G",
             long: true,
@@ -759,7 +778,7 @@ pub fn cases() -> Vec<Case> {
         .chain(&matrix)
         .filter(|case| also_isolated.contains(&case.name.as_str()))
         .map(|case| Case {
-            long: case.name.starts_with("kvm-abi"),
+            long: case.name.contains("abi"),
             timeout: case.timeout * 2,
             ..isolated(case.clone())
         })

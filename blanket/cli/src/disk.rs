@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::{seconds, size};
 use crate::control::{Answer, Request, ask_vm};
-use crate::exit::output;
+use crate::exit::{self, output};
 use crate::table::table;
 
 /// Most disks of a VM: Linux numbers them in one byte.
@@ -202,6 +202,14 @@ pub enum DiskCommand {
         /// Format of the image, if its name does not say it
         #[arg(long)]
         format: Option<Format>,
+    },
+    /// Say what an image would boot as a VM, and whether it can; exits with 1 if not
+    Boot {
+        /// The image, with options as for `run`
+        image: DiskSpec,
+        /// Another of its boot entries than its own default
+        #[arg(long)]
+        boot_entry: Option<String>,
     },
     /// Say what an image is, and what it stands on
     Info {
@@ -406,6 +414,7 @@ pub fn command(command: &DiskCommand) -> Result<ExitCode> {
         } => {
             blanket_disk::snapshot(file, *format, overlay)?;
         }
+        DiskCommand::Boot { image, boot_entry } => return boot(image, boot_entry.as_deref()),
         DiskCommand::Info {
             file,
             format,
@@ -414,6 +423,35 @@ pub fn command(command: &DiskCommand) -> Result<ExitCode> {
         } => image_info(file, *format, backing, *json)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn boot(image: &DiskSpec, entry: Option<&str>) -> Result<ExitCode> {
+    let (options, _) = image.understand(0).map_err(anyhow::Error::msg)?;
+    let options = Options {
+        read_only: true,
+        ..options
+    };
+    let opened = blanket_disk::open(&image.path, &options)?;
+    let path = image.path.display();
+    let offer =
+        blanket_vmm::boot::look(opened.reader(), entry).with_context(|| path.to_string())?;
+    let mut text = format!("{path}: {}\n", offer.config);
+    for (index, (title, kernel)) in offer.entries.iter().enumerate() {
+        text.push_str(&format!("  {index}: {title}  ({kernel})\n"));
+    }
+    for note in &offer.notes {
+        text.push_str(&format!("  note: {note}\n"));
+    }
+    let (files, cmdline) = &offer.chosen;
+    text.push_str(&format!("boots {files}\n  {cmdline}\n"));
+    output(&text)?;
+    if offer.problems.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    for problem in &offer.problems {
+        eprintln!("blanket: {problem}");
+    }
+    Ok(ExitCode::from(exit::FAILURE))
 }
 
 /// The same disk for a process with another working directory.

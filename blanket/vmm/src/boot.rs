@@ -65,6 +65,46 @@ pub(crate) fn from_disk(spec: &Spec, path: &Path, reader: Reader) -> Result<Star
     })
 }
 
+/// What an image offers to boot.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// Where its boot configuration is.
+    pub config: String,
+    /// Titles and kernels, in the menu's order.
+    pub entries: Vec<(String, String)>,
+    /// What was passed over in the configuration.
+    pub notes: Vec<String>,
+    /// The entry that would be booted: its files, and its whole command line.
+    pub chosen: (String, String),
+    /// Why a VM of it would not come up; empty if nothing is seen.
+    pub problems: Vec<String>,
+}
+
+/// Looks what an image would boot as a VM, and whether it can.
+///
+/// # Errors
+/// There is nothing to boot in it, or no such entry.
+pub fn look(reader: Reader, entry: Option<&str>) -> Result<Offer, blanket_boot::Error> {
+    let mut image = Image::open(Arc::new(Disk(reader)))?;
+    let menu = image.menu()?;
+    let chosen = menu.pick(entry)?;
+    let loaded = image.load(chosen)?;
+    let kernel = Kernel::parse(loaded.kernel).err();
+    let driver = initrd::driver(&loaded.initrd, initrd::BLOCK_DRIVER).err();
+    let problems = [
+        kernel.map(|kind| format!("the kernel {} {kind}", chosen.kernel())),
+        driver.map(|problem| problem.to_string()),
+    ];
+    let name = |entry: &blanket_boot::Entry| (entry.title.clone(), entry.kernel().to_owned());
+    Ok(Offer {
+        config: menu.config.clone(),
+        entries: menu.entries.iter().map(name).collect(),
+        notes: menu.notes.clone(),
+        chosen: (loaded.description, with_console(&loaded.cmdline, "")),
+        problems: problems.into_iter().flatten().collect(),
+    })
+}
+
 /// The image's command line and the user's, with the console that Blanket gives as the
 /// last one, which is the one that `/dev/console` is.
 pub(crate) fn with_console(image: &str, user: &str) -> String {

@@ -6,7 +6,7 @@
 //! shared with a hostile writer: it is read once, checked, and never trusted.
 
 pub mod balloon;
-mod boot;
+pub mod boot;
 pub mod builder;
 pub mod console;
 pub mod core_image;
