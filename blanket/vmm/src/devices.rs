@@ -158,3 +158,6 @@ impl Instance {
         self.running_bus()?.report(class, number)
     }
 }
+
+#[cfg(test)]
+mod tests;
