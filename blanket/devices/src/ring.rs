@@ -166,4 +166,8 @@ impl<const SLOT: usize> Ring<SLOT> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "small numbers of the tests' own making"
+)]
 mod tests;

@@ -219,6 +219,21 @@ impl FakeGuest {
         self.changed.notify_all();
     }
 
+    /// Removes a node, and all below it, as the guest.
+    ///
+    /// # Panics
+    /// The guest may not.
+    pub fn remove(&self, path: &str) {
+        let path = Path::parse(path, domid::GUEST).expect("a path");
+        let mut state = self.lock();
+        let conn = state.conn;
+        let removed = state.store.remove(conn, None, &path);
+        removed.expect("the guest may remove it");
+        state.tell();
+        drop(state);
+        self.changed.notify_all();
+    }
+
     /// Reads a node as the guest.
     pub fn get(&self, path: &str) -> Option<String> {
         let path = Path::parse(path, domid::GUEST).expect("a path");
