@@ -26,12 +26,13 @@ users:
     shell: /bin/bash
     ssh_authorized_keys: ["$(cat key.pub)"]
 U
+# systemd names what the kernel calls eth0.
 cat >network <<'N'
 version: 2
 ethernets:
-  eth0:
+  enX0:
     addresses: [192.168.77.2/24, "fd77::2/64"]
-  eth1:
+  enX1:
     dhcp4: true
 N
 

@@ -8,6 +8,8 @@ use anyhow::{Context, Result, ensure};
 use xshell::cmd;
 
 use crate::build;
+use crate::debian::{self, Variant};
+use crate::guestware;
 use crate::initramfs::{self, Files, Initramfs};
 use crate::kernels::{self, Flavour, Kernel};
 use crate::project::Project;
@@ -36,6 +38,10 @@ pub struct Args {
     /// Directory whose content the instances find at /share.
     #[arg(long)]
     share: Option<PathBuf>,
+    /// Give the instances a disk of Debian 12 at /dev/vdb (a copy: what is written is lost),
+    /// and Debian's ssh, passt and iperf3.
+    #[arg(long)]
+    image: Option<Variant>,
     /// Number of instances, on one network as 10.77.0.N; the command runs in the first.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=200))]
     nodes: u32,
@@ -94,6 +100,12 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if let Some(share) = &args.share {
         payload.archive.copy_tree("share", share)?;
     }
+    let mut extra: Vec<String> = args.qemu.split_whitespace().map(str::to_owned).collect();
+    if let Some(variant) = args.image {
+        extra.extend(debian::drive(project, variant)?);
+        payload.for_image(&guestware::network_tools(project)?);
+        payload.more_modules(project, &kernel, &["tun"])?;
+    }
     let group = (args.nodes > 1).then(group_address);
     let machines: Vec<Machine> = (1..=args.nodes)
         .map(|node| Machine {
@@ -106,7 +118,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             append: args.append.clone(),
             node,
             group: group.clone(),
-            extra: args.qemu.split_whitespace().map(str::to_owned).collect(),
+            extra: extra.clone(),
         })
         .collect();
     if args.command.is_empty() {

@@ -30,8 +30,8 @@ needs no privilege (package passt); `tap=NAME` connects it to a tap device that 
 commas: `mac=ADDRESS` (otherwise made of the machine's and the VM's name, and kept over restarts), `queues=N`, `mtu=N`, `filter` \
 (drop what the guest sends under another address), `bps-in=SIZE`, `bps-out=SIZE`, `pps-in=N`, `pps-out=N` \
 (limits to and from the guest for each second); for `user` also `tcp=[ADDRESS/]PORT:GUESTPORT` and `udp=...` \
-(ports of this machine that lead to the guest), each any number of times. The guest calls them eth0, eth1, \
-... in their order.";
+(ports of this machine that lead to the guest), each any number of times. The guest's kernel calls them eth0, \
+eth1, ... in their order, and its systemd enX0, enX1, ...";
 
 /// Where a network leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
