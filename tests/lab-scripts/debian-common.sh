@@ -20,6 +20,11 @@ ip route add default via 10.77.0.254
 ssh-keygen -q -t ed25519 -N '' -f key || fail "no key"
 cat >user-data <<U
 #cloud-config
+# One kind of host key: an emulator makes RSA keys for minutes.
+ssh_genkeytypes: [ed25519]
+no_ssh_fingerprints: true
+ssh: {emit_keys_to_console: false}
+apt: {preserve_sources_list: true}
 users:
   - name: user
     sudo: ALL=(ALL) NOPASSWD:ALL
