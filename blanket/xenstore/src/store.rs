@@ -17,6 +17,10 @@ pub type DomId = u16;
 pub struct ConnId(u32);
 
 impl ConnId {
+    pub(crate) const fn of(number: u32) -> Self {
+        Self(number)
+    }
+
     /// Its number, by which a saved state names it.
     #[must_use]
     pub const fn number(self) -> u32 {

@@ -1,3 +1,7 @@
+mod model;
+mod state;
+mod twin;
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
