@@ -181,20 +181,20 @@ fn damage(value: &mut Value, at: &mut usize, take: &mut Take<'_>) {
     if here {
         let how = take.byte();
         match value {
-            Value::Array(list) if how % 4 == 0 => {
+            Value::Array(list) if how.is_multiple_of(4) => {
                 list.pop();
             }
             Value::Array(list) if how % 4 == 1 => list.extend(list.last().cloned()),
             Value::Array(list) if how % 4 == 2 => list.reverse(),
-            Value::Object(map) if how % 8 == 0 => {
+            Value::Object(map) if how.is_multiple_of(8) => {
                 map.insert("more".to_owned(), Value::Null);
             }
-            Value::Number(number) if how % 4 != 0 => {
+            Value::Number(number) if !how.is_multiple_of(4) => {
                 let by = u64::from(take.byte() % 5);
                 let number = number.as_u64().unwrap_or(0);
                 *value = number.wrapping_add(by).wrapping_sub(2).into();
             }
-            Value::String(text) if how % 2 == 0 => {
+            Value::String(text) if how.is_multiple_of(2) => {
                 *value = match take.below(4) {
                     0 => format!("{text}/a"),
                     1 => text.rsplit_once('/').map_or("", |(up, _)| up).to_owned(),
@@ -270,7 +270,7 @@ pub fn state(data: &[u8]) {
     let mut restored = Vec::new();
     for end in &ends {
         let mut saved = serde_json::to_value(end.save()).expect("plain data");
-        if take.byte() % 4 == 0 {
+        if take.byte().is_multiple_of(4) {
             let place = take.below(256);
             let mut at = place % size(&saved);
             damage(&mut saved, &mut at, &mut take);

@@ -117,11 +117,14 @@ struct Watch {
     depth: Option<usize>,
 }
 
+/// An open transaction: its number, what was done in it, and the model's version
+/// when it began.
+type Open = (u32, Vec<(Req, Reply)>, usize);
+
 struct Client {
     domain: DomId,
     watches: Vec<Watch>,
-    /// Open transactions: number, what was done, and the model's version then.
-    open: Vec<(u32, Vec<(Req, Reply)>, usize)>,
+    open: Vec<Open>,
 }
 
 /// A change: the node, its permissions before and after, what went with it.

@@ -160,7 +160,8 @@ fn a_transaction_that_would_break_the_tree_is_refused() {
         Ok(b"v".to_vec())
     );
 
-    let changes: [(&dyn Fn(&mut TransactionState), &str); 6] = [
+    type Damage<'a> = &'a dyn Fn(&mut TransactionState);
+    let changes: [(Damage<'_>, &str); 6] = [
         (
             &|tx| tx.written.retain(|w| w.path != DATA),
             "directory does not list",
