@@ -4,12 +4,15 @@ use std::collections::VecDeque;
 
 use crate::node::Perm;
 use crate::path::Path;
-use crate::wire::{HEADER, Header, Kind, PAYLOAD_MAX};
+use crate::wire::{FEATURES, HEADER, Header, Kind, PAYLOAD_MAX};
 use crate::{ConnId, DomId, Errno, Store, TxId};
 
 /// Unread output at which no further request is taken in: the client must read
 /// its replies first.
-const OUTPUT_LIMIT: usize = 32 << 10;
+pub(crate) const OUTPUT_LIMIT: usize = 32 << 10;
+
+/// "Myself", as a domain may call itself (`public/xen.h`).
+const DOMID_SELF: DomId = 0x7ff0;
 
 /// A message that cannot be followed by another one: the stream is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,9 +25,10 @@ pub struct ProtocolError(pub u32);
 /// header and does not signal again for the payload).
 #[derive(Debug)]
 pub struct Connection {
-    conn: ConnId,
-    input: Vec<u8>,
-    output: VecDeque<u8>,
+    pub(crate) conn: ConnId,
+    /// A message of which more is to come.
+    pub(crate) input: Vec<u8>,
+    pub(crate) output: VecDeque<u8>,
 }
 
 impl Connection {
@@ -124,8 +128,8 @@ impl Connection {
     }
 
     fn emit(&mut self, kind: u32, request: u32, transaction: u32, payload: &[u8]) {
-        // Bounded by PAYLOAD_MAX, except for an event with a path and a token of
-        // full length, which is within u32 all the same.
+        // At most PAYLOAD_MAX: longer replies became E2BIG, and longer events are
+        // not made.
         let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
         self.output.extend(
             Header {
@@ -169,7 +173,15 @@ fn answer(
 ) -> Result<Vec<u8>, Errno> {
     let domain = store.domain(conn).ok_or(Errno::Io)?;
     let kind = Kind::from_number(header.kind).ok_or(Errno::NoSys)?;
-    let tx = (header.transaction != 0).then_some(TxId(header.transaction));
+    if domain != 0 && is_privileged(kind) {
+        return Err(Errno::Acces);
+    }
+    // Watches are not part of transactions, and the number is ignored.
+    let outside = matches!(kind, Kind::Watch | Kind::Unwatch | Kind::Control);
+    let tx = (header.transaction != 0 && !outside).then_some(TxId(header.transaction));
+    if tx.is_some_and(|tx| !store.has_transaction(conn, tx)) {
+        return Err(Errno::NoEnt);
+    }
     let one_path = || -> Result<Path, Errno> {
         match strings(payload)?[..] {
             [path] => Path::parse(text(path)?, domain),
@@ -212,15 +224,16 @@ fn answer(
         Kind::Rm => store.remove(conn, tx, &one_path()?).map(|()| ok()),
         Kind::Watch | Kind::Unwatch => {
             let parts = strings(payload)?;
-            let [path, token, ..] = parts[..] else {
-                return Err(Errno::Inval);
+            let (path, token, depth) = match (kind, &parts[..]) {
+                (_, &[path, token]) => (path, token, None),
+                (Kind::Watch, &[path, token, depth]) => (path, token, depth_of(depth)?),
+                // A reserved word, which clients send empty if they send it.
+                (Kind::Unwatch, &[path, token, b""]) => (path, token, None),
+                _ => return Err(Errno::Inval),
             };
             let path = text(path)?;
-            if path.len() + token.len() + 2 > PAYLOAD_MAX {
-                return Err(Errno::Inval);
-            }
             if kind == Kind::Watch {
-                store.watch(conn, path, token).map(|()| ok())
+                store.watch_levels(conn, path, token, depth).map(|()| ok())
             } else {
                 store.unwatch(conn, path, token).map(|()| ok())
             }
@@ -247,34 +260,81 @@ fn answer(
             _ => Err(Errno::Inval),
         },
         Kind::IsDomainIntroduced => match strings(payload)?[..] {
-            [id] => Ok(nul(if store.is_introduced(number(id)?) {
-                "T"
-            } else {
-                "F"
-            })),
+            [id] => {
+                let id = number(id)?;
+                let known = id == DOMID_SELF || store.is_introduced(id);
+                Ok(nul(if known { "T" } else { "F" }))
+            }
             _ => Err(Errno::Inval),
         },
-        Kind::Introduce | Kind::Release | Kind::Resume | Kind::SetTarget | Kind::Control
-            if domain != 0 =>
-        {
-            Err(Errno::Acces)
-        }
-        // The VMM introduces domains by calls, not by messages.
+        Kind::GetFeature => get_feature(store, domain, payload),
+        // The VMM does all this by calls, not by messages.
         Kind::Introduce
         | Kind::Release
         | Kind::Resume
         | Kind::SetTarget
         | Kind::Control
-        | Kind::GetFeature
         | Kind::SetFeature
         | Kind::GetQuota
-        | Kind::SetQuota => Err(Errno::NoSys),
-        Kind::WatchEvent | Kind::Error => Err(Errno::Inval),
+        | Kind::SetQuota
+        // These only a store sends.
+        | Kind::WatchEvent
+        | Kind::Error => Err(Errno::NoSys),
     }
 }
 
+/// Requests that Xen takes from its tool stack only.
+const fn is_privileged(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Introduce
+            | Kind::Release
+            | Kind::Resume
+            | Kind::SetTarget
+            | Kind::Control
+            | Kind::SetFeature
+            | Kind::GetQuota
+            | Kind::SetQuota
+    )
+}
+
+/// GET_FEATURE: a guest may ask for its own, domain 0 for those of any domain. All
+/// have the same.
+fn get_feature(store: &Store, domain: DomId, payload: &[u8]) -> Result<Vec<u8>, Errno> {
+    // No word at all, or an empty one: the asking domain's own.
+    if !payload.is_empty() && payload != b"\0" {
+        if domain != 0 {
+            return Err(Errno::Acces);
+        }
+        let [id] = strings(payload)?[..] else {
+            return Err(Errno::Inval);
+        };
+        if !store.is_introduced(number(id)?) {
+            return Err(Errno::NoEnt);
+        }
+    }
+    Ok(nul(&FEATURES.to_string()))
+}
+
+/// The third word of WATCH: a depth, or nothing as of old.
+fn depth_of(word: &[u8]) -> Result<Option<u32>, Errno> {
+    if word.is_empty() {
+        return Ok(None);
+    }
+    digits(word)?.parse().map(Some).map_err(|_| Errno::Inval)
+}
+
 fn number(bytes: &[u8]) -> Result<DomId, Errno> {
-    text(bytes)?.parse().map_err(|_| Errno::Inval)
+    digits(bytes)?.parse().map_err(|_| Errno::Inval)
+}
+
+/// A word of decimal digits; `parse` alone would also take a sign.
+fn digits(bytes: &[u8]) -> Result<&str, Errno> {
+    if bytes.iter().all(u8::is_ascii_digit) {
+        text(bytes)
+    } else {
+        Err(Errno::Inval)
+    }
 }
 
 /// DIRECTORY_PART: the listing from a byte offset on, headed by the directory's
@@ -291,7 +351,7 @@ fn directory_part(
         return Err(Errno::Inval);
     };
     let path = Path::parse(text(path)?, domain)?;
-    let offset: usize = text(offset)?.parse().map_err(|_| Errno::Inval)?;
+    let offset: usize = digits(offset)?.parse().map_err(|_| Errno::Inval)?;
     let (names, generation) = store.directory(conn, tx, &path)?;
     let mut reply = nul(&generation.to_string());
     let mut at = 0;

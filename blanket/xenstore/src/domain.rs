@@ -116,7 +116,7 @@ impl Store {
         })();
         self.end(conn, tx, result.is_ok())?;
         result?;
-        self.announce("@introduceDomain");
+        self.announce("@introduceDomain", id);
         Ok(())
     }
 
@@ -129,7 +129,7 @@ impl Store {
             return Err(Errno::Acces);
         }
         self.remove(conn, None, &Path::home(domain))?;
-        self.announce("@releaseDomain");
+        self.announce("@releaseDomain", domain);
         Ok(())
     }
 

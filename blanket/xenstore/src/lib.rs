@@ -9,10 +9,14 @@ mod node;
 mod ops;
 mod path;
 mod quota;
+pub mod state;
 mod store;
 mod transaction;
 mod watch;
 pub mod wire;
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use connection::{Connection, ProtocolError};
 pub use device::DeviceId;

@@ -77,7 +77,12 @@ impl Perm {
             Some(b'b') => Access::BOTH,
             _ => return Err(Errno::Inval),
         };
-        let domain = text[1..].parse().map_err(|_| Errno::Inval)?;
+        let domain = &text[1..];
+        // `parse` would also take a sign.
+        if !domain.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(Errno::Inval);
+        }
+        let domain = domain.parse().map_err(|_| Errno::Inval)?;
         Ok(Self { domain, access })
     }
 

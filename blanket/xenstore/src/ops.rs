@@ -113,6 +113,7 @@ pub(crate) fn write(
     if domain != 0 && value.len() > quotas.value {
         return Err(Errno::NoSpc);
     }
+    view.room_for(1)?;
     let mut node = match view.get(path)? {
         Some(node) if access(&node.perms, domain).write => node,
         Some(_) => return Err(Errno::Acces),
@@ -138,6 +139,7 @@ pub(crate) fn mkdir(view: &mut View<'_>, domain: DomId, path: &Path) -> Result<(
             Err(Errno::Acces)
         };
     }
+    view.room_for(1)?;
     let node = create(view, domain, path)?;
     view.changed(Change {
         path: path.clone(),
@@ -164,10 +166,16 @@ pub(crate) fn remove(view: &mut View<'_>, domain: DomId, path: &Path) -> Result<
     while let Some(at) = todo.pop() {
         let Some(node) = view.get(&at)? else { continue };
         todo.extend(node.children.iter().map(|name| at.child(name)));
-        view.remove(&at);
         removed.insert(at, node.perms);
     }
-    if let Some(mut above) = view.get(&parent)? {
+    let above = view.get(&parent)?;
+    view.room_for(removed.len())?;
+    // Nothing fails from here on: half a removal would leave nodes without a
+    // directory behind.
+    for at in removed.keys() {
+        view.remove(at);
+    }
+    if let Some(mut above) = above {
         above.children.remove(path.name());
         view.put(&parent, above);
     }
@@ -201,6 +209,7 @@ pub(crate) fn set_perms(
     if domain != 0 && first.domain != domain {
         return Err(Errno::Perm);
     }
+    view.room_for(1)?;
     let before = std::mem::replace(&mut node.perms, perms.to_vec());
     view.put(path, node);
     let perms = vec![before, perms.to_vec()];

@@ -89,10 +89,31 @@ impl Path {
     /// Whether this is `ancestor` or lies below it.
     #[must_use]
     pub fn is_within(&self, ancestor: &Self) -> bool {
-        match self.0.strip_prefix(&*ancestor.0) {
-            Some(rest) => rest.is_empty() || rest.starts_with('/') || &*ancestor.0 == "/",
-            None => false,
+        self.levels_below(ancestor).is_some()
+    }
+
+    /// How many levels this lies below `ancestor`: 0 if it is the same node, `None`
+    /// if it lies elsewhere.
+    #[must_use]
+    pub fn levels_below(&self, ancestor: &Self) -> Option<usize> {
+        if &*ancestor.0 == "/" {
+            let root = &*self.0 == "/";
+            return Some(if root { 0 } else { self.0.matches('/').count() });
         }
+        let rest = self.0.strip_prefix(&*ancestor.0)?;
+        (rest.is_empty() || rest.starts_with('/')).then(|| rest.matches('/').count())
+    }
+
+    /// Whether a name can be a component of a path.
+    pub(crate) fn is_name(text: &str) -> bool {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_@".contains(c);
+        !text.is_empty() && text.chars().all(allowed)
+    }
+
+    /// Whether a node of this name in this directory would have a path that is
+    /// too long.
+    pub(crate) fn is_too_long_with(&self, name: &str) -> bool {
+        self.0.len() + 1 + name.len() > ABSOLUTE_MAX
     }
 }
 
@@ -102,6 +123,17 @@ impl fmt::Display for Path {
     }
 }
 
+/// Whether this is a special name that can be watched.
+pub(crate) fn is_special(text: &str) -> bool {
+    let (name, domain) = match text.split_once('/') {
+        Some((name, domain)) => (name, Some(domain)),
+        None => (text, None),
+    };
+    // One spelling for each number, so that equal names are equal texts.
+    let plain = |text: &str| text.parse().is_ok_and(|n: DomId| n.to_string() == text);
+    matches!(name, "@introduceDomain" | "@releaseDomain") && domain.is_none_or(plain)
+}
+
 /// What a watch looks at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Watched {
@@ -109,7 +141,8 @@ pub enum Watched {
     Absolute(Path),
     /// The same, named relative to the domain's home.
     Relative(Path),
-    /// `@introduceDomain` or `@releaseDomain`.
+    /// `@introduceDomain` or `@releaseDomain`, for all domains or, with `/` and a
+    /// number behind it, for one.
     Special(Box<str>),
 }
 
@@ -119,10 +152,31 @@ impl Watched {
     /// # Errors
     /// `EINVAL`, as [`Path::parse`].
     pub fn parse(text: &str, domain: DomId) -> Result<Self, Errno> {
-        match text {
-            "@introduceDomain" | "@releaseDomain" => Ok(Self::Special(text.into())),
-            _ if text.starts_with('/') => Ok(Self::Absolute(Path::parse(text, domain)?)),
-            _ => Ok(Self::Relative(Path::parse(text, domain)?)),
+        if is_special(text) {
+            return Ok(Self::Special(text.into()));
+        }
+        let path = Path::parse(text, domain)?;
+        Ok(if text.starts_with('/') {
+            Self::Absolute(path)
+        } else {
+            Self::Relative(path)
+        })
+    }
+
+    /// Whether both look at the same thing, however they name it.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Special(name), Self::Special(other)) => name == other,
+            _ => self.path().is_some() && self.path() == other.path(),
+        }
+    }
+
+    /// The text that a client of this domain names it by.
+    pub(crate) fn text(&self, domain: DomId) -> String {
+        match self {
+            Self::Special(name) => name.to_string(),
+            Self::Absolute(path) | Self::Relative(path) => self.report(path, domain),
         }
     }
 

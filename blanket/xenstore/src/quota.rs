@@ -17,6 +17,9 @@ pub struct Quotas {
     pub transactions: usize,
     /// Nodes that a transaction looks at or changes.
     pub transaction_nodes: usize,
+    /// Changes that an open transaction remembers for the watches; a removal counts
+    /// as one for each node that goes.
+    pub transaction_changes: usize,
     /// Watch events that wait for the domain to read them. More are dropped:
     /// a guest that does not read has lost them for itself only.
     pub events: usize,
@@ -34,6 +37,7 @@ impl Default for Quotas {
             watches: 128,
             transactions: 10,
             transaction_nodes: 1024,
+            transaction_changes: 4096,
             events: 2048,
         }
     }

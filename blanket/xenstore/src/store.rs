@@ -6,6 +6,7 @@ use crate::node::{Node, Perm};
 use crate::path::{Path, Watched};
 use crate::transaction::{Transaction, Tree, View};
 use crate::watch::{Change, Event, Watch, Watches};
+use crate::wire::PAYLOAD_MAX;
 use crate::{Access, Errno, Quotas, ops};
 
 /// A domain's number.
@@ -15,26 +16,40 @@ pub type DomId = u16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnId(u32);
 
+impl ConnId {
+    pub(crate) const fn of(number: u32) -> Self {
+        Self(number)
+    }
+
+    /// Its number, by which a saved state names it.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+}
+
 /// A transaction of a client; never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TxId(pub u32);
 
 #[derive(Debug)]
-struct Client {
-    domain: DomId,
-    watches: Watches,
-    transactions: BTreeMap<TxId, Transaction>,
-    next_transaction: u32,
+pub(crate) struct Client {
+    pub domain: DomId,
+    pub watches: Watches,
+    pub transactions: BTreeMap<TxId, Transaction>,
+    /// Where the search for a free number begins; never 0.
+    pub next_transaction: u32,
 }
 
 /// The tree and its clients. Every request names its client; domain 0 may do
 /// everything.
 #[derive(Debug)]
 pub struct Store {
-    tree: Tree,
-    clients: BTreeMap<ConnId, Client>,
-    next_client: u32,
-    quotas: Quotas,
+    pub(crate) tree: Tree,
+    pub(crate) clients: BTreeMap<ConnId, Client>,
+    /// Where the search for a free number begins; never 0.
+    pub(crate) next_client: u32,
+    pub(crate) quotas: Quotas,
 }
 
 impl Default for Store {
@@ -59,8 +74,11 @@ impl Store {
 
     /// Adds a client of a domain.
     pub fn connect(&mut self, domain: DomId) -> ConnId {
-        let id = ConnId(self.next_client);
-        self.next_client += 1;
+        let mut id = ConnId(self.next_client);
+        while self.clients.contains_key(&id) {
+            id = ConnId(following(id.0));
+        }
+        self.next_client = following(id.0);
         let client = Client {
             domain,
             watches: Watches::default(),
@@ -74,6 +92,18 @@ impl Store {
     /// Forgets a client, its watches and its open transactions.
     pub fn disconnect(&mut self, conn: ConnId) {
         self.clients.remove(&conn);
+    }
+
+    /// All clients with their domains, by number.
+    pub fn clients(&self) -> impl Iterator<Item = (ConnId, DomId)> {
+        self.clients.iter().map(|(id, client)| (*id, client.domain))
+    }
+
+    /// The client with this number; to find one's own again in a restored store.
+    #[must_use]
+    pub fn client_by_number(&self, number: u32) -> Option<ConnId> {
+        let id = ConnId(number);
+        self.clients.contains_key(&id).then_some(id)
     }
 
     /// The domain of a client.
@@ -171,20 +201,41 @@ impl Store {
     /// Adds a watch; its first event comes at once.
     ///
     /// # Errors
-    /// `EEXIST` if the client has it already, `EINVAL` for the path, `ENOSPC`.
+    /// `EEXIST` if the client has it already, `EINVAL` for the path or the token,
+    /// `E2BIG` over a quota.
     pub fn watch(&mut self, conn: ConnId, path: &str, token: &[u8]) -> Result<(), Errno> {
+        self.watch_levels(conn, path, token, None)
+    }
+
+    /// Adds a watch that looks at most `depth` levels below its node: 0 for the node
+    /// alone, 1 for its children too.
+    ///
+    /// # Errors
+    /// As [`Store::watch`].
+    pub fn watch_levels(
+        &mut self,
+        conn: ConnId,
+        path: &str,
+        token: &[u8],
+        depth: Option<u32>,
+    ) -> Result<(), Errno> {
         let quotas = self.quotas;
         let client = self.client(conn)?;
         let domain = client.domain;
         let watch = Watch {
             watched: Watched::parse(path, domain)?,
             token: token.to_vec(),
+            depth,
         };
+        // An event must be able to carry both.
+        if token.contains(&0) || path.len() + token.len() + 2 > PAYLOAD_MAX {
+            return Err(Errno::Inval);
+        }
         if client.watches.contains(&watch) {
             return Err(Errno::Exist);
         }
         if domain != 0 && client.watches.len() >= quotas.watches {
-            return Err(Errno::NoSpc);
+            return Err(Errno::TooBig);
         }
         client.watches.add(watch, domain, &quotas);
         Ok(())
@@ -200,6 +251,7 @@ impl Store {
         let watch = Watch {
             watched,
             token: token.to_vec(),
+            depth: None,
         };
         if client.watches.remove(&watch) {
             Ok(())
@@ -232,7 +284,7 @@ impl Store {
         // Numbers may wrap around in a client's life; an open one is not reused.
         loop {
             let id = TxId(client.next_transaction);
-            client.next_transaction = client.next_transaction.checked_add(1).unwrap_or(1);
+            client.next_transaction = following(client.next_transaction);
             if let std::collections::btree_map::Entry::Vacant(entry) = client.transactions.entry(id)
             {
                 entry.insert(Transaction::default());
@@ -272,10 +324,20 @@ impl Store {
             .is_some_and(|client| client.watches.waiting())
     }
 
-    /// Tells all who watch `@introduceDomain` or `@releaseDomain`.
-    pub(crate) fn announce(&mut self, special: &str) {
+    /// Whether a client has this transaction open.
+    pub(crate) fn has_transaction(&self, conn: ConnId, tx: TxId) -> bool {
+        self.clients
+            .get(&conn)
+            .is_some_and(|client| client.transactions.contains_key(&tx))
+    }
+
+    /// Tells all who watch `@introduceDomain` or `@releaseDomain` and may know: other
+    /// domains are no guest's business.
+    pub(crate) fn announce(&mut self, special: &str, domain: DomId) {
         for client in self.clients.values_mut() {
-            client.watches.fire_special(special, &self.quotas);
+            if client.domain == 0 {
+                client.watches.fire_special(special, domain, &self.quotas);
+            }
         }
     }
 
@@ -292,11 +354,7 @@ impl Store {
     ) -> Result<T, Errno> {
         let client = self.clients.get_mut(&conn).ok_or(Errno::Io)?;
         let domain = client.domain;
-        let limit = if domain == 0 {
-            usize::MAX
-        } else {
-            self.quotas.transaction_nodes
-        };
+        let (limit, changes_limit) = transaction_limits(domain, &self.quotas);
         match tx {
             Some(id) => {
                 let transaction = client.transactions.get_mut(&id).ok_or(Errno::NoEnt)?;
@@ -304,6 +362,7 @@ impl Store {
                     tree: &self.tree,
                     transaction,
                     limit,
+                    changes_limit,
                 };
                 run(&mut view, domain, &self.quotas)
             }
@@ -313,6 +372,7 @@ impl Store {
                     tree: &self.tree,
                     transaction: &mut transaction,
                     limit: usize::MAX,
+                    changes_limit: usize::MAX,
                 };
                 let result = run(&mut view, domain, &self.quotas)?;
                 let changes = transaction.commit(&mut self.tree, &self.quotas)?;
@@ -333,4 +393,19 @@ impl Store {
     pub(crate) fn tree(&self) -> &Tree {
         &self.tree
     }
+}
+
+/// How many nodes a domain's transaction may look at, and how many changes it may
+/// remember.
+pub(crate) fn transaction_limits(domain: DomId, quotas: &Quotas) -> (usize, usize) {
+    if domain == 0 {
+        (usize::MAX, usize::MAX)
+    } else {
+        (quotas.transaction_nodes, quotas.transaction_changes)
+    }
+}
+
+/// The number behind this one. Numbers may wrap around in a store's life; 0 is none.
+fn following(number: u32) -> u32 {
+    number.checked_add(1).unwrap_or(1)
 }

@@ -17,9 +17,9 @@ use crate::{DomId, Errno, Quotas};
 /// The nodes, with what each domain has taken of them.
 #[derive(Debug, Default)]
 pub(crate) struct Tree {
-    nodes: BTreeMap<Path, Node>,
+    pub nodes: BTreeMap<Path, Node>,
     usage: HashMap<DomId, Usage>,
-    generation: u64,
+    pub generation: u64,
 }
 
 impl Tree {
@@ -34,6 +34,11 @@ impl Tree {
     pub fn put(&mut self, path: &Path, mut node: Node) {
         self.generation += 1;
         node.generation = self.generation;
+        self.insert(path, node);
+    }
+
+    /// Puts a node that has its generation already.
+    pub fn insert(&mut self, path: &Path, node: Node) {
         self.charge(path, &node, 1);
         if let Some(old) = self.nodes.insert(path.clone(), node) {
             self.charge(path, &old, -1);
@@ -51,9 +56,9 @@ impl Tree {
         *self.usage.entry(node.owner()).or_default() += if sign < 0 { -usage } else { usage };
     }
 
-    #[cfg(test)]
-    pub fn nodes(&self) -> impl Iterator<Item = (&Path, &Node)> {
-        self.nodes.iter()
+    /// What each domain has taken.
+    pub fn usages(&self) -> impl Iterator<Item = (DomId, Usage)> {
+        self.usage.iter().map(|(domain, usage)| (*domain, *usage))
     }
 }
 
@@ -69,11 +74,13 @@ fn usage_of(path: &Path, node: &Node) -> Usage {
 #[derive(Debug, Default)]
 pub(crate) struct Transaction {
     /// Generation of each node when it was first looked at; `None` = absent.
-    seen: BTreeMap<Path, Option<u64>>,
-    /// Nodes written (`None` = removed).
-    written: BTreeMap<Path, Option<Node>>,
-    /// To be reported at commit.
-    changes: Vec<Change>,
+    pub seen: BTreeMap<Path, Option<u64>>,
+    /// Nodes written (`None` = removed). Each was looked at before.
+    pub written: BTreeMap<Path, Option<Node>>,
+    /// To be reported at commit. No two are alike, as the second would say nothing.
+    pub changes: Vec<Change>,
+    /// Sum of the changes' sizes.
+    pub changes_size: usize,
 }
 
 impl Transaction {
@@ -130,24 +137,51 @@ pub(crate) struct View<'a> {
     pub transaction: &'a mut Transaction,
     /// Most nodes that the transaction may look at.
     pub limit: usize,
+    /// Most changes that it may remember.
+    pub changes_limit: usize,
 }
 
 impl View<'_> {
-    /// A node; looking is remembered.
+    /// A node; looking is remembered. If there is none, so is that there are none
+    /// of the directories above it that are missing too: as long as the nearest one
+    /// that exists is the same, the node cannot have come into being.
+    ///
+    /// # Errors
+    /// `ENOSPC` over the limit. Then nothing is remembered of it.
     pub fn get(&mut self, path: &Path) -> Result<Option<Node>, Errno> {
         if let Some(written) = self.transaction.written.get(path) {
             return Ok(written.clone());
         }
-        let node = self.tree.get(path);
-        if !self.transaction.seen.contains_key(path) {
-            if self.transaction.seen.len() >= self.limit {
-                return Err(Errno::NoSpc);
+        let node = self.tree.get(path).cloned();
+        let mut new = Vec::new();
+        let mut at = Some(path.clone());
+        while let Some(place) = at {
+            let found = self.tree.get(&place).map(|node| node.generation);
+            at = match found {
+                Some(_) => None,
+                None => place.parent(),
+            };
+            if !self.transaction.seen.contains_key(&place) {
+                new.push((place, found));
             }
-            self.transaction
-                .seen
-                .insert(path.clone(), node.map(|node| node.generation));
         }
-        Ok(node.cloned())
+        if self.transaction.seen.len() + new.len() > self.limit {
+            return Err(Errno::NoSpc);
+        }
+        self.transaction.seen.extend(new);
+        Ok(node)
+    }
+
+    /// Whether changes of this many nodes can be noted. Asked before anything is
+    /// written, so that a request that fails leaves nothing behind.
+    ///
+    /// # Errors
+    /// `ENOSPC`
+    pub fn room_for(&self, changes: usize) -> Result<(), Errno> {
+        if self.transaction.changes_size.saturating_add(changes) > self.changes_limit {
+            return Err(Errno::NoSpc);
+        }
+        Ok(())
     }
 
     /// Writes a node that [`View::get`] has looked at.
@@ -160,8 +194,18 @@ impl View<'_> {
         self.transaction.written.insert(path.clone(), None);
     }
 
-    /// Notes a change for the watches.
+    /// Notes a change for the watches; [`View::room_for`] was asked before.
     pub fn changed(&mut self, change: Change) {
-        self.transaction.changes.push(change);
+        let transaction = &mut *self.transaction;
+        // From the back: a client that repeats itself mostly repeats its last words.
+        if !transaction
+            .changes
+            .iter()
+            .rev()
+            .any(|other| *other == change)
+        {
+            transaction.changes_size += change.size();
+            transaction.changes.push(change);
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::node::{Perm, access};
 use crate::path::{Path, Watched};
+use crate::wire::PAYLOAD_MAX;
 use crate::{DomId, Quotas};
 
 /// What the client of a watch is told.
@@ -15,14 +16,36 @@ pub struct Event {
     pub token: Vec<u8>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+impl Event {
+    /// Whether a message can carry it; one that is too long is not sent, as the
+    /// client could not take it.
+    pub(crate) fn fits(&self) -> bool {
+        self.path.len() + self.token.len() + 2 <= PAYLOAD_MAX
+    }
+}
+
+#[derive(Clone, Debug)]
 pub(crate) struct Watch {
     pub watched: Watched,
     pub token: Vec<u8>,
+    /// Most levels below the node that are looked at; all if there is no limit.
+    pub depth: Option<u32>,
+}
+
+impl Watch {
+    /// Whether a client would name both alike in UNWATCH.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.watched.is_same(&other.watched) && self.token == other.token
+    }
+
+    fn reaches(&self, levels: usize) -> bool {
+        self.depth
+            .is_none_or(|depth| usize::try_from(depth).is_ok_and(|depth| levels <= depth))
+    }
 }
 
 /// A change of the tree.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Change {
     pub path: Path,
     /// Permissions before and after, whichever exist: a client that may read with
@@ -32,12 +55,22 @@ pub(crate) struct Change {
     pub removed: Option<BTreeMap<Path, Vec<Perm>>>,
 }
 
+impl Change {
+    /// How many nodes it tells of.
+    pub fn size(&self) -> usize {
+        self.removed
+            .as_ref()
+            .map_or(1, |removed| removed.len().max(1))
+    }
+}
+
 /// Watches and unread events of one client.
 #[derive(Debug, Default)]
 pub(crate) struct Watches {
-    list: Vec<Watch>,
-    events: VecDeque<Event>,
-    dropped: u64,
+    pub list: Vec<Watch>,
+    pub events: VecDeque<Event>,
+    /// Events that were lost, for who looks with a debugger.
+    pub dropped: u64,
 }
 
 impl Watches {
@@ -46,19 +79,13 @@ impl Watches {
     }
 
     pub fn contains(&self, watch: &Watch) -> bool {
-        self.list.contains(watch)
+        self.list.iter().any(|other| other.is_same(watch))
     }
 
     /// Adds a watch and its first event, which comes at once.
     pub fn add(&mut self, watch: Watch, domain: DomId, quotas: &Quotas) {
-        let path = match &watch.watched {
-            Watched::Special(name) => name.to_string(),
-            other => other
-                .path()
-                .map_or_else(String::new, |path| other.report(path, domain)),
-        };
         let event = Event {
-            path,
+            path: watch.watched.text(domain),
             token: watch.token.clone(),
         };
         self.list.push(watch);
@@ -67,7 +94,7 @@ impl Watches {
 
     pub fn remove(&mut self, watch: &Watch) -> bool {
         let before = self.list.len();
-        self.list.retain(|other| other != watch);
+        self.list.retain(|other| !other.is_same(watch));
         self.list.len() != before
     }
 
@@ -91,8 +118,10 @@ impl Watches {
             let Some(path) = watch.watched.path() else {
                 continue;
             };
-            if change.path.is_within(path) {
-                if change.perms.iter().any(|perms| access(perms, domain).read) {
+            if let Some(levels) = change.path.levels_below(path) {
+                if watch.reaches(levels)
+                    && change.perms.iter().any(|perms| access(perms, domain).read)
+                {
                     found.push(Event {
                         path: watch.watched.report(&change.path, domain),
                         token: watch.token.clone(),
@@ -118,22 +147,28 @@ impl Watches {
         }
     }
 
-    /// Tells this client that domains came or went.
-    pub fn fire_special(&mut self, name: &str, quotas: &Quotas) {
-        let tokens: Vec<_> = self
-            .list
-            .iter()
-            .filter(|watch| matches!(&watch.watched, Watched::Special(n) if **n == *name))
-            .map(|watch| watch.token.clone())
-            .collect();
-        for token in tokens {
-            self.push(
-                Event {
-                    path: name.to_owned(),
-                    token,
-                },
-                quotas,
-            );
+    /// Tells this client that a domain came or went. Who watches with a depth is
+    /// told which.
+    pub fn fire_special(&mut self, name: &str, domain: DomId, quotas: &Quotas) {
+        let full = format!("{name}/{domain}");
+        let mut found = Vec::new();
+        for watch in &self.list {
+            let Watched::Special(watched) = &watch.watched else {
+                continue;
+            };
+            let path = match &**watched {
+                one if *one == full => &full,
+                all if all == name && watch.depth.is_some_and(|depth| depth > 0) => &full,
+                all if all == name => name,
+                _ => continue,
+            };
+            found.push(Event {
+                path: path.to_owned(),
+                token: watch.token.clone(),
+            });
+        }
+        for event in found {
+            self.push(event, quotas);
         }
     }
 
@@ -142,7 +177,7 @@ impl Watches {
         if self.events.contains(&event) {
             return;
         }
-        if self.events.len() >= quotas.events {
+        if !event.fits() || self.events.len() >= quotas.events {
             self.dropped += 1;
             return;
         }

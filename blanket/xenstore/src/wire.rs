@@ -5,6 +5,20 @@ pub const HEADER: usize = 16;
 /// Longest payload.
 pub const PAYLOAD_MAX: usize = 4096;
 
+/// Bits of the ring page's field `server_features` and of the reply to GET_FEATURE.
+pub mod feature {
+    /// The store can connect to a guest anew.
+    pub const RECONNECTION: u32 = 1;
+    /// The ring page's error field tells why the store gave a ring up.
+    pub const ERROR: u32 = 2;
+    /// WATCH takes a depth.
+    pub const WATCH_DEPTH: u32 = 4;
+}
+
+/// What this store can do. [`feature::ERROR`] is kept by who carries the bytes: he
+/// gets a [`ProtocolError`](crate::ProtocolError) and writes it to the ring page.
+pub const FEATURES: u32 = feature::ERROR | feature::WATCH_DEPTH;
+
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
