@@ -45,9 +45,10 @@ OPTIONS="-i key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o L
 # in_vm COMMAND...: as the user of the VM, over its first network.
 in_vm() { ssh $OPTIONS user@192.168.77.2 "$@"; }
 
-# boot IMAGE [options]: the VM `deb`, until one can log in.
+# boot IMAGE [options]: the VM `deb`, until one can log in. systemd gives devices and services
+# 90 seconds, which is for machines that nobody emulates.
 boot() {
-    blanket run "$@" --name deb --memory 1G --cpus 2 --net tap=vm0 --net user,tcp=127.0.0.1/2222:22 \
+    blanket run "$@" --cmdline systemd.default_timeout_start_sec=1500 --name deb --memory 1G --cpus 2 --net tap=vm0 --net user,tcp=127.0.0.1/2222:22 \
         --cloud-init user-data,network=network --console file:deb.log --attach-from "$PWD" \
         --detach >/dev/null || fail "deb does not start: $?"
     login

@@ -356,7 +356,7 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
-        debian("debian", Variant::Base, 1800, DEBIAN),
+        debian("debian", Variant::Base, 2700, DEBIAN),
         Case {
             long: true,
             ..debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)

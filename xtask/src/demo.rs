@@ -149,7 +149,7 @@ fn debian(project: &Project, steps: &Steps) -> Result<()> {
         extra: drive,
         ..Machine::new(WITHOUT, host, "3G")
     };
-    show(project, machine, &payload, 1800)?;
+    show(project, machine, &payload, 2700)?;
     steps.say("VM ended, instance powered off");
     Ok(())
 }
