@@ -216,6 +216,18 @@ fn a_request_over_a_transaction_s_limits_does_nothing() {
     check(&store);
     assert_eq!(store.read(guest, None, &at("b/1")), Ok(b"x".to_vec()));
     assert_eq!(store.read(guest, None, &at("a/1")), Ok(vec![]));
+    // Nor are they forgotten in a move.
+    let tx = store.begin(guest).expect("again");
+    let write =
+        |store: &mut Store, n: usize| store.write(guest, Some(tx), &at(&format!("b/{n}")), b"");
+    for n in 0..8 {
+        write(&mut store, n).expect("within the limit");
+    }
+    let mut store = Store::restore(store.save(), SMALL).expect("saved by a store");
+    let more: Vec<_> = (8..10).map(|n| write(&mut store, n)).collect();
+    assert_eq!(more, [Ok(()), Ok(())]);
+    assert_eq!(store.mkdir(guest, Some(tx), &at("c")), Err(Errno::NoSpc));
+    store.end(guest, tx, false).expect("dropped");
     // A look that does not fit is not half remembered: it can be saved.
     let tx = store.begin(guest).expect("again");
     for n in 0..10 {
