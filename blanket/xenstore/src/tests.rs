@@ -1,4 +1,5 @@
 mod model;
+mod protocol;
 mod state;
 mod twin;
 

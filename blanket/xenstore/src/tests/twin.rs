@@ -36,8 +36,10 @@ impl Machine {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// Bytes arrive, and stay with their sender as far as they are not taken.
-    Arrive(usize, Vec<u8>),
+    /// A client has something to say: kind, which of its open transactions, payload.
+    Say(usize, u32, usize, Vec<u8>),
+    /// So many bytes of what it says arrive.
+    Arrive(usize, usize),
     /// The client reads so many bytes.
     Read(usize, usize),
     /// The one that carries bytes comes by.
@@ -61,87 +63,52 @@ fn payload() -> impl Strategy<Value = Vec<u8>> {
     .prop_map(String::into_bytes)
 }
 
-fn arrival() -> impl Strategy<Value = Vec<u8>> {
-    let open = prop_oneof![
-        Just((6u32, 0u32, b"\0".to_vec())),
-        (1u32..5).prop_map(|tx| (7, tx, b"T\0".to_vec())),
-        (1u32..5).prop_map(|tx| (7, tx, b"F\0".to_vec())),
-    ];
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let end = prop_oneof![Just(b"T\0".to_vec()), Just(b"F\0".to_vec())];
     let kind = prop_oneof![
-        4 => Just(11u32),
+        5 => Just(11u32),
         2 => 1u32..6,
         3 => 11u32..15,
         1 => 0u32..28,
     ];
-    prop_oneof![
-        2 => open,
-        8 => (kind, prop_oneof![Just(0u32), 0u32..5], payload()),
-    ]
-    .prop_map(|(kind, transaction, payload)| {
-        let length = payload.len() as u32;
-        let header = Header {
-            kind,
-            request: 3,
-            transaction,
-            length,
-        };
-        let mut bytes = header.encode().to_vec();
-        bytes.extend(payload);
-        bytes
-    })
-}
-
-/// Messages of a client, cut where no message ends.
-fn arrivals() -> impl Strategy<Value = Vec<Step>> {
-    let messages = proptest::collection::vec(arrival(), 1..5);
-    let cuts = proptest::collection::vec(1usize..60, 1..6);
-    (0usize..3, messages, cuts).prop_map(|(who, messages, cuts)| {
-        let bytes = messages.concat();
-        let mut rest = &bytes[..];
-        let mut steps = Vec::new();
-        for cut in cuts.iter().cycle() {
-            let (piece, later) = rest.split_at((*cut).min(rest.len()));
-            steps.push(Step::Arrive(who, piece.to_vec()));
-            rest = later;
-            if rest.is_empty() {
-                break;
-            }
-        }
-        steps
-    })
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let some = prop_oneof![
-        6 => arrivals(),
-        3 => (0usize..3, 1usize..200).prop_map(|(who, n)| vec![Step::Read(who, n)]),
-        1 => (0usize..3).prop_map(|who| vec![Step::Read(who, 1 << 20)]),
-        2 => (0usize..3).prop_map(|who| vec![Step::Collect(who)]),
-        1 => any::<u8>().prop_map(|what| vec![Step::Host(what)]),
+    let who = || 0usize..3;
+    // 0 is no transaction, and 4 mostly one that is not open.
+    let slot = || prop_oneof![2 => Just(0usize), 3 => 1usize..5];
+    let step = prop_oneof![
+        2 => who().prop_map(|who| Step::Say(who, 6, 0, b"\0".to_vec())),
+        2 => (who(), slot(), end).prop_map(|(who, slot, end)| Step::Say(who, 7, slot, end)),
+        12 => (who(), kind, slot(), payload())
+            .prop_map(|(who, kind, slot, payload)| Step::Say(who, kind, slot, payload)),
+        12 => (who(), 1usize..120).prop_map(|(who, n)| Step::Arrive(who, n)),
+        2 => (who(), 1usize..200).prop_map(|(who, n)| Step::Read(who, n)),
+        1 => who().prop_map(|who| Step::Read(who, 1 << 20)),
+        2 => who().prop_map(Step::Collect),
+        1 => any::<u8>().prop_map(Step::Host),
+        3 => Just(Step::Move),
     ];
-    // A move may come between any two pieces.
-    proptest::collection::vec(some, 1..60).prop_flat_map(|parts| {
-        let steps = parts.concat();
-        let moves = proptest::collection::vec(proptest::bool::weighted(0.15), steps.len());
-        moves.prop_map(move |moves| {
-            let both = steps.iter().zip(moves);
-            both.flat_map(|(step, moved)| {
-                let mut out = vec![step.clone()];
-                out.extend(moved.then_some(Step::Move));
-                out
-            })
-            .collect()
-        })
-    })
+    proptest::collection::vec(step, 1..200)
+}
+
+/// The message, with the transaction that it means as things are now.
+fn message(store: &Store, conn: ConnId, kind: u32, slot: usize, payload: &[u8]) -> Vec<u8> {
+    let mut open = store.clients[&conn].transactions.keys();
+    let number = |n: usize| open.nth(n).map_or(99, |tx| tx.0);
+    let header = Header {
+        kind,
+        request: 3,
+        transaction: slot.checked_sub(1).map_or(0, number),
+        length: payload.len() as u32,
+    };
+    [&header.encode()[..], payload].concat()
 }
 
 /// What can be seen of a step from outside.
 fn run(machine: &mut Machine, backlog: &mut [Vec<u8>; 3], step: &Step) -> String {
     let Machine { store, ends } = machine;
     match step {
-        Step::Arrive(who, bytes) => {
-            backlog[*who].extend_from_slice(bytes);
-            let result = ends[*who].receive(store, &backlog[*who]);
+        Step::Arrive(who, most) => {
+            let most = backlog[*who].len().min(*most);
+            let result = ends[*who].receive(store, &backlog[*who][..most]);
             if let Ok(taken) = result {
                 backlog[*who].drain(..taken);
             }
@@ -174,7 +141,7 @@ fn run(machine: &mut Machine, backlog: &mut [Vec<u8>; 3], step: &Step) -> String
             };
             format!("{done:?} {}", store.is_introduced(7))
         }
-        Step::Move => String::new(),
+        Step::Say(..) | Step::Move => unreachable!("done by the caller"),
     }
 }
 
@@ -186,25 +153,27 @@ proptest! {
         let mut stays = Machine::new();
         let mut moves = Machine::new();
         let mut backlog: [[Vec<u8>; 3]; 2] = Default::default();
-        for step in &steps {
-            if matches!(step, Step::Move) {
-                moves = moves.restored();
-                continue;
-            }
-            let [first, second] = &mut backlog;
-            let seen = run(&mut stays, first, step);
-            prop_assert_eq!(&seen, &run(&mut moves, second, step), "{:?}", step);
-        }
-        for who in 0..3 {
-            // Commits of what is still open, and all that was not read.
-            for tx in 1..5 {
-                let header = Header { kind: 7, request: 0, transaction: tx, length: 2 };
-                let mut end = header.encode().to_vec();
-                end.extend(b"T\0");
-                for step in [Step::Read(who, 1 << 20), Step::Arrive(who, end), Step::Read(who, 1 << 20)] {
+        // What is left is said, done and read in the end.
+        let last = (0..3).flat_map(|who| {
+            let end = |slot| Step::Say(who, 7, slot, b"T\0".to_vec());
+            let through = [Step::Read(who, 1 << 20), Step::Arrive(who, 1 << 20)];
+            let ends = [end(1), end(2), end(3)];
+            [&through[..], &ends, &through, &through].concat()
+        });
+        for step in steps.into_iter().chain(last) {
+            match &step {
+                Step::Move => moves = moves.restored(),
+                Step::Say(who, kind, slot, payload) => {
+                    let conn = stays.ends[*who].id();
+                    let bytes = message(&stays.store, conn, *kind, *slot, payload);
+                    for backlog in &mut backlog {
+                        backlog[*who].extend_from_slice(&bytes);
+                    }
+                }
+                _ => {
                     let [first, second] = &mut backlog;
                     let seen = run(&mut stays, first, &step);
-                    prop_assert_eq!(&seen, &run(&mut moves, second, &step), "at the end: {:?}", step);
+                    prop_assert_eq!(&seen, &run(&mut moves, second, &step), "{:?}", step);
                 }
             }
         }
