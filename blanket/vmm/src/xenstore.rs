@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use blanket_abi::xen::io::xenstore as page;
 use blanket_devices::bus::Changed;
-use blanket_xenstore::{ConnId, Connection, DomId, DomainSpec, Errno, Path, Store};
+use blanket_xenstore::{ConnId, Connection, DomId, DomainSpec, Errno, Path, Store, wire};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::builder::{Domain, STORE_PORT};
@@ -68,6 +68,12 @@ impl Xenstore {
             Ring::new(Arc::clone(&domain.memory), domain.layout.store, place)
         };
         let error = GuestAddress(domain.layout.store.base() + page::ERROR as u64);
+        let features = GuestAddress(domain.layout.store.base() + page::SERVER_FEATURES as u64);
+        // A page of the domain's own RAM; a guest that does not read them has the oldest
+        // protocol.
+        let _ = domain
+            .memory
+            .store(wire::FEATURES, features, Ordering::Release);
         Ok(Self {
             domain: spec.domain,
             machine,
