@@ -60,6 +60,10 @@ pub struct Args {
     /// made with `build --measured`, to take turns with this one.
     #[arg(long, value_name = "DIR", requires = "storm")]
     against: Option<PathBuf>,
+    /// Instead of all that: what disks and networks cost, natively and in VMs, by instruction
+    /// count; writes its section of docs/benchmarks.md.
+    #[arg(long)]
+    io: bool,
     /// Compare what the VMs cost against native with docs/benchmarks.tsv, by instruction
     /// count, and fail if a row is more than 5 % dearer.
     #[arg(long)]
@@ -84,6 +88,7 @@ impl Args {
             storm: None,
             kind: Vec::new(),
             against: None,
+            io: false,
             no_kvm: true,
         }
     }
@@ -157,6 +162,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if let Some(rounds) = args.storm {
         return crate::storm::run(project, rounds, &args.kind, args.against.as_deref());
     }
+    if args.io {
+        return crate::io_cost::run(project, args.scale, args.reps, !args.no_kvm);
+    }
     let counted = boot(project, args, true)?;
     if args.guard {
         return guard(project, &counted);
@@ -178,7 +186,8 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         let release = kernels::fetch(project, args.kernel)?.release;
         let page = page(args, &release, &text)
             + &crate::page::section(project, crate::storm::TITLE)
-            + &crate::page::section(project, crate::density::TITLE);
+            + &crate::page::section(project, crate::density::TITLE)
+            + &crate::page::section(project, crate::io_cost::TITLE);
         write_if_changed(&project.root.join(crate::page::PAGE), page.as_bytes())?;
     }
     Ok(())

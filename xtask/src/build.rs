@@ -104,7 +104,13 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         println!("{}", command(project)?.display());
     }
     if wants(Part::Programs) {
-        for program in [guest_programs(project)?, instance_programs(project)?].concat() {
+        for program in [
+            guest_programs(project)?,
+            instance_programs(project)?,
+            io_cost(project)?,
+        ]
+        .concat()
+        {
             println!("{}", program.display());
         }
     }
@@ -356,6 +362,11 @@ pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
         LEAN,
         None,
     )
+}
+
+/// Builds what measures disks and networks.
+pub fn io_cost(project: &Project) -> Result<Vec<PathBuf>> {
+    static_binaries(project, &["-p", "io-cost"], &["io-cost"], LEAN, None)
 }
 
 /// Builds what runs in instances only.

@@ -22,6 +22,11 @@ pub fn instance_programs(project: &Project) -> Result<Files> {
     in_bin(build::instance_programs(project)?)
 }
 
+/// What measures disks and networks.
+pub fn io_cost(project: &Project) -> Result<Files> {
+    in_bin(build::io_cost(project)?)
+}
+
 fn in_bin(programs: Vec<PathBuf>) -> Result<Files> {
     let mut files = Files::new();
     for program in programs {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use cpio::newc::{Builder, ModeFileType, trailer};
 use xshell::cmd;
 
+use crate::kernels::Kernel;
 use crate::project::Project;
 
 /// Files of the host by their paths in an archive.
@@ -137,6 +138,29 @@ impl Initramfs {
         Ok(())
     }
 
+    /// Modules of `kernel` that init loads, and what they depend on; they take the place of
+    /// those named before.
+    pub fn modules(&mut self, project: &Project, kernel: &Kernel, names: &[&str]) -> Result<()> {
+        let mut list = String::new();
+        for file in kernel.modules(names)? {
+            let name = file
+                .file_name()
+                .context("a module without a name")?
+                .to_string_lossy();
+            let path = format!("lab/modules.d/{}", name.trim_end_matches(".xz"));
+            if name.ends_with(".xz") {
+                let sh = project.shell()?;
+                let unpacked = cmd!(sh, "xz -dc {file}").quiet().output()?;
+                self.bytes(&path, 0o644, unpacked.stdout);
+            } else {
+                self.copy(&path, 0o644, &file);
+            }
+            list.push_str(&format!("/{path}\n"));
+        }
+        self.text("lab/modules", 0o644, &list);
+        Ok(())
+    }
+
     fn parents(&mut self, path: &str) {
         for (slash, _) in path.match_indices('/') {
             self.entries
@@ -218,6 +242,7 @@ mount -t tmpfs shm /dev/shm
 mount -t tmpfs tmp /tmp
 mount -t tmpfs run /run
 ip link set lo up
+for module in $(cat /lab/modules 2>/dev/null); do insmod $module; done
 echo "GUEST-READY $(uname -r)"
 if [ -e /cmd ]; then
     sh /cmd
@@ -229,7 +254,8 @@ poweroff -f
 "#;
 
 /// The archive that VMs boot from. With a `script` the VM runs it, says
-/// `GUEST-EXIT n` and powers off. `files` are copied to their paths.
+/// `GUEST-EXIT n` and powers off. `files` are copied to their paths. Drivers that its kernel
+/// has as modules are added by [`Initramfs::modules`].
 pub fn guest(project: &Project, script: Option<&str>, files: &Files) -> Result<Initramfs> {
     let mut archive = Initramfs::with_busybox(project)?;
     archive.text("init", 0o755, GUEST_INIT);

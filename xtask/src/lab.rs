@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use xshell::cmd;
 
 use crate::build;
 use crate::debian::{self, Variant};
@@ -338,24 +337,7 @@ impl Payload {
         names: &[&'static str],
     ) -> Result<()> {
         self.modules = names.to_vec();
-        let mut list = String::new();
-        for file in kernel.modules(&self.modules)? {
-            let name = file
-                .file_name()
-                .context("a module without a name")?
-                .to_string_lossy();
-            let path = format!("lab/modules.d/{}", name.trim_end_matches(".xz"));
-            if name.ends_with(".xz") {
-                let sh = project.shell()?;
-                let unpacked = cmd!(sh, "xz -dc {file}").quiet().output()?;
-                self.archive.bytes(&path, 0o644, unpacked.stdout);
-            } else {
-                self.archive.copy(&path, 0o644, &file);
-            }
-            list.push_str(&format!("/{path}\n"));
-        }
-        self.archive.text("lab/modules", 0o644, &list);
-        Ok(())
+        self.archive.modules(project, kernel, names)
     }
 
     /// For an instance with a disk image: Debian's ssh, passt and iperf3, and a root that

@@ -18,6 +18,7 @@ mod everywhere;
 mod gdb;
 mod guestware;
 mod initramfs;
+mod io_cost;
 mod kernels;
 mod lab;
 mod package;
