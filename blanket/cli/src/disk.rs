@@ -154,7 +154,7 @@ pub enum DiskCommand {
         /// The image, as for `run --disk`
         disk: DiskSpec,
     },
-    /// Take a disk from a running VM, once its guest lets go of it
+    /// Take a disk from a running VM, once its guest lets go of it; unmount it there first
     Detach {
         /// The VM
         name: String,

@@ -234,8 +234,8 @@ pub enum Error {
     },
     /// The guest did not let go of it.
     #[error(
-        "the guest did not let go of {class} {number} within {} seconds; it is still in use there \
-         (mounted, or up), and is detached as soon as it is not", timeout.as_secs()
+        "the guest did not let go of {class} {number} within {} seconds; it is still in use there, \
+         and is detached as soon as it is not", timeout.as_secs()
     )]
     Busy {
         /// Its class.
