@@ -52,5 +52,5 @@ grep -q nosuch err || fail "no word about the tap: $(cat err)"
 blanket disk list deb
 blanket net list deb
 blanket stop deb --timeout 240 || fail "it does not power off"
-tail -n 40 deb.log | tr -d '\r' | grep -q 'Power down' || fail "it did not power itself off"
+tail -n 40 deb.log | tr -d '\r' | grep -qE 'System halted|Power down' || fail "it did not power itself off"
 echo DEBIAN-OK
