@@ -378,8 +378,11 @@ impl<'a> Bench<'a> {
             Files::new()
         };
         for case in cases {
-            if let Some(variant) = case.image {
-                debian::image(project, variant)?;
+            // An image that cannot be made fails its own cases only, which say why.
+            if let Some(variant) = case.image
+                && let Err(error) = debian::image(project, variant)
+            {
+                eprintln!("images: {error:#}");
             }
             let host = kernels::fetch(project, case.host)?;
             find_module(project, &host, false)?.context("the checkout has no module")?;
