@@ -22,6 +22,7 @@ use blanket_abi::xen::domid;
 use blanket_xenstore::{DeviceId, Errno, Path};
 
 use crate::Guest;
+use crate::sync::lock;
 
 /// Names and values of nodes in a directory.
 pub type Nodes = Vec<(String, String)>;
@@ -135,6 +136,25 @@ impl Frontend<'_> {
         String::from_utf8(value).ok()
     }
 
+    /// Where queue `index` of `queues` has its nodes: with one queue, in the directory
+    /// itself (`public/io/blkif.h`, `public/io/netif.h`).
+    #[must_use]
+    pub fn queue_prefix(queues: u32, index: u32) -> String {
+        match queues {
+            1 => String::new(),
+            _ => format!("queue-{index}/"),
+        }
+    }
+
+    /// The error for a node that is not what it must be.
+    #[must_use]
+    pub fn wrong(&self, name: &str) -> ConnectError {
+        ConnectError::Node {
+            name: name.to_owned(),
+            value: self.text(name),
+        }
+    }
+
     /// The number in a node; `None` if there is no node.
     ///
     /// # Errors
@@ -144,10 +164,7 @@ impl Frontend<'_> {
             None => Ok(None),
             Some(value) => match value.trim().parse() {
                 Ok(number) => Ok(Some(number)),
-                Err(_) => Err(ConnectError::Node {
-                    name: name.to_owned(),
-                    value: Some(value),
-                }),
+                Err(_) => Err(self.wrong(name)),
             },
         }
     }
@@ -157,10 +174,7 @@ impl Frontend<'_> {
     /// # Errors
     /// It is missing, or no number.
     pub fn number(&self, name: &str) -> Result<u32, ConnectError> {
-        self.optional(name)?.ok_or_else(|| ConnectError::Node {
-            name: name.to_owned(),
-            value: None,
-        })
+        self.optional(name)?.ok_or_else(|| self.wrong(name))
     }
 }
 
@@ -200,7 +214,7 @@ struct News {
 
 impl Signal {
     fn lock(&self) -> MutexGuard<'_, News> {
-        self.news.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.news)
     }
 }
 
@@ -303,7 +317,7 @@ impl Bus {
             gone: Condvar::new(),
         });
         let run = Arc::clone(&shared);
-        let thread = crate::thread("bus").spawn(move || run.run())?;
+        let thread = crate::thread::named("bus").spawn(move || run.run())?;
         Ok(Self {
             shared,
             thread: Mutex::new(Some(thread)),
@@ -416,11 +430,7 @@ impl Bus {
     pub fn end(&self) {
         self.shared.signal.lock().stop = true;
         self.shared.signal.changed.notify_all();
-        let thread = self
-            .thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let thread = lock(&self.thread).take();
         if let Some(thread) = thread
             && thread.join().is_err()
         {
@@ -439,7 +449,7 @@ impl Drop for Bus {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slots)
     }
 
     /// The life of the bus's thread.

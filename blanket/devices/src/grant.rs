@@ -5,13 +5,14 @@
 //! [`Grants`] does it for a VM's table, which lies in memory that the guest shares.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use blanket_abi::xen::domid;
 use blanket_abi::xen::grant::{PER_FRAME, flag};
 use blanket_abi::{Gfn, PAGE_SIZE};
 use vm_memory::GuestMemoryError;
 
+use crate::sync::lock;
 use crate::{GuestMemory, Page};
 
 /// A guest's grant entries as a backend sees them: shared memory that the guest
@@ -229,7 +230,7 @@ impl Grants {
             gref,
             why: Denied::BadRef,
         })?;
-        let mut pins = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pins = lock(shard);
         let entries = self.table.len() as u64 * PER_FRAME;
         let gfn = acquire(&**self, entries, gref, domid::BACKEND, write)
             .map_err(|why| Error::Denied { gref, why })?;
@@ -259,7 +260,7 @@ impl Grants {
 
     fn unmap(&self, gref: u32, write: bool) {
         if let Some(shard) = self.shard(gref) {
-            let mut pins = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut pins = lock(shard);
             if let Some(pin) = pins.get_mut(gref as usize / SHARDS) {
                 release(self, gref, pin.remove(write));
             }

@@ -15,6 +15,9 @@ mod limit;
 pub mod net;
 mod page;
 pub mod ring;
+mod running;
+pub mod sync;
+pub mod thread;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -23,13 +26,3 @@ pub use guest::{Guest, GuestMemory, Listener};
 pub use kick::Kick;
 pub use limit::{Limiter, Limits};
 pub use page::Page;
-
-/// Bytes of a thread's stack; Rust's own default is a huge page on some hosts.
-const STACK: usize = 512 << 10;
-
-/// A thread to be, with a name (15 bytes of it are shown) and a small stack.
-fn thread(name: impl Into<String>) -> std::thread::Builder {
-    std::thread::Builder::new()
-        .name(name.into())
-        .stack_size(STACK)
-}

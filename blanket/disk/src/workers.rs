@@ -13,6 +13,10 @@ use crate::{Completion, Failure, Queue, Request};
 /// Threads of one queue. More only wait for the same medium.
 const THREADS: u32 = 4;
 
+/// Bytes of a thread's stack. Rust's own default is a huge page on some hosts, at its first
+/// touch.
+const STACK: usize = 512 << 10;
+
 /// Carries out requests, and waits while the medium works.
 pub(crate) trait Engine: Send + Sync {
     /// Says at once what cannot be carried out.
@@ -63,6 +67,7 @@ impl WorkerQueue {
             let shared = Arc::clone(&shared);
             let thread = Builder::new()
                 .name("blanket-disk".into())
+                .stack_size(STACK)
                 .spawn(move || shared.serve())?;
             queue.threads.push(thread);
         }

@@ -20,12 +20,14 @@ pub mod kvm;
 mod pressure;
 pub mod ring;
 mod shared_page;
-mod sync;
-pub mod thread;
 pub mod trace;
 pub mod vm;
 mod watch;
 pub mod xenstore;
+
+pub use blanket_devices::thread;
+
+use blanket_devices::sync;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -9,17 +9,16 @@ pub mod protocol;
 mod queue;
 mod worker;
 
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex};
 
 use blanket_disk::{Disk, SECTOR};
 
+use crate::Guest;
 use crate::bus::{ConnectError, Connection, Device, Fault, Frontend, Nodes};
 use crate::grant::Mapping;
 use crate::ring::Ring;
-use crate::{Guest, Kick};
+use crate::running::{Running, stop_all};
 
 use protocol::{MAX_SEGMENTS, SLOT};
 
@@ -217,17 +216,11 @@ impl Device for Vbd {
         if let Some(protocol) = frontend.text("protocol")
             && protocol != "x86_64-abi"
         {
-            return Err(ConnectError::Node {
-                name: "protocol".into(),
-                value: Some(protocol),
-            });
+            return Err(frontend.wrong("protocol"));
         }
         let queues = frontend.optional("multi-queue-num-queues")?.unwrap_or(1);
         if queues == 0 || queues > self.queues() {
-            return Err(ConnectError::Node {
-                name: "multi-queue-num-queues".into(),
-                value: Some(queues.to_string()),
-            });
+            return Err(frontend.wrong("multi-queue-num-queues"));
         }
         let persistent =
             self.config.persistent && frontend.optional("feature-persistent")? == Some(1);
@@ -236,20 +229,17 @@ impl Device for Vbd {
             nodes: self.connected_nodes(),
         };
         for index in 0..queues {
-            // With one queue the nodes are in the directory itself.
-            let prefix = if queues == 1 {
-                String::new()
-            } else {
-                format!("queue-{index}/")
-            };
+            let prefix = Frontend::queue_prefix(queues, index);
             let ring = map_ring(guest, frontend, &prefix)?;
             let port = frontend.number(&format!("{prefix}event-channel"))?;
-            let host = |what| move |source: io::Error| ConnectError::Host { what, source };
-            let kick = Arc::new(Kick::new().map_err(host("an eventfd"))?);
+            let kick = Running::kick()?;
             let disk = self
                 .disk
                 .queue(ring.slots())
-                .map_err(host("a queue of the disk"))?;
+                .map_err(|source| ConnectError::Host {
+                    what: "a queue of the disk",
+                    source,
+                })?;
             let queue = queue::Queue::new(
                 Arc::clone(guest),
                 ring,
@@ -261,7 +251,6 @@ impl Device for Vbd {
                 },
                 Arc::clone(&self.counters),
             );
-            guest.listen(port, Some(Arc::clone(&kick) as _));
             let worker = worker::Worker {
                 guest: Arc::clone(guest),
                 kick: Arc::clone(&kick),
@@ -272,24 +261,7 @@ impl Device for Vbd {
                 again: None,
             };
             let name = format!("{}-{index}", device_name(self.config.index));
-            let thread = crate::thread(name).spawn(move || worker.run());
-            let running = Running {
-                guest: Arc::clone(guest),
-                port,
-                kick,
-                thread: match thread {
-                    Ok(thread) => Some(thread),
-                    Err(source) => {
-                        guest.listen(port, None);
-                        return Err(ConnectError::Host {
-                            what: "a thread",
-                            source,
-                        });
-                    }
-                },
-            };
-            // Requests from before the port was listened to.
-            running.kick.kick();
+            let running = Running::start(guest, &[port], kick, name, move || worker.run())?;
             connected.queues.push(running);
         }
         Ok(Box::new(connected))
@@ -327,21 +299,13 @@ fn map_ring(
                 frontend.number(&name)
             })
             .collect::<Result<_, _>>()?,
-        Some(order) => {
-            return Err(ConnectError::Node {
-                name: "ring-page-order".into(),
-                value: Some(order.to_string()),
-            });
-        }
+        Some(_) => return Err(frontend.wrong("ring-page-order")),
     };
     let pages: Vec<Mapping> = grefs
         .iter()
         .map(|gref| guest.grants().map(*gref, true))
         .collect::<Result<_, _>>()?;
-    Ring::new(pages).ok_or_else(|| ConnectError::Node {
-        name: format!("{prefix}ring-ref"),
-        value: None,
-    })
+    Ring::new(pages).ok_or_else(|| frontend.wrong(&format!("{prefix}ring-ref")))
 }
 
 /// A connected frontend.
@@ -358,35 +322,8 @@ impl Connection for Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        // All at once: they drain beside each other.
-        for queue in &self.queues {
-            queue.kick.stop();
-        }
+        stop_all(&self.queues);
     }
-}
-
-/// A queue's thread.
-struct Running {
-    guest: Arc<dyn Guest>,
-    port: u32,
-    kick: Arc<Kick>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.guest.listen(self.port, None);
-        self.kick.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a disk's thread panicked");
-        }
-    }
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(crate) fn count(counter: &AtomicU64, by: u64) {

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{lock, queue};
+use super::queue;
 use crate::bus::Fault;
+use crate::sync::lock;
 use crate::{Guest, Kick, Limiter};
 
 /// How often a request is made again that found no space on the host.

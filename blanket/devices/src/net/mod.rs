@@ -16,15 +16,15 @@ mod scratch;
 mod tx;
 mod worker;
 
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex};
 
 use crate::block::count;
 use crate::bus::{ConnectError, Connection, Device, Fault, Frontend, Nodes};
 use crate::ring::Ring;
-use crate::{Guest, Kick, Limiter, Limits};
+use crate::running::{Running, stop_all};
+use crate::sync::lock;
+use crate::{Guest, Limiter, Limits};
 
 pub use link::{Link, LinkState};
 pub use mac::{BadMac, Mac};
@@ -255,29 +255,27 @@ impl Device for Vif {
         // would have to look again and again whether the guest has posted pages.
         for name in ["request-rx-copy", "feature-rx-notify"] {
             if frontend.number(name)? != 1 {
-                return Err(wrong(frontend, name));
+                return Err(frontend.wrong(name));
             }
         }
         let queues = frontend.optional("multi-queue-num-queues")?.unwrap_or(1);
         if queues == 0 || queues > self.queues() {
-            return Err(wrong(frontend, "multi-queue-num-queues"));
+            return Err(frontend.wrong("multi-queue-num-queues"));
         }
         let (offloads, scattered) = self.takes(frontend)?;
         let groups = Arc::new(Groups::default());
         let controlled = flag(frontend, "request-multicast-control")?;
         groups.controlled.store(controlled, Ordering::Relaxed);
-        let host = |what| move |source: io::Error| ConnectError::Host { what, source };
         let ports = self
             .link
             .open(queues, offloads)
-            .map_err(host("the network's queues"))?;
+            .map_err(|source| ConnectError::Host {
+                what: "the network's queues",
+                source,
+            })?;
         let mut connected = Connected { queues: Vec::new() };
         for (index, link) in (0..queues).zip(ports) {
-            // With one queue the nodes are in the directory itself.
-            let prefix = match queues {
-                1 => String::new(),
-                _ => format!("queue-{index}/"),
-            };
+            let prefix = Frontend::queue_prefix(queues, index);
             let name = |name: &str| format!("{prefix}{name}");
             let (tx_port, rx_port) = match frontend.optional(&name("event-channel-tx"))? {
                 Some(tx) => (tx, frontend.number(&name("event-channel-rx"))?),
@@ -301,7 +299,7 @@ impl Device for Vif {
                 offloads,
                 scattered,
             );
-            let kick = Arc::new(Kick::new().map_err(host("an eventfd"))?);
+            let kick = Running::kick()?;
             let worker = worker::Worker {
                 guest: Arc::clone(guest),
                 kick: Arc::clone(&kick),
@@ -312,21 +310,9 @@ impl Device for Vif {
                 link,
                 fault: fault.clone(),
             };
-            let mut running = Running {
-                guest: Arc::clone(guest),
-                ports: [tx_port, rx_port],
-                kick,
-                thread: None,
-            };
-            for port in running.ports {
-                guest.listen(port, Some(Arc::clone(&running.kick) as _));
-            }
-            let thread = crate::thread(format!("vif{}-{index}", self.config.index))
-                .spawn(move || worker.run())
-                .map_err(host("a thread"))?;
-            running.thread = Some(thread);
-            // Requests from before the ports were listened to.
-            running.kick.kick();
+            let name = format!("vif{}-{index}", self.config.index);
+            let ports = [tx_port, rx_port];
+            let running = Running::start(guest, &ports, kick, name, move || worker.run())?;
             connected.queues.push(running);
         }
         Ok(Box::new(connected))
@@ -358,20 +344,13 @@ fn flag(frontend: &Frontend<'_>, name: &str) -> Result<bool, ConnectError> {
     Ok(frontend.optional(name)?.unwrap_or(0) != 0)
 }
 
-fn wrong(frontend: &Frontend<'_>, name: &str) -> ConnectError {
-    ConnectError::Node {
-        name: name.to_owned(),
-        value: frontend.text(name),
-    }
-}
-
 fn map_ring<const SLOT: usize>(
     guest: &Arc<dyn Guest>,
     frontend: &Frontend<'_>,
     name: &str,
 ) -> Result<Ring<SLOT>, ConnectError> {
     let page = guest.grants().map(frontend.number(name)?, true)?;
-    Ring::new(vec![page]).ok_or_else(|| wrong(frontend, name))
+    Ring::new(vec![page]).ok_or_else(|| frontend.wrong(name))
 }
 
 /// A connected frontend.
@@ -387,37 +366,8 @@ impl Connection for Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        // All at once: they end beside each other.
-        for queue in &self.queues {
-            queue.kick.stop();
-        }
+        stop_all(&self.queues);
     }
-}
-
-/// A queue's thread.
-struct Running {
-    guest: Arc<dyn Guest>,
-    ports: [u32; 2],
-    kick: Arc<Kick>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        for port in self.ports {
-            self.guest.listen(port, None);
-        }
-        self.kick.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a network device's thread panicked");
-        }
-    }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -16,11 +16,12 @@ use super::offload::{Blank, Offloads, ToGuest, Undone};
 use super::protocol::{Gso, RX_SLOT, RxRequest, RxResponse, rx_flag};
 use super::scratch::Scratch;
 use super::tx::{BUDGET, Progress};
-use super::{Groups, Mac, Shared, count, lock};
+use super::{Groups, Mac, Shared, count};
 use crate::Guest;
 use crate::grant::Mapping;
 use crate::page::SIZE as PAGE;
 use crate::ring::{Overrun, Ring};
+use crate::sync::lock;
 
 /// Most pages of a packet to the guest: Linux takes 18 (`XEN_NETIF_NR_SLOTS_MIN`), and the
 /// longest that a tap gives is of 17.

@@ -10,9 +10,10 @@ use super::link::{NotSent, Port};
 use super::offload::{Offloads, Undone};
 use super::protocol::{self, Ask, Bad, Chain, Status, TX_SLOT};
 use super::scratch::Scratch;
-use super::{Groups, Mac, Shared, count, lock};
+use super::{Groups, Mac, Shared, count};
 use crate::grant::{self, Mapping};
 use crate::ring::{Overrun, Ring};
+use crate::sync::lock;
 use crate::{Guest, page};
 
 /// Packets of one direction that are moved before the other has its turn.

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::link::{Port, SharedPort};
-use super::lock;
 use super::rx::Rx;
 use super::tx::{Broken, Progress, Tx};
 use crate::bus::Fault;
+use crate::sync::lock;
 use crate::{Guest, Kick};
 
 /// A queue, and what its thread waits for.

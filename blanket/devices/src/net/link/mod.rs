@@ -16,8 +16,8 @@ use std::sync::{Arc, Mutex};
 
 use blanket_disk::Buffer;
 
-use super::lock;
 use super::offload::{Offloads, Undone};
+use crate::sync::lock;
 
 pub use tap::Tap;
 pub use user::User;

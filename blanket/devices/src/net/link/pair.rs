@@ -10,8 +10,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::frame::Frames;
 use super::{Health, Link, LinkState, SharedPort};
-use crate::net::lock;
 use crate::net::offload::{HEADER, Offloads, Undone};
+use crate::sync::lock;
 
 /// The device's end.
 #[derive(Debug)]

@@ -101,7 +101,7 @@ impl Link for Tap {
     fn open(&self, queues: u32, offloads: Offloads) -> io::Result<Vec<SharedPort>> {
         let mut ports = Vec::new();
         for (index, queue) in self.queues.iter().enumerate() {
-            let port = crate::net::lock(queue);
+            let port = crate::sync::lock(queue);
             if index == 0 {
                 offload(port.as_fd(), offloads)?;
             }

@@ -24,8 +24,8 @@ use super::stream::Stream;
 use super::{Error, Health, Link, LinkState, Port as _, SharedPort};
 use crate::net::Mac;
 use crate::net::headers::Sum;
-use crate::net::lock;
 use crate::net::offload::Offloads;
+use crate::sync::lock;
 
 /// How long passt has to answer when it starts.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -209,7 +209,7 @@ impl User {
             stopping: Arc::clone(&stopping),
         };
         // The host ends the child with the thread that started it: one that stays.
-        let thread = crate::thread("passt")
+        let thread = crate::thread::named("passt")
             .spawn(move || watch.run(command, &started))
             .map_err(host("a thread"))?;
         let spawned = wait

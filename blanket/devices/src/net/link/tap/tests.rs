@@ -56,7 +56,7 @@ fn queues_are_attached_as_they_are_used() {
                 probe[38..42].copy_from_slice(&[10, 5, 0, 1]);
                 scratch.write(0, &probe);
                 let parts = [scratch.buffer(probe.len())];
-                let mut port = crate::net::lock(port);
+                let mut port = crate::sync::lock(port);
                 port.send(&Undone::default(), &parts).expect("sent");
             }
             // The host answers through whichever queue it likes.
@@ -64,7 +64,7 @@ fn queues_are_attached_as_they_are_used() {
             while answers < queues {
                 for port in &ports {
                     let scratch = crate::net::scratch::Scratch::new(2048);
-                    let mut port = crate::net::lock(port);
+                    let mut port = crate::sync::lock(port);
                     if port.receive(&[scratch.buffer(2048)]).is_some() {
                         let mut bytes = [0; 22];
                         scratch.read(0, &mut bytes);
