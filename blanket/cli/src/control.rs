@@ -424,19 +424,11 @@ mod tests {
         let spec = Spec {
             name: "test".into(),
             kernel: Some(kernel),
-            boot_entry: None,
-            initrd: None,
             memory: 64 << 20,
-            balloon: None,
             vcpus: 2,
             cmdline: "quiet".into(),
             on_reboot: OnReboot::Exit,
-            verbose: false,
-            mergeable: false,
-            inject: false,
-            pool_limit: 0,
-            isolation: blanket_vmm::hypervisor::Isolation::Auto,
-            trace: false,
+            ..Spec::default()
         };
         let fake = Fake::new(|_, id| {
             let mut first = id == 0;

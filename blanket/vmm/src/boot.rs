@@ -50,12 +50,10 @@ pub(crate) fn from_disk(spec: &Spec, path: &Path, reader: Reader) -> Result<Star
         path: path.join(entry.kernel().trim_start_matches('/')),
         kind,
     })?;
-    if !loaded.initrd.is_empty() {
-        match initrd::driver(&loaded.initrd, initrd::BLOCK_DRIVER) {
-            Ok(_) => {}
-            // A kernel may have the driver built in, which an initrd need not say.
-            Err(problem) => tracing::warn!("{}: {problem}", path.display()),
-        }
+    // No more than a warning: a kernel may have the driver built in, which an initrd need
+    // not say.
+    if let Err(problem) = initrd::driver(&loaded.initrd, initrd::BLOCK_DRIVER) {
+        tracing::warn!("{}: {problem}", path.display());
     }
     Ok(Start {
         kernel,

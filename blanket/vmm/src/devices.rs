@@ -2,11 +2,11 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use blanket_devices::block::{self, Vbd};
-use blanket_devices::bus::{self, Device, Report};
+use blanket_devices::bus::{self, Bus, Device, Report};
 use blanket_devices::net::Vif;
 use blanket_disk::Reader;
 
@@ -46,6 +46,32 @@ impl AnyDevice {
     }
 }
 
+/// The devices that a VM has, kept over its reboots.
+#[derive(Default)]
+pub(crate) struct Devices(Vec<Slot>);
+
+struct Slot {
+    device: AnyDevice,
+    /// It was asked for. The guest may hold it for long.
+    leaving: bool,
+}
+
+impl Devices {
+    /// Forgets those that the guest has let go of, or that one that reboots lets go of.
+    pub(crate) fn prune(&mut self, bus: Option<&Bus>) {
+        self.0.retain(|slot| {
+            let device = slot.device.as_device();
+            let there = |bus: &Bus| bus.report(device.class(), device.number()).is_some();
+            !slot.leaving || bus.is_some_and(there)
+        });
+    }
+
+    /// All of them, in the order in which they were added.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &AnyDevice> {
+        self.0.iter().map(|slot| &slot.device)
+    }
+}
+
 /// Why a device of a VM could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -68,7 +94,7 @@ impl Instance {
     /// # Errors
     /// The VM has one with its number.
     pub fn attach(&self, device: AnyDevice) -> Result<(), Error> {
-        let mut devices = lock(&self.devices);
+        let mut devices = self.present();
         let new = device.as_device();
         let (class, number) = (new.class(), new.number());
         if devices.iter().any(|other| other.is(class, number)) {
@@ -77,30 +103,44 @@ impl Instance {
         if let Some(bus) = self.running_bus() {
             bus.attach(new)?;
         }
-        devices.push(device);
+        devices.0.push(Slot {
+            device,
+            leaving: false,
+        });
         Ok(())
     }
 
-    /// Takes a device away, once its guest lets go of it.
+    /// Takes a device away, once its guest lets go of it; at the latest when it reboots.
     ///
     /// # Errors
     /// There is none; the guest uses it for longer than `timeout`.
     pub fn detach(&self, class: &'static str, number: u32, timeout: Duration) -> Result<(), Error> {
-        if !lock(&self.devices).iter().any(|d| d.is(class, number)) {
-            return Err(bus::Error::Missing { class, number }.into());
+        let mut devices = self.present();
+        let mut slots = devices.0.iter_mut();
+        let slot = slots.find(|slot| slot.device.is(class, number));
+        slot.ok_or(bus::Error::Missing { class, number })?.leaving = true;
+        let bus = self.running_bus();
+        drop(devices);
+        let gone = bus.map_or(Ok(()), |bus| bus.detach(class, number, timeout));
+        drop(self.present());
+        match gone {
+            // It went by itself meanwhile, with the guest's reboot for instance.
+            Err(bus::Error::Missing { .. }) => Ok(()),
+            other => Ok(other?),
         }
-        if let Some(bus) = self.running_bus() {
-            bus.detach(class, number, timeout)?;
-        }
-        lock(&self.devices).retain(|device| !device.is(class, number));
-        Ok(())
+    }
+
+    /// The devices that the VM has now.
+    fn present(&self) -> MutexGuard<'_, Devices> {
+        let mut devices = lock(&self.devices);
+        devices.prune(self.running_bus().as_deref());
+        devices
     }
 
     /// The disks, in the order in which they were added.
     #[must_use]
     pub fn disks(&self) -> Vec<(Arc<Vbd>, PathBuf)> {
-        let devices = lock(&self.devices);
-        devices
+        self.present()
             .iter()
             .filter_map(|device| match device {
                 AnyDevice::Disk(disk, file) => Some((Arc::clone(disk), file.path.clone())),
@@ -112,8 +152,7 @@ impl Instance {
     /// The networks, in the order in which they were added.
     #[must_use]
     pub fn networks(&self) -> Vec<Arc<Vif>> {
-        let devices = lock(&self.devices);
-        devices
+        self.present()
             .iter()
             .filter_map(|device| match device {
                 AnyDevice::Net(net) => Some(Arc::clone(net)),
@@ -124,7 +163,7 @@ impl Instance {
 
     /// The image of the first disk.
     pub(crate) fn first_disk(&self) -> Option<DiskFile> {
-        lock(&self.devices).iter().find_map(|device| match device {
+        self.present().iter().find_map(|device| match device {
             AnyDevice::Disk(_, file) => Some(file.clone()),
             AnyDevice::Net(_) => None,
         })

@@ -18,7 +18,7 @@ use crate::boot;
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
-use crate::devices::AnyDevice;
+use crate::devices::Devices;
 use crate::hub::Hub;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
 use crate::kernel;
@@ -61,6 +61,30 @@ pub struct Spec {
     pub isolation: Isolation,
     /// Trace it from the start.
     pub trace: bool,
+}
+
+impl Default for Spec {
+    /// One vCPU, 256 MiB, started again when it reboots, nothing unusual; and nothing to
+    /// boot but its first disk.
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            kernel: None,
+            initrd: None,
+            memory: 256 << 20,
+            balloon: None,
+            vcpus: 1,
+            boot_entry: None,
+            cmdline: String::new(),
+            on_reboot: OnReboot::Restart,
+            verbose: false,
+            mergeable: false,
+            inject: false,
+            pool_limit: 0,
+            isolation: Isolation::Auto,
+            trace: false,
+        }
+    }
 }
 
 /// What a reboot of the guest does.
@@ -193,7 +217,7 @@ pub struct Instance {
     hypervisor: Arc<dyn Hypervisor>,
     console: Arc<Console>,
     /// Kept over reboots.
-    pub(crate) devices: Mutex<Vec<AnyDevice>>,
+    pub(crate) devices: Mutex<Devices>,
     started: Instant,
     now: Mutex<Now>,
 }
@@ -311,7 +335,10 @@ impl Instance {
         let ports = Arc::new(Ports::default());
         ports.set(STORE_PORT, Some(Arc::clone(&xenstore) as _));
         ports.set(CONSOLE_PORT, Some(Arc::clone(&self.console) as _));
-        let bus = self.bus(&domain, &machine, &ports, &xenstore)?;
+        // Until the bus is known: nobody attaches or detaches one in between.
+        let mut devices = lock(&self.devices);
+        devices.prune(None);
+        let bus = self.bus(&devices, &domain, &machine, &ports, &xenstore)?;
         let balloon = Balloon::new(Arc::clone(&domain.memory), domain.boot.ram_frames);
         let balloon = Arc::new(balloon);
         let backends = Backends {
@@ -357,6 +384,7 @@ impl Instance {
     /// The VM's bus, with the devices that it has.
     fn bus(
         &self,
+        devices: &Devices,
         domain: &builder::Domain,
         machine: &Arc<dyn Machine>,
         ports: &Arc<Ports>,
@@ -372,7 +400,7 @@ impl Instance {
         .map_err(Error::Grants)?;
         let bus = Bus::new(Arc::new(hub)).map_err(Error::Bus)?;
         xenstore.set_bus(bus.changed());
-        for device in lock(&self.devices).iter() {
+        for device in devices.iter() {
             bus.attach(device.as_device())?;
         }
         Ok(Arc::new(bus))
@@ -590,6 +618,15 @@ impl Instance {
     pub(crate) fn running_bus(&self) -> Option<Arc<Bus>> {
         let now = lock(&self.now);
         now.running.as_ref().map(|running| Arc::clone(&running.bus))
+    }
+
+    /// Its xenstore, while it runs.
+    #[cfg(test)]
+    pub(crate) fn running_store(&self) -> Option<Arc<Xenstore>> {
+        let now = lock(&self.now);
+        now.running
+            .as_ref()
+            .map(|running| Arc::clone(&running.xenstore))
     }
 
     /// Its identity, kept over reboots.

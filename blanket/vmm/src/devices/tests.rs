@@ -4,8 +4,8 @@ use blanket_disk::{Format, Options};
 
 use super::*;
 use crate::console::Console;
-use crate::hypervisor::{Exit, Isolation};
-use crate::instance::{OnReboot, Spec};
+use crate::hypervisor::Exit;
+use crate::instance::Spec;
 use crate::testing::{Fake, Guest, Program, Synthetic};
 use crate::vm::End;
 
@@ -14,19 +14,8 @@ fn instance(kernel: Option<PathBuf>) -> Arc<Instance> {
     let spec = Spec {
         name: "test".into(),
         kernel,
-        boot_entry: None,
-        initrd: None,
         memory: 64 << 20,
-        balloon: None,
-        vcpus: 1,
-        cmdline: String::new(),
-        on_reboot: OnReboot::Restart,
-        verbose: false,
-        mergeable: false,
-        inject: false,
-        pool_limit: 0,
-        isolation: Isolation::Auto,
-        trace: false,
+        ..Spec::default()
     };
     // It reboots once, and then runs until it is killed.
     let fake = Fake::new(|boot, _| {
@@ -104,6 +93,49 @@ fn devices_are_there_after_a_reboot_and_come_and_go_between() {
     vm.kill();
     assert!(matches!(thread.join().expect("no panic"), End::Killed));
     assert_eq!(vm.device_report(block::CLASS, number), None);
+}
+
+/// A guest that holds on to a disk has it until it lets go, and not again after its reboot.
+#[test]
+fn a_disk_that_the_guest_lets_go_of_late_is_gone_then() {
+    let kernel = kernel();
+    let vm = instance(Some(kernel.path().to_owned()));
+    let (_file, held) = disk(0);
+    vm.attach(held).expect("attached");
+    let running = vm.boot().expect("boots");
+    let thread = {
+        let vm = Arc::clone(&vm);
+        std::thread::spawn(move || vm.run(running).expect("no failure"))
+    };
+    let number = block::device_number(0);
+    while vm.boots() < 2 || vm.device_report(block::CLASS, number).is_none() {
+        std::thread::yield_now();
+    }
+    let state = |state: &str| {
+        let node = format!("device/{}/{number}/state", block::CLASS);
+        let store = vm.running_store().expect("it runs");
+        store.write(&node, state.as_bytes()).expect("written");
+    };
+    // As a driver that is at work, though nothing that it says is right.
+    state("3");
+    while vm
+        .device_report(block::CLASS, number)
+        .is_none_or(|r| r.fault.is_none())
+    {
+        std::thread::yield_now();
+    }
+    let busy = vm.detach(block::CLASS, number, Duration::from_millis(20));
+    assert!(
+        matches!(busy, Err(Error::Bus(bus::Error::Busy { .. }))),
+        "{busy:?}"
+    );
+    assert_eq!(vm.disks().len(), 1, "it is still there");
+    state("6");
+    while !vm.disks().is_empty() {
+        std::thread::yield_now();
+    }
+    vm.kill();
+    assert!(matches!(thread.join().expect("no panic"), End::Killed));
 }
 
 #[test]

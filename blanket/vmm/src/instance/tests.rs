@@ -23,19 +23,8 @@ fn spec(kernel: &std::path::Path) -> Spec {
     Spec {
         name: "test".into(),
         kernel: Some(kernel.to_owned()),
-        boot_entry: None,
-        initrd: None,
         memory: 64 << 20,
-        balloon: None,
-        vcpus: 1,
-        cmdline: String::new(),
-        on_reboot: OnReboot::Restart,
-        verbose: false,
-        mergeable: false,
-        inject: false,
-        pool_limit: 0,
-        isolation: crate::hypervisor::Isolation::Auto,
-        trace: false,
+        ..Spec::default()
     }
 }
 

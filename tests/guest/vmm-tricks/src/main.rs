@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use blanket_vmm::console::{Console, IoThread, Sink};
 use blanket_vmm::device::Device;
-use blanket_vmm::hypervisor::{CrashKind, Hypervisor, Isolation};
+use blanket_vmm::hypervisor::{CrashKind, Hypervisor};
 use blanket_vmm::instance::{Instance, OnReboot, Spec};
 use blanket_vmm::kvm;
 use blanket_vmm::vm::{End, Handle, Vm};
@@ -107,20 +107,14 @@ impl Guest {
         let spec = Spec {
             name: "tricked".into(),
             kernel: Some(kernel),
-            boot_entry: None,
             initrd: Some(initrd),
             memory: RAM,
-            balloon: None,
             vcpus: 2,
             cmdline: "console=hvc0 quiet panic=-1 oops=panic".into(),
             on_reboot: OnReboot::Exit,
-            verbose: false,
             // Such memory is private, so that a fork shares it until it is written.
             mergeable: trick.private,
-            inject: false,
-            pool_limit: 0,
-            isolation: Isolation::Auto,
-            trace: false,
+            ..Spec::default()
         };
         let console = Console::new().map_err(|e| told(&e))?;
         let sink = Sink::File(log.into());
