@@ -231,10 +231,7 @@ fn single() -> Vec<Case> {
         },
         everywhere("nmi-everywhere", Event::Nmi, NMIS),
         machine_checks(),
-        Case {
-            long: true,
-            ..isolated(machine_checks())
-        },
+        long(isolated(machine_checks())),
         Case {
             name: "idle-clock".into(),
             // By instructions: an emulator's own clock would count its host's load.
@@ -281,38 +278,24 @@ fn single() -> Vec<Case> {
         },
         observe("observe"),
         hard_times("kill-vmm", 420, KILL_VMM),
-        Case {
-            long: true,
-            ..hard_times("kill-vmm-long", 3600, KILL_VMM_LONG)
-        },
-        Case {
-            long: true,
-            ..kvm(hard_times("kvm-kill-vmm", 600, KILL_VMM))
-        },
+        long(hard_times("kill-vmm-long", 3600, KILL_VMM_LONG)),
+        long(kvm(hard_times("kvm-kill-vmm", 600, KILL_VMM))),
         hard_times("host-cpus", 420, HOST_CPUS),
-        Case {
-            long: true,
-            ..kvm(hard_times("kvm-host-cpus", 600, HOST_CPUS))
-        },
+        long(kvm(hard_times("kvm-host-cpus", 600, HOST_CPUS))),
         Case {
             host: Flavour::Generic,
             ..hard_times("suspend", 420, SUSPEND)
         },
         hard_times("balloon", 600, BALLOON),
-        Case {
-            long: true,
-            ..kvm(hard_times("kvm-balloon", 1800, BALLOON))
-        },
+        long(kvm(hard_times("kvm-balloon", 1800, BALLOON))),
         hard_times("shadow-reclaim", 600, SHADOW_RECLAIM),
-        Case {
-            long: true,
-            ..kvm(hard_times("kvm-shadow-reclaim", 1200, SHADOW_RECLAIM))
-        },
+        long(kvm(hard_times("kvm-shadow-reclaim", 1200, SHADOW_RECLAIM))),
         hard_times("memory-short", 420, MEMORY_SHORT),
-        Case {
-            long: true,
-            ..hard_times("memory-short-instance", 900, MEMORY_SHORT_INSTANCE)
-        },
+        long(hard_times(
+            "memory-short-instance",
+            900,
+            MEMORY_SHORT_INSTANCE,
+        )),
         Case {
             append: "module.sig_enforce=1",
             ..hard_times("signed-only", 240, SIGNED_ONLY)
@@ -322,31 +305,18 @@ fn single() -> Vec<Case> {
             ..hard_times("kvm-locked-down", 420, LOCKED_DOWN)
         }),
         density("density", DENSITY_8, 600),
-        Case {
-            long: true,
-            ..density("density-40", DENSITY_40, 3600)
-        },
-        Case {
-            long: true,
-            ..density("memory-merged-ten", MERGED_10, 1800)
-        }
-        .expecting("MERGED guests=10"),
+        long(density("density-40", DENSITY_40, 3600)),
+        long(density("memory-merged-ten", MERGED_10, 1800)).expecting("MERGED guests=10"),
         hard_times("kexec", 420, KEXEC_NOW),
         Case {
             append: "crashkernel=256M",
             ..hard_times("kdump", 420, KEXEC_CRASH)
         },
-        Case {
-            long: true,
-            ..kvm(Case {
-                append: "crashkernel=256M",
-                ..hard_times("kvm-kdump", 600, KEXEC_CRASH)
-            })
-        },
-        Case {
-            long: true,
-            ..kvm(observe("kvm-observe"))
-        },
+        long(kvm(Case {
+            append: "crashkernel=256M",
+            ..hard_times("kvm-kdump", 600, KEXEC_CRASH)
+        })),
+        long(kvm(observe("kvm-observe"))),
         Case {
             name: "two-guests".into(),
             timeout: 240,
@@ -357,52 +327,36 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
         debian("debian", Variant::Base, 2700, DEBIAN),
-        Case {
-            long: true,
-            ..debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)
-        },
-        Case {
-            long: true,
-            ..debian("debian-postgres", Variant::Full, 10_800, DEBIAN_POSTGRES)
-        },
-        Case {
-            long: true,
-            ..kvm(debian("kvm-debian", Variant::Base, 3600, DEBIAN))
-        },
+        long(debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)),
+        long(debian(
+            "debian-postgres",
+            Variant::Full,
+            10_800,
+            DEBIAN_POSTGRES,
+        )),
+        long(kvm(debian("kvm-debian", Variant::Base, 3600, DEBIAN))),
         guest("fork-exec", 600, 2, FORK_EXEC),
         guest("stress", 600, 2, "N=20 sh /tests/stress.sh"),
         Case {
             stress_ng: true,
             ..guest("stress-ng", 900, 2, "N=20 sh /tests/stress-ng.sh")
         },
-        Case {
-            long: true,
-            ..guest("stress-long", 3600, 4, "sh /tests/stress.sh")
-        },
+        long(guest("stress-long", 3600, 4, "sh /tests/stress.sh")),
         Case {
             long: true,
             stress_ng: true,
             ..guest("stress-ng-long", 7200, 4, "sh /tests/stress-ng.sh all")
         },
         guest("storm", 300, 4, STORM),
-        Case {
-            long: true,
-            ..kvm(guest("kvm-storm", 600, 4, STORM))
-        },
+        long(kvm(guest("kvm-storm", 600, 4, STORM))),
         guest("hotplug", 300, 4, "abi-test hotplug"),
-        Case {
-            long: true,
-            ..kvm(guest("kvm-stress", 900, 2, "N=5 sh /tests/stress.sh"))
-        },
-        Case {
-            long: true,
-            ..kvm(guest(
-                "kvm-stress-4vcpu",
-                1800,
-                4,
-                "N=20 sh /tests/stress.sh",
-            ))
-        },
+        long(kvm(guest("kvm-stress", 900, 2, "N=5 sh /tests/stress.sh"))),
+        long(kvm(guest(
+            "kvm-stress-4vcpu",
+            1800,
+            4,
+            "N=20 sh /tests/stress.sh",
+        ))),
         kvm(guest("kvm-hotplug", 300, 4, "abi-test hotplug")),
         kvm(Case {
             name: "kvm-abi-same-as-instance".into(),
@@ -431,18 +385,12 @@ fn single() -> Vec<Case> {
             )
         },
         hard_times("vmm-tricks", 900, VMM_TRICKS),
-        Case {
-            long: true,
-            ..hard_times("vmm-tricks-all", 1800, VMM_TRICKS_ALL)
-        },
+        long(hard_times("vmm-tricks-all", 1800, VMM_TRICKS_ALL)),
         audit("audit"),
         kvm(audit("kvm-audit")),
         isolated(audit("audit")).expecting("isolated: the guest's roots show"),
         isolated(kvm(audit("kvm-audit"))).expecting("isolated: the guest's roots show"),
-        Case {
-            long: true,
-            ..isolated(hostile("hostile"))
-        },
+        long(isolated(hostile("hostile"))),
         hostile("hostile"),
         kvm(hostile("kvm-hostile")),
         Case {
@@ -450,14 +398,8 @@ fn single() -> Vec<Case> {
             expect: vec![Expect::Line("taken back ")],
             ..memory_moves("memory-moves")
         },
-        Case {
-            long: true,
-            ..hard_times("hostile-memory-moves", 1200, HOSTILE_MOVES)
-        },
-        Case {
-            long: true,
-            ..hard_times("hostile-soak", 4 * 3600, HOSTILE_SOAK)
-        },
+        long(hard_times("hostile-memory-moves", 1200, HOSTILE_MOVES)),
+        long(hard_times("hostile-soak", 4 * 3600, HOSTILE_SOAK)),
         memory_taken("memory-taken", TAKEN_SAMPLE),
         Case {
             long: true,
@@ -483,10 +425,7 @@ fn single() -> Vec<Case> {
             ],
             ..Case::default()
         },
-        kvm(Case {
-            long: true,
-            ..memory_moves("kvm-memory-moves")
-        }),
+        kvm(long(memory_moves("kvm-memory-moves"))),
         kvm(Case {
             name: "kvm-shadow-paging".into(),
             timeout: 900,
@@ -507,10 +446,7 @@ fn single() -> Vec<Case> {
             ..Case::default()
         }),
         memory("memory-128M", "128M"),
-        Case {
-            long: true,
-            ..memory("memory-1G", "1G")
-        },
+        long(memory("memory-1G", "1G")),
         Case {
             memory: "4G",
             long: true,
@@ -672,6 +608,11 @@ impl Case {
         self.expect.push(Expect::Line(line));
         self
     }
+}
+
+/// The same case, with `--long` only.
+fn long(case: Case) -> Case {
+    Case { long: true, ..case }
 }
 
 /// The same case with VMs that are isolated from their core.

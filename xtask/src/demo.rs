@@ -142,7 +142,7 @@ fn debian(project: &Project, steps: &Steps) -> Result<()> {
     payload.more_modules(project, &host, &["tun"])?;
     payload.module(&build::module_for(project, &host)?);
     payload.program(&build::command(project)?)?;
-    payload.for_image(&guestware::network_tools(project)?);
+    payload.network_tools(&guestware::network_tools(project)?);
     payload.command(DEBIAN_DEMO);
     steps.say("an instance without nested virtualization, and a whole Debian as its VM:");
     let machine = Machine {

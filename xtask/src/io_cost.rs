@@ -79,8 +79,7 @@ pub fn run(project: &Project, scale: f64, reps: u32, kvm: bool) -> Result<()> {
     payload.module(&build::module_for(project, &kernel)?);
     payload.program(&build::command(project)?)?;
     payload.archive.add(&files);
-    payload.archive.add(&guestware::network_tools(project)?);
-    payload.archive.text("lab/leave-initramfs", 0o644, "");
+    payload.network_tools(&guestware::network_tools(project)?);
     payload.guest_kernel(&kernel);
     let mut guest = initramfs::guest(project, Some(&format!("{program}{IN_VM}")), &files)?;
     guest.modules(project, &kernel, &["xen_blkfront", "xen_netfront"])?;

@@ -102,7 +102,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     let mut extra: Vec<String> = args.qemu.split_whitespace().map(str::to_owned).collect();
     if let Some(variant) = args.image {
         extra.extend(debian::drive(project, variant)?);
-        payload.for_image(&guestware::network_tools(project)?);
+        payload.network_tools(&guestware::network_tools(project)?);
         payload.more_modules(project, &kernel, &["tun"])?;
     }
     let group = (args.nodes > 1).then(group_address);
@@ -340,9 +340,9 @@ impl Payload {
         self.archive.modules(project, kernel, names)
     }
 
-    /// For an instance with a disk image: Debian's ssh, passt and iperf3, and a root that
-    /// they can leave.
-    pub fn for_image(&mut self, tools: &Files) {
+    /// Adds Debian's ssh, passt and iperf3, and has init leave the initramfs, which passt
+    /// has to.
+    pub fn network_tools(&mut self, tools: &Files) {
         self.archive.add(tools);
         self.archive.text("lab/leave-initramfs", 0o644, "");
     }

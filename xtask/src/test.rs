@@ -495,7 +495,7 @@ impl<'a> Bench<'a> {
         payload.archive.add(files);
         payload.archive.add(&self.instance_files);
         if case.image.is_some() {
-            payload.for_image(&self.network_tools);
+            payload.network_tools(&self.network_tools);
         }
         payload.archive.text("bin/guest", 0o755, GUEST);
         payload.guest_initrd(&initramfs::guest(project, None, files)?)?;

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::args::Format;
 use crate::control::{Answer, Info, Request, ask};
-use crate::exit::{self, hint, output};
+use crate::exit::{self, hint, output, show};
 use crate::prometheus;
 use crate::registry::Registry;
 use crate::table::table;
@@ -36,10 +36,11 @@ pub fn ps(json: bool) -> Result<ExitCode> {
             Err(error) => tracing::warn!("{name}: {error:#}"),
         }
     }
-    if json {
-        output(&format!("{}\n", serde_json::to_string_pretty(&found)?))?;
-        return Ok(ExitCode::SUCCESS);
-    }
+    show(&found[..], json, listing)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn listing(found: &[Info]) -> String {
     let header = [
         "NAME", "PID", "HOST", "CPUS", "MEMORY", "UPTIME", "BOOTS", "CONSOLE", "KERNEL",
     ];
@@ -57,8 +58,7 @@ pub fn ps(json: bool) -> Result<ExitCode> {
             vm.kernel.clone(),
         ]
     }));
-    output(&table(&rows))?;
-    Ok(ExitCode::SUCCESS)
+    table(&rows)
 }
 
 /// A VM's memory, behind what its guest has of it if that is less.
@@ -128,11 +128,7 @@ pub fn audit(name: &str, json: bool) -> Result<ExitCode> {
     else {
         bail!("{name} answered something else than an audit");
     };
-    if json {
-        output(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
-    } else {
-        output(&report.to_string())?;
-    }
+    show(&report, json, ToString::to_string)?;
     Ok(if report.broken == 0 {
         ExitCode::SUCCESS
     } else {

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::{seconds, size};
 use crate::control::{Answer, Request, ask_vm};
-use crate::exit::{self, output};
+use crate::exit::{self, output, show};
 use crate::table::table;
 
 /// Most disks of a VM: Linux numbers them in one byte.
@@ -349,11 +349,7 @@ pub fn command(command: &DiskCommand) -> Result<ExitCode> {
             let Answer::Disks(disks) = ask_vm(name, &Request::Disks)? else {
                 bail!("{name} answered something else than its disks");
             };
-            if *json {
-                output(&format!("{}\n", serde_json::to_string_pretty(&disks)?))?;
-            } else {
-                output(&listing(&disks))?;
-            }
+            show(&disks[..], *json, listing)?;
         }
         DiskCommand::Attach { name, disk } => {
             let spec = absolute(disk)?;
@@ -530,9 +526,10 @@ fn image_info(file: &Path, format: Option<Format>, backing: &[PathBuf], json: bo
             backing: info.backing,
         })
         .collect();
-    if json {
-        return output(&format!("{}\n", serde_json::to_string_pretty(&images)?));
-    }
+    show(&images[..], json, described)
+}
+
+fn described(images: &[ImageInfo]) -> String {
     let mut text = String::new();
     for image in images {
         let used = if image.in_use { ", in use" } else { "" };
@@ -543,11 +540,11 @@ fn image_info(file: &Path, format: Option<Format>, backing: &[PathBuf], json: bo
             mib(image.size),
             mib(image.allocated),
         ));
-        if let Some(backing) = image.backing {
+        if let Some(backing) = &image.backing {
             text.push_str(&format!("  stands on {backing}\n"));
         }
     }
-    output(&text)
+    text
 }
 
 #[cfg(test)]

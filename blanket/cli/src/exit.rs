@@ -92,6 +92,19 @@ pub fn sentence(end: &End) -> Option<String> {
     })
 }
 
+/// Writes what was found: as JSON, or as `text` has it for people.
+pub fn show<T: serde::Serialize + ?Sized>(
+    found: &T,
+    json: bool,
+    text: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
+    if json {
+        output(&format!("{}\n", serde_json::to_string_pretty(found)?))
+    } else {
+        output(&text(found))
+    }
+}
+
 /// Writes a command's result to standard output. A reader that has seen enough and
 /// went away (`blanket ps | head -1`) is no error.
 pub fn output(text: &str) -> anyhow::Result<()> {

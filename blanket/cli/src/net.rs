@@ -20,7 +20,7 @@ use sha2::{Digest as _, Sha256};
 use crate::args::{seconds, size};
 use crate::control::{Answer, Request, ask_vm};
 use crate::disk::{mib, state_word};
-use crate::exit::output;
+use crate::exit::{output, show};
 use crate::table::table;
 
 /// What `--net` is.
@@ -306,11 +306,7 @@ pub fn command(command: &NetCommand) -> Result<ExitCode> {
             let Answer::Nets(nets) = ask_vm(name, &Request::Nets)? else {
                 bail!("{name} answered something else than its networks");
             };
-            if *json {
-                output(&format!("{}\n", serde_json::to_string_pretty(&nets)?))?;
-            } else {
-                output(&listing(&nets))?;
-            }
+            show(&nets[..], *json, listing)?;
         }
         NetCommand::Attach { name, net } => {
             let spec = net.text.clone();
