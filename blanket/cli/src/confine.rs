@@ -35,6 +35,7 @@ pub fn enter(run: &Run, registry: &Registry, sink: &Sink) -> Result<()> {
             .map(PathBuf::from)
             .to_vec(),
         manage: vec![registry.directory().to_owned()],
+        sockets: Vec::new(),
         // The module's own limit on VMs of a user is not for root.
         keep: CapabilitySet::SYS_RESOURCE,
     };
@@ -45,7 +46,7 @@ pub fn enter(run: &Run, registry: &Registry, sink: &Sink) -> Result<()> {
     for file in run.kernel.iter().chain(&run.initrd) {
         policy.read.push(parent(file));
     }
-    policy.manage.extend(run.attach_from.iter().cloned());
+    policy.write.extend(run.attach_from.iter().cloned());
     match sink {
         Sink::File(path) => {
             std::fs::File::options()
@@ -56,7 +57,7 @@ pub fn enter(run: &Run, registry: &Registry, sink: &Sink) -> Result<()> {
                 .with_context(|| format!("cannot use {} for the console", path.display()))?;
             policy.write.push(path.clone());
         }
-        Sink::Socket(path) => policy.manage.push(parent(path)),
+        Sink::Socket(path) => policy.sockets.push(parent(path)),
         Sink::Pty => policy
             .write
             .extend(["/dev/ptmx", "/dev/pts"].map(PathBuf::from)),

@@ -21,6 +21,9 @@ pub struct Policy {
     pub write: Vec<PathBuf>,
     /// Directories in which it makes, writes and removes files and sockets.
     pub manage: Vec<PathBuf>,
+    /// Directories in which it makes sockets, and removes what is there; it reads and writes
+    /// no file in them.
+    pub sockets: Vec<PathBuf>,
     /// Capabilities that it keeps, if it has them.
     pub keep: CapabilitySet,
 }
@@ -142,6 +145,7 @@ fn restrict_files(policy: &Policy) -> Result<RulesetStatus, Error> {
         (&policy.read, read),
         (&policy.write, write),
         (&policy.manage, manage),
+        (&policy.sockets, AccessFs::MakeSock | AccessFs::RemoveFile),
     ] {
         for path in paths {
             let Some(rule) = rule(path, rights)? else {

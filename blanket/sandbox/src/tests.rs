@@ -44,7 +44,10 @@ fn the_box_holds() {
         for name in ["read", "write", "secret"] {
             std::fs::write(directory.path().join(name), name).expect("written");
         }
-        std::fs::create_dir(directory.path().join("manage")).expect("made");
+        for name in ["manage", "sockets"] {
+            std::fs::create_dir(directory.path().join(name)).expect("made");
+        }
+        std::fs::write(directory.path().join("sockets/file"), "x").expect("written");
         child("the_box_holds", directory.path());
         return;
     };
@@ -57,6 +60,7 @@ fn the_box_holds() {
         read: vec![at("read"), "/proc".into()],
         write: vec![at("write")],
         manage: vec![at("manage")],
+        sockets: vec![at("sockets")],
         keep: CapabilitySet::empty(),
     };
     let report = enter(&policy).expect("the box");
@@ -82,6 +86,11 @@ fn the_box_holds() {
         refused(std::fs::read(at("secret")), "reading another file");
         refused(std::fs::write(at("read"), "x"), "writing what is only read");
         refused(std::fs::write(at("other"), "x"), "making a file elsewhere");
+        refused(std::fs::read(at("sockets/file")), "reading beside sockets");
+        refused(
+            std::fs::write(at("sockets/new"), "x"),
+            "making a file beside sockets",
+        );
         refused(
             std::fs::remove_file(at("secret")),
             "removing a file elsewhere",
