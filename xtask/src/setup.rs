@@ -78,12 +78,14 @@ pub fn ensure(project: &Project, needs: &[Need]) -> Result<()> {
 
 /// Installs those of `packages` that are not there.
 pub fn install_missing(project: &Project, packages: &[&str]) -> Result<()> {
-    let missing: Vec<&str> = packages
-        .iter()
-        .copied()
-        .filter(|package| !installed(package))
-        .collect();
-    install(project, &missing)
+    let missing = || -> Vec<&str> {
+        let absent = packages.iter().filter(|package| !installed(package));
+        absent.copied().collect()
+    };
+    install(project, &missing())?;
+    // To install one, apt may remove another that is newer than what this Debian has
+    // (qemu-utils of the backports beside its QEMU): that one in Debian's own version.
+    install(project, &missing())
 }
 
 /// Installs Debian packages, as root or through sudo.
