@@ -10,7 +10,7 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	5
+#define BLANKET_API_VERSION	6
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
@@ -41,6 +41,7 @@
 #define BLANKET_EXIT_SHUTDOWN		18
 #define BLANKET_EXIT_CRASH		19
 #define BLANKET_EXIT_BALLOON		20
+#define BLANKET_EXIT_PAUSED		21
 
 /* Argument 0 of CRASH. */
 #define BLANKET_CRASH_GUEST	1
@@ -190,7 +191,9 @@ struct blanket_boot {
 	__u32 console_port;
 	__u64 flags;
 	__u64 hypercall_page;
-	__u64 reserved[4];
+	__u64 state_base;
+	__u64 state_frames;
+	__u64 reserved[2];
 };
 
 struct blanket_create_vm {
@@ -250,6 +253,12 @@ struct blanket_audit {
 #define BLANKET_AUDIT		_IOR(BLANKET_IOC, 8, struct blanket_audit)
 #define BLANKET_TARGET		_IO(BLANKET_IOC, 9)
 #define BLANKET_RECLAIM		_IO(BLANKET_IOC, 10)
+#define BLANKET_PAUSE		_IO(BLANKET_IOC, 11)
+
+/* Argument of PAUSE, and blanket_vm_page.pause. */
+#define BLANKET_PAUSE_NONE	0
+#define BLANKET_PAUSE_VCPUS	1
+#define BLANKET_PAUSE_VM	2
 
 /* ---- between the module and the core ---- */
 
@@ -292,6 +301,8 @@ struct blanket_vm_page {
 	__u32 reclaim;
 	__u64 target;
 	__u64 pool_gone;
+	__u32 pause;
+	__u32 pad2;
 };
 
 #define BLANKET_HOST_MODULE	0

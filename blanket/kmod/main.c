@@ -214,6 +214,7 @@ static int vm_fd_mmap(struct file *file, struct vm_area_struct *vma)
 static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct blanket_vm *vm = file->private_data;
+	unsigned int id;
 
 	switch (cmd) {
 	case BLANKET_CREATE_VCPU:
@@ -233,6 +234,13 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		if (!arg || arg > vm->nr_frames)
 			return -EINVAL;
 		WRITE_ONCE(vm->page->target, arg);
+		return 0;
+	case BLANKET_PAUSE:
+		if (arg > BLANKET_PAUSE_VM)
+			return -EINVAL;
+		smp_store_release(&vm->page->pause, (u32)arg);
+		for (id = 0; id < vm->nr_vcpus; id++)
+			blanket_kick(vm->vcpus[id], BLANKET_PENDING_KICK);
 		return 0;
 	case BLANKET_RECLAIM:
 		smp_store_release(&vm->page->reclaim, 1);

@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicI8, AtomicU8, AtomicU32, AtomicU64};
 
 /// Version of everything in this module. The VMM, the core and the module must
 /// agree on it exactly.
-pub const API_VERSION: u32 = 5;
+pub const API_VERSION: u32 = 6;
 
 /// `'B' << 8`, the ioctl type.
 const IOC: u32 = 0xb7 << 8;
@@ -51,6 +51,8 @@ pub const TRACE: u32 = IOC | 7;
 pub const TARGET: u32 = IOC | 9;
 /// On a VM: its core gives shadow pages that nothing uses back to the host, soon.
 pub const RECLAIM: u32 = IOC | 10;
+/// On a VM: argument is one of [`pause`]; all vCPUs are made to look at it.
+pub const PAUSE: u32 = IOC | 11;
 
 /// Answer to [`GET_INFO`].
 #[repr(C)]
@@ -139,8 +141,12 @@ pub struct Boot {
     pub flags: u64,
     /// Virtual address of the hypercall page that the builder filled, or 0.
     pub hypercall_page: u64,
+    /// First gfn of the frames for the VM's state ([`crate::state`]), above RAM.
+    pub state_base: u64,
+    /// Frames for it.
+    pub state_frames: u64,
     /// Unused, 0.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 2],
 }
 
 /// Bits of [`Boot::flags`].
@@ -150,6 +156,9 @@ pub mod boot_flags {
     /// The guest may break the core on purpose ([`super::inject`]). The module
     /// refuses it unless root has loaded it with `inject=1`.
     pub const INJECT: u64 = 1 << 1;
+    /// The VM goes on as the frames from [`super::Boot::state_base`] on say, and not as
+    /// the domain builder left it.
+    pub const RESTORE: u64 = 1 << 2;
 }
 
 /// Faults of the core on purpose, for tests: a hypercall that exists only in VMs
@@ -239,6 +248,9 @@ pub mod exit {
     /// numbers of 32 bits that it has given up, whose memory the VMM gives to the
     /// host; arg 1 = frames of RAM that the guest has now.
     pub const BALLOON: u32 = 20;
+    /// The vCPU stands still, as [`super::VmPage::pause`] asks. It goes on when it is
+    /// run with 0 there.
+    pub const PAUSED: u32 = 21;
 
     /// A reason in a word.
     #[must_use]
@@ -263,6 +275,7 @@ pub mod exit {
             SHUTDOWN => "shutdown",
             CRASH => "crash",
             BALLOON => "balloon",
+            PAUSED => "paused",
             _ => return None,
         })
     }
@@ -495,6 +508,20 @@ pub struct VmPage {
     pub target: AtomicU64,
     /// Pages below `pool_pages` whose memory the host has, by the core.
     pub pool_gone: AtomicU64,
+    /// One of [`pause`]. The core looks as at `trace`.
+    pub pause: AtomicU32,
+    /// Padding.
+    pub pad2: u32,
+}
+
+/// Values of [`VmPage::pause`].
+pub mod pause {
+    /// Nothing is asked for.
+    pub const NONE: u32 = 0;
+    /// Each vCPU writes its own state down and leaves with [`super::exit::PAUSED`].
+    pub const VCPUS: u32 = 1;
+    /// All vCPUs have: vCPU 0, run once more, writes down what they share.
+    pub const VM: u32 = 2;
 }
 
 /// Values of [`VmPage::host`].

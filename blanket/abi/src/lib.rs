@@ -5,7 +5,8 @@
 //! device ABI between `blanket.ko` and its two callers, the VMM above and the core
 //! beside it ([`device`]), what takes its place inside KVM ([`kvm`]), and the
 //! layout of the address range that the Xen ABI reserves for the hypervisor
-//! ([`layout`]), and the core's records of what it does ([`trace`]). There is no `unsafe`.
+//! ([`layout`]), the core's records of what it does ([`trace`]), and of a VM that stands
+//! still ([`state`]). There is no `unsafe`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -14,6 +15,7 @@ pub mod cpuid;
 pub mod device;
 pub mod kvm;
 pub mod layout;
+pub mod state;
 pub mod trace;
 pub mod xen;
 

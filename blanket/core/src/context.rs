@@ -478,7 +478,7 @@ impl<M: Machine> Context<'_, M> {
     pub fn cpuid_policy(&self) -> crate::cpuid::Policy {
         let page = self.m.vm_page();
         let xcr0_mask = u64::from(page.xcr0_mask);
-        let clock = self.m.clock();
+        let clock = self.clock();
         crate::cpuid::Policy {
             vcpu_id: self.v.id,
             xcr0_mask,
@@ -676,6 +676,10 @@ impl<M: Machine> Context<'_, M> {
             if self.m.switch().pending.load(Relaxed) != 0 {
                 self.take_pending();
             }
+            if self.v.pause_asked {
+                self.pause();
+                continue;
+            }
             if self.v.check_timers {
                 self.v.check_timers = false;
                 self.publish_time();
@@ -711,6 +715,7 @@ impl<M: Machine> Context<'_, M> {
         let bits = self.m.switch().pending.swap(0, SeqCst);
         self.follow_trace();
         self.follow_reclaim();
+        self.follow_pause();
         if bits & pending::FLUSH != 0 {
             self.load_root();
         }
@@ -734,6 +739,10 @@ impl<M: Machine> Context<'_, M> {
             self.take_pending();
             if self.vm.states[self.v.id as usize].get() == State::UP {
                 break;
+            }
+            if self.v.pause_asked {
+                self.pause();
+                continue;
             }
             self.exit(exit::IDLE, [0; 4]);
         }

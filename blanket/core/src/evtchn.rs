@@ -373,6 +373,72 @@ impl Ports {
         Ok(())
     }
 
+    /// The word that says what a port is bound to, for [`Self::restore`].
+    #[must_use]
+    pub fn word_of(&self, port: u32) -> u64 {
+        self.word(port)
+    }
+
+    /// Binds a port as a word of [`Self::word_of`] says. Whether ports of the domain
+    /// that are connected to each other fit is for [`Self::is_paired`] to say, when all
+    /// are bound.
+    ///
+    /// # Errors
+    /// EINVAL for a word that no port has, ENOENT for a vCPU that the domain has not,
+    /// EEXIST if the port, or its VIRQ, is bound.
+    pub fn restore(&self, port: u32, word: u64) -> Result<(), i64> {
+        let value = Port::decode(word);
+        if port == 0 || port >= PORTS || value.encode() != word || word == 0 {
+            return Err(EINVAL);
+        }
+        if self.word(port) != 0 {
+            return Err(EEXIST);
+        }
+        self.check_vcpu(value.vcpu)?;
+        match value.binding {
+            Binding::Virq(virq) => {
+                if virq >= virq::COUNT {
+                    return Err(EINVAL);
+                }
+                let slot = self.virq_slot(virq, value.vcpu).ok_or(ENOENT)?;
+                if slot.load(Ordering::Relaxed) != 0 {
+                    return Err(EEXIST);
+                }
+                slot.store(u16::try_from(port).map_err(|_| EINVAL)?, Ordering::Release);
+            }
+            // A backend's port has the number of the guest's.
+            Binding::Interdomain {
+                remote,
+                port: other,
+            } if remote == domid::BACKEND && other != port => {
+                return Err(EINVAL);
+            }
+            Binding::Interdomain { remote, .. }
+                if remote != domid::BACKEND && remote != domid::GUEST =>
+            {
+                return Err(EINVAL);
+            }
+            _ => {}
+        }
+        self.set(port, value);
+        Ok(())
+    }
+
+    /// Whether a port that is connected to another one of the domain is the one that
+    /// this is connected to; true for all other ports.
+    #[must_use]
+    pub fn is_paired(&self, port: u32) -> bool {
+        match self.port(port).binding {
+            Binding::Interdomain {
+                remote,
+                port: other,
+            } if remote == domid::GUEST => {
+                self.port(other).binding == Binding::Interdomain { remote, port }
+            }
+            _ => true,
+        }
+    }
+
     /// `EVTCHNOP_close`. Returns what the port was bound to; if that was the
     /// backend, the backend's end is closed with it.
     ///

@@ -17,6 +17,7 @@
 //! | `lock` | the lock of the shadow MMU, and what it costs |
 //! | `reclaim` | free shadow pages that go back to a host that is short of memory |
 //! | `copy` | copies for a core on a root of its own |
+//! | [`state`] | a VM that stands still is written down, and taken up again |
 //! | [`trace`] | records of entries and exits, while they are wanted |
 //! | [`insn`], [`cpuid`] | decoders and the CPUID policy |
 #![no_std]
@@ -41,6 +42,7 @@ pub mod machine;
 pub mod mmu;
 pub mod pte;
 mod reclaim;
+pub mod state;
 pub mod time;
 pub mod trace;
 pub mod trap;

@@ -103,6 +103,38 @@ pub trait Cpu {
     fn load_ldt(&self, entries: u32);
     /// Sets TSC_AUX.
     fn set_tsc_aux(&self, val: u64);
+    /// Writes the FPU's registers to a zeroed image: by XSAVE, all that XCR0 has, or by
+    /// FXSAVE.
+    fn save_fpu(&self, to: &mut FpuImage, xsave: bool);
+    /// Loads the FPU's registers; false if the CPU refuses the image, and they are then
+    /// what they were.
+    fn load_fpu(&self, from: &FpuImage, xsave: bool) -> bool;
+}
+
+/// The FPU's registers in memory, as XSAVE (SDM vol. 1, 13.4) and FXSAVE have them.
+#[repr(C, align(64))]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FpuImage(pub [u8; 4096]);
+
+impl FpuImage {
+    /// Zero: XSAVE reads some of the header that it writes.
+    pub const ZERO: Self = Self([0; 4096]);
+    /// Bytes that FXSAVE writes.
+    pub const FXSAVE: u64 = 512;
+    /// Bytes that are kept of what XSAVE writes; x87, SSE, AVX, AVX-512 and PKRU have
+    /// less.
+    pub const XSAVE: u64 = 4096;
+
+    /// Whether all of it that is not initial is among the components of `mask`, and the
+    /// image is not compacted.
+    #[must_use]
+    pub fn is_within(&self, mask: u64) -> bool {
+        let header = self.0.get(512..576).unwrap_or(&[]);
+        let Some((present, rest)) = header.split_first_chunk::<8>() else {
+            return false;
+        };
+        u64::from_le_bytes(*present) & !mask == 0 && rest.iter().all(|byte| *byte == 0)
+    }
 }
 
 /// What a host gives the core: the whole difference between the module below a

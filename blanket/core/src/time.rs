@@ -106,10 +106,20 @@ impl Clock {
 }
 
 impl<M: Machine> Context<'_, M> {
+    /// The time parameters as the guest has them.
+    pub(crate) fn clock(&self) -> Clock {
+        let clock = self.m.clock();
+        let offset = self.vm.time_offset.load(Relaxed);
+        Clock {
+            system_time: clock.system_time.wrapping_add(offset),
+            ..clock
+        }
+    }
+
     /// System time now, ns.
     #[must_use]
     pub fn now(&self) -> u64 {
-        self.m.clock().at(self.m.tsc())
+        self.clock().at(self.m.tsc())
     }
 
     /// Writes the time parameters to the guest if they changed.
@@ -124,7 +134,7 @@ impl<M: Machine> Context<'_, M> {
 
     /// Writes the time parameters to the guest.
     pub fn publish_time_now(&mut self) {
-        let clock = self.m.clock();
+        let clock = self.clock();
         self.v.time_seen = clock.version;
         if let Some(Place { gfn, offset }) = self.v.info {
             self.write_time(gfn, offset + vcpu_info::TIME, &clock);
@@ -160,8 +170,13 @@ impl<M: Machine> Context<'_, M> {
         if self.need_frame(shared).is_err() {
             return;
         }
+        // The wall clock when the guest's system time was 0.
         let (sec, nsec) = self.m.wall_clock();
-        let nsec = u64::from(nsec);
+        let offset = self.vm.time_offset.load(Relaxed).cast_signed();
+        let host = i128::from(sec) * 1_000_000_000 + i128::from(nsec);
+        let at_zero = u128::try_from(host - i128::from(offset)).unwrap_or(0);
+        let part = |ns: u128| u64::try_from(ns).unwrap_or(0);
+        let (sec, nsec) = (part(at_zero / 1_000_000_000), part(at_zero % 1_000_000_000));
         // Words: {wc_version, wc_sec}, {wc_nsec, wc_sec_hi}.
         let (Some(a), Some(b)) = (
             self.word(shared, shared_info::WC_VERSION),
@@ -209,15 +224,21 @@ impl<M: Machine> Context<'_, M> {
     /// Gives the host this vCPU's next deadline. The module arms its timer at each
     /// entry, so the world is left only for a deadline earlier than the armed one.
     pub fn arm(&mut self) {
-        let first = self.next_deadline();
         let sw = self.m.switch();
+        let offset = self.vm.time_offset.load(Relaxed);
+        // The host counts in its own time.
+        let first = match self.next_deadline() {
+            NEVER => NEVER,
+            first if offset.cast_signed() < 0 => first.saturating_add(offset.wrapping_neg()),
+            first => first.saturating_sub(offset),
+        };
         sw.deadline.store(first, Release);
         if first == NEVER {
             return;
         }
         let armed = sw.armed.load(Acquire);
         // An armed time that has passed has fired: it arms nothing any more.
-        if first < armed || armed <= self.now() {
+        if first < armed || armed <= self.m.clock().at(self.m.tsc()) {
             self.exit(exit::DEADLINE, [0; 4]);
         }
     }

@@ -313,6 +313,8 @@ pub struct Vcpu {
     pub decoded: [Option<(u64, crate::insn::PtWrite)>; 2],
     /// The world was left since timers were last looked at.
     pub check_timers: bool,
+    /// The VMM wants the VM to stand still.
+    pub pause_asked: bool,
     /// Steps of the present hypercall since the world was left.
     pub work: u32,
     /// What the host has taken back as far as this vCPU has followed it
@@ -376,6 +378,7 @@ impl Vcpu {
             time_seen: 1,
             decoded: [None; 2],
             check_timers: true,
+            pause_asked: false,
             work: 0,
             revocations: 0,
             trace_number: 0,

@@ -57,6 +57,11 @@ pub struct Vm {
     pub shutdown_code: AtomicU64,
     /// Run-state updates are marked (vm_assist).
     pub runstate_flag: AtomicBool,
+    /// What is added to the host's system time to get the guest's, ns, modulo 2^64.
+    /// Set before the first vCPU runs.
+    pub time_offset: AtomicU64,
+    /// Bit per vCPU that begins with a state that another core has written down.
+    pub resumed: AtomicU64,
 }
 
 impl Vm {
@@ -93,6 +98,8 @@ impl Vm {
             infos_moved: AtomicU64::new(0),
             shutdown_code: AtomicU64::new(0),
             runstate_flag: AtomicBool::new(false),
+            time_offset: AtomicU64::new(0),
+            resumed: AtomicU64::new(0),
         }
     }
 }

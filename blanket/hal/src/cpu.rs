@@ -1,5 +1,6 @@
 //! Registers of the physical CPU.
 
+use blanket_core::machine::FpuImage;
 use core::arch::asm;
 
 /// Model-specific registers.
@@ -164,5 +165,20 @@ pub fn xsetbv(val: u64) {
     unsafe {
         asm!("xsetbv", in("ecx") 0, in("eax") val as u32, in("edx") (val >> 32) as u32,
              options(nomem, nostack, preserves_flags));
+    }
+}
+
+/// Writes the FPU's registers to a zeroed image. XSAVE of what XCR0 may have under either
+/// host (x87, SSE, AVX, AVX-512, PKRU) takes less than there is.
+pub fn save_fpu(to: &mut FpuImage, xsave: bool) {
+    let to = to.0.as_mut_ptr();
+    // SAFETY: the image is aligned to 64 bytes and large enough, as said above.
+    unsafe {
+        if xsave {
+            asm!("xsave64 [{0}]", in(reg) to, in("eax") -1, in("edx") -1,
+                 options(nostack, preserves_flags));
+        } else {
+            asm!("fxsave64 [{0}]", in(reg) to, options(nostack, preserves_flags));
+        }
     }
 }

@@ -587,6 +587,21 @@ blanket_load_selectors:
     inc eax
     jmp 53b
 
+    # blanket_load_fpu(image: rdi, xsave: esi) -> 0, or 1 if the CPU refused it.
+    .global blanket_load_fpu
+blanket_load_fpu:
+    mov eax, -1
+    mov edx, -1
+    test esi, esi
+    jz 61f
+60: xrstor64 [rdi]
+    jmp 62f
+61: fxrstor64 [rdi]
+62: xor eax, eax
+    ret
+63: mov eax, 1
+    ret
+
     # blanket_leave(switch: rdi): to the host. The module pops what is pushed here
     # and returns to our caller.
     .global blanket_leave
@@ -607,6 +622,7 @@ blanket_leave:
     .quad \at\()b, 46b
     .endr
     .quad 50b, 54b, 51b, 55b, 52b, 56b, 53b, 57b
+    .quad 60b, 63b, 61b, 63b
     .text
     "#,
     BASE = const layout::IMAGE,
@@ -658,6 +674,7 @@ unsafe extern "C" {
     pub static blanket_iret_slow: u8;
     pub fn blanket_copy(to: *mut u8, from: *const u8, bytes: usize) -> u64;
     pub fn blanket_load_selectors(ds: u32, es: u32, fs: u32, gs: u32) -> u32;
+    pub fn blanket_load_fpu(image: *const u8, xsave: u32) -> u32;
     pub fn blanket_leave(switch: *mut Switch);
     /// The exception table: pairs of (address, where to go on).
     pub static blanket_extable: [u64; 2];

@@ -9,7 +9,7 @@ use blanket_abi::layout::{
     WINDOW, WINDOW_PTES, sel, vcpu as area,
 };
 use blanket_abi::{Gfn, PAGE_SIZE, Va};
-use blanket_core::machine::{Cpu, Host as _, Memory, Words};
+use blanket_core::machine::{Cpu, FpuImage, Host as _, Memory, Words};
 use blanket_core::mmu::{GfnInfo, PoolInfo};
 use blanket_core::pte;
 use blanket_core::vcpu::{Fast, TrapFrame};
@@ -380,5 +380,14 @@ impl Cpu for Hal {
         // the field. The module loads it at each entry where the CPU has it; inside
         // KVM guests are not shown it.
         unsafe { (&raw mut (*self.raw_switch()).guest_tsc_aux).write_volatile(val) };
+    }
+    fn save_fpu(&self, to: &mut FpuImage, xsave: bool) {
+        cpu::save_fpu(to, xsave);
+    }
+    fn load_fpu(&self, from: &FpuImage, xsave: bool) -> bool {
+        // SAFETY: the image has the size and alignment that both instructions want, and
+        // the core keeps nothing in these registers; what the CPU refuses ends through
+        // the exception table.
+        unsafe { entry::blanket_load_fpu(from.0.as_ptr(), xsave.into()) == 0 }
     }
 }

@@ -5,7 +5,7 @@ use crate::entry;
 use crate::kvm;
 use crate::machine::Hal;
 use crate::report::{At, die};
-use blanket_abi::device::{WATCH_LIMIT, exit, pending};
+use blanket_abi::device::{WATCH_LIMIT, boot_flags, exit, pause, pending};
 use blanket_abi::layout::{IMAGE, MAX_VCPUS, VCPU, VCPU_STRIDE, vcpu as area};
 use blanket_core::context::Context;
 use blanket_core::machine::Host;
@@ -116,19 +116,28 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
         kvm::start(&hal);
     }
     hal.switch().deadline.store(NEVER, Ordering::SeqCst);
+    let begins = |vm: &Vm| {
+        let me = hal.id();
+        first
+            || vm.resumed.load(Ordering::SeqCst) & 1 << me != 0
+            // One that goes on is up before its state is there to take.
+            || !resumes(vm) && vm.states[me as usize].get() == State::UP
+    };
     let vm = loop {
         if let Some(vm) = VM.get()
-            && (first || vm.states[hal.id() as usize].get() == State::UP)
+            && begins(vm)
         {
             break vm;
         }
         hal.switch().pending.store(0, Ordering::SeqCst);
         if let Some(vm) = VM.get()
-            && vm.states[hal.id() as usize].get() == State::UP
+            && begins(vm)
         {
             break vm;
         }
-        hal.exit(exit::IDLE, [0; 4]);
+        // vCPU 0 writes down for those that have not begun.
+        let paused = hal.vm_page().pause.load(Ordering::SeqCst) != pause::NONE;
+        hal.exit(if paused { exit::PAUSED } else { exit::IDLE }, [0; 4]);
     };
     // SAFETY: this vCPU has not run yet.
     unsafe {
@@ -139,7 +148,12 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
             c.fast.trap = trap_entry(false);
             c.follow_trace();
             c.reset_cpu();
-            if first {
+            if first && resumes(vm) {
+                c.resume_vm();
+            }
+            if vm.resumed.load(Ordering::SeqCst) & 1 << c.v.id != 0 {
+                c.resume_vcpu();
+            } else if first {
                 c.boot();
             } else {
                 c.start();
@@ -147,6 +161,11 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
             c.prepare_return();
         });
     }
+}
+
+/// Whether the VM goes on from a state that another core has written down.
+fn resumes(vm: &Vm) -> bool {
+    vm.boot.flags & boot_flags::RESTORE != 0
 }
 
 fn set_syscall_msrs(hal: &Hal) {

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use blanket_abi::device::{
     API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
-    GET_STATS, Info, RAISE, RECLAIM, RUN, RUN_DATA, Run, TARGET, TRACE, VmStats, create, exit,
+    GET_STATS, Info, PAUSE, RAISE, RECLAIM, RUN, RUN_DATA, Run, TARGET, TRACE, VmStats, create,
+    exit,
 };
 use blanket_abi::layout::vcpu::TRACE_SIZE;
 use blanket_abi::trace::Ring;
@@ -319,6 +320,21 @@ impl Machine for DeviceVm {
         Ok(())
     }
 
+    fn pause(&self, what: u32) -> Result<(), Error> {
+        // SAFETY: PAUSE takes a number.
+        if unsafe { ioctl_with_val(&self.fd, PAUSE.into(), what.into()) } < 0 {
+            return Err(refused("make the VM stand still"));
+        }
+        Ok(())
+    }
+
+    fn system_time(&self) -> Result<u64, Error> {
+        // What the module's `ktime_get_ns` is to programs.
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let part = |n: i64| u64::try_from(n).unwrap_or(0);
+        Ok(part(now.tv_sec) * 1_000_000_000 + part(now.tv_nsec))
+    }
+
     fn audit(&self) -> Result<Audit, Error> {
         let mut audit = Audit::default();
         // SAFETY: AUDIT writes at most size_of::<Audit>() bytes to its argument, for
@@ -413,6 +429,7 @@ impl RunPage {
                 given_up: text(),
                 frames: second,
             },
+            exit::PAUSED => Exit::Paused(arg.cast_signed()),
             exit::CRASH => Exit::Crash(Crash {
                 kind: arg.into(),
                 report: String::from_utf8_lossy(&text()).into_owned(),

@@ -78,6 +78,20 @@ pub trait Machine: Send + Sync {
     /// What the host refused.
     fn reclaim(&self) -> Result<(), Error>;
 
+    /// Sets what [`Exit::Paused`] is about: one of `blanket_abi::device::pause`. All
+    /// vCPUs are made to look at it.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn pause(&self, what: u32) -> Result<(), Error>;
+
+    /// The host's system time as its cores have it, ns: what a guest's is the sum of,
+    /// with `blanket_abi::state::VmState::time_offset`.
+    ///
+    /// # Errors
+    /// What the host refused.
+    fn system_time(&self) -> Result<u64, Error>;
+
     /// Walks all page tables that a CPU may use for the VM. No vCPU may be in
     /// [`Vcpu::run`], and each must be [`Vcpu::at_rest`].
     ///
@@ -195,6 +209,9 @@ pub enum Exit {
     Shutdown(u64),
     /// The guest cannot go on.
     Crash(Crash),
+    /// The vCPU stands still and has written its state down, or a negative errno says
+    /// why it could not.
+    Paused(i64),
     /// A signal, or [`Kick::stop`].
     Interrupted,
     /// The VM is dead: another vCPU's run has returned, or will return, with the reason.

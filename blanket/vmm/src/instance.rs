@@ -300,6 +300,7 @@ impl Instance {
             lock(&self.now).booted = start.description;
             let config = builder::Config {
                 memory: spec.memory,
+                vcpus: spec.vcpus,
                 cmdline: start.cmdline,
                 verbose: spec.verbose,
                 mergeable: spec.mergeable,

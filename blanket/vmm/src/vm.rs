@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use blanket_abi::device::VmStats;
+use blanket_abi::device::{VmStats, pause};
 use blanket_abi::xen::hypercall::sched;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -71,6 +71,8 @@ pub enum End {
     Crash(Crash),
     /// The VM was killed from outside.
     Killed,
+    /// It was written down, and goes on elsewhere or later.
+    Saved,
     /// The VMM or the host failed.
     Failed(Failure),
 }
@@ -136,7 +138,54 @@ struct State {
     parked: usize,
     /// How many of them are where their core's state is whole.
     at_rest: usize,
+    /// What vCPUs do that stand still in their core.
+    still: Still,
+    /// How many do.
+    standing: usize,
+    /// Why one of them could not write its state down, a negative errno.
+    unwritten: Option<i64>,
 }
+
+/// See [`Handle::standing_still`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Still {
+    /// They go on.
+    #[default]
+    No,
+    /// They wait.
+    Wait,
+    /// vCPU 0 runs once more, to write down what all share.
+    Shared,
+}
+
+/// What becomes of a VM that stood still.
+#[derive(Debug)]
+pub enum Then {
+    /// It goes on where it was.
+    GoOn,
+    /// It ends, since it goes on elsewhere or nowhere.
+    End(End),
+}
+
+/// Why a VM did not stand still.
+#[derive(Debug, thiserror::Error)]
+pub enum StillError {
+    /// It ended.
+    #[error("the VM has ended")]
+    Ended,
+    /// A vCPU did not come to a stop.
+    #[error("the VM did not stand still within {} seconds", STILL_PATIENCE.as_secs())]
+    Timeout,
+    /// Its core could not write its state down.
+    #[error("the VM's core could not write its state down (error {0})")]
+    Unwritten(i64),
+    /// The host.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+}
+
+/// How long a hypercall may take.
+const STILL_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often a VM is paused again whose core was in the middle of something.
 const PAUSES: u32 = 500;
@@ -291,6 +340,25 @@ impl Handle {
         self.0.upgrade()?.paused(work)
     }
 
+    /// Does `work` while all vCPUs stand where they would return to their guest, and
+    /// their core has written their states down (`blanket_abi::state`). `drain` comes
+    /// before the core writes down what the vCPUs share: whoever serves the VM finishes
+    /// what it has begun there, and begins nothing new.
+    ///
+    /// # Errors
+    /// The VM has ended or does not come to a stop, or its core could not write; if it
+    /// has not ended, it goes on.
+    pub fn standing_still<T>(
+        &self,
+        drain: impl FnOnce(),
+        work: impl FnOnce() -> (T, Then),
+    ) -> Result<T, StillError> {
+        self.0
+            .upgrade()
+            .ok_or(StillError::Ended)?
+            .standing_still(drain, work)
+    }
+
     /// Waits until the VM has ended. Returns whether it did so in time.
     #[must_use]
     pub fn wait_ended(&self, timeout: Duration) -> bool {
@@ -390,6 +458,95 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// See [`Handle::standing_still`].
+    fn standing_still<T>(
+        &self,
+        drain: impl FnOnce(),
+        work: impl FnOnce() -> (T, Then),
+    ) -> Result<T, StillError> {
+        let _alone = lock(&self.pause);
+        let stood = self.stand().and_then(|()| {
+            drain();
+            self.write_shared()?;
+            Ok(work())
+        });
+        let done = match stood {
+            Ok((done, Then::End(end))) => {
+                // Before anything lets them go: not one instruction more.
+                self.end(end);
+                Ok(done)
+            }
+            Ok((done, Then::GoOn)) => Ok(done),
+            Err(error) => Err(error),
+        };
+        let went_on = self.machine.pause(pause::NONE);
+        lock(&self.state).still = Still::No;
+        self.changed.notify_all();
+        went_on?;
+        done
+    }
+
+    /// Has all vCPUs stand still.
+    fn stand(&self) -> Result<(), StillError> {
+        {
+            let mut state = lock(&self.state);
+            state.still = Still::Wait;
+            state.unwritten = None;
+        }
+        self.machine.pause(pause::VCPUS)?;
+        self.all_stand()
+    }
+
+    /// Has the core write down what they share.
+    fn write_shared(&self) -> Result<(), StillError> {
+        self.machine.pause(pause::VM)?;
+        lock(&self.state).still = Still::Shared;
+        self.changed.notify_all();
+        self.all_stand()
+    }
+
+    fn all_stand(&self) -> Result<(), StillError> {
+        let deadline = Instant::now() + STILL_PATIENCE;
+        let mut state = lock(&self.state);
+        while state.standing < self.kicks.len() || state.still == Still::Shared {
+            if state.ended {
+                return Err(StillError::Ended);
+            }
+            let left = deadline
+                .checked_duration_since(Instant::now())
+                .ok_or(StillError::Timeout)?;
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        state
+            .unwritten
+            .map_or(Ok(()), |error| Err(StillError::Unwritten(error)))
+    }
+
+    /// A vCPU stands still, until it is told otherwise.
+    fn stand_still(&self, vcpu: u32, error: i64) {
+        let mut state = lock(&self.state);
+        if error != 0 {
+            state.unwritten.get_or_insert(error);
+        }
+        state.standing += 1;
+        self.changed.notify_all();
+        while state.still != Still::No && !state.ended {
+            if state.still == Still::Shared && vcpu == 0 {
+                state.still = Still::Wait;
+                break;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.standing -= 1;
+    }
+
     /// Waits while the VM is paused.
     fn park(&self, vcpu: &dyn Vcpu) {
         let mut state = lock(&self.state);
@@ -411,7 +568,7 @@ impl Shared {
     }
 
     /// Serves an exit. Returns how the VM ended, if it did.
-    fn serve(&self, exit: Exit) -> Option<End> {
+    fn serve(&self, vcpu: u32, exit: Exit) -> Option<End> {
         match exit {
             Exit::Send(port) => {
                 match self.backends.ports.get(port) {
@@ -436,6 +593,10 @@ impl Shared {
                 other => End::Unsupported(other),
             }),
             Exit::Crash(crash) => Some(End::Crash(crash)),
+            Exit::Paused(error) => {
+                self.stand_still(vcpu, error);
+                None
+            }
             Exit::Interrupted => None,
             // Its own report comes from another vCPU's thread, and must win.
             Exit::Dead => (!self.wait_ended(REPORT_PATIENCE)).then_some(End::Failed(Failure::Dead)),
@@ -462,7 +623,7 @@ fn run(shared: &Shared, id: u32, mut vcpu: Box<dyn Vcpu>) {
     while !shared.has_ended() {
         shared.park(&*vcpu);
         let end = match vcpu.run() {
-            Ok(exit) => shared.serve(exit),
+            Ok(exit) => shared.serve(id, exit),
             Err(error) => Some(End::Failed(error.into())),
         };
         if let Some(end) = end {

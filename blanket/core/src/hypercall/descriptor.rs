@@ -41,7 +41,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Copies the guest's GDT to the hardware's.
-    pub(super) fn load_gdt(&mut self, gdt: [Gfn; 14], entries: u64) {
+    pub(crate) fn load_gdt(&mut self, gdt: [Gfn; 14], entries: u64) {
         let before = self.v.gdt_entries;
         self.v.gdt = gdt;
         #[allow(
@@ -99,7 +99,7 @@ impl<M: Machine> Context<'_, M> {
 
     /// `MMUEXT_SET_LDT`: copies the table, so that the hardware never reads one
     /// that the guest can change.
-    pub(super) fn set_ldt(&mut self, va: u64, entries: u64) -> Result<(), i64> {
+    pub(crate) fn set_ldt(&mut self, va: u64, entries: u64) -> Result<(), i64> {
         if entries > LDT_ENTRIES_MAX || (entries != 0 && va & 0xfff != 0) {
             return Err(errno::EINVAL);
         }

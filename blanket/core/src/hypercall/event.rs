@@ -174,7 +174,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Tells the module which vCPU a port's notifications go to.
-    fn publish_port(&self, port: u32) {
+    pub(crate) fn publish_port(&self, port: u32) {
         if let Some(slot) = self.m.vm_page().port_vcpu.get(port as usize) {
             slot.store(self.vm.ports.port(port).vcpu.to_le_bytes()[0], Relaxed);
         }

@@ -230,7 +230,7 @@ impl<M: Machine> Context<'_, M> {
     ///
     /// # Errors
     /// EINVAL for a frame that the guest has given up; the root is the old one.
-    pub(super) fn set_kernel_root(&mut self, gfn: Gfn) -> Result<(), i64> {
+    pub(crate) fn set_kernel_root(&mut self, gfn: Gfn) -> Result<(), i64> {
         let old = self.v.kernel_root;
         let (page, cr3) = self.with_frame(gfn, |mmu, m, ep| {
             let page = mmu.root_get(m, ep, gfn, false)?;
@@ -251,7 +251,7 @@ impl<M: Machine> Context<'_, M> {
     ///
     /// # Errors
     /// EINVAL for a frame that the guest has given up; the root is the old one.
-    pub(super) fn set_user_root(&mut self, gfn: Option<Gfn>) -> Result<(), i64> {
+    pub(crate) fn set_user_root(&mut self, gfn: Option<Gfn>) -> Result<(), i64> {
         let old = self.v.user_root;
         let (page, cr3) = match gfn {
             None => (0, 0),

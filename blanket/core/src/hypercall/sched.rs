@@ -61,7 +61,7 @@ impl<M: Machine> Context<'_, M> {
             self.take_pending();
             let nmi = self.vm.nmi.load(SeqCst) & 1 << self.v.id != 0;
             let down = self.vm.states[self.v.id as usize].get() != crate::vcpu::State::UP;
-            if awake(self) || nmi || down {
+            if awake(self) || nmi || down || self.v.pause_asked {
                 break;
             }
             if !slept {

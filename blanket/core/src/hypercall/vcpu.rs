@@ -119,7 +119,10 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Another vCPU's private state, while it does not need it.
-    fn other(&self, id: u32) -> Result<spin::MutexGuard<'static, crate::vcpu::Vcpu>, i64> {
+    pub(crate) fn other(
+        &self,
+        id: u32,
+    ) -> Result<spin::MutexGuard<'static, crate::vcpu::Vcpu>, i64> {
         let vcpus: &'static [_] = self.vm.vcpus;
         vcpus
             .get(id as usize)
@@ -206,7 +209,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Notes the frame of an area, which the guest cannot give up from now on.
-    fn note_area(&self, id: u32, which: usize, gfn: Option<Gfn>) {
+    pub(crate) fn note_area(&self, id: u32, which: usize, gfn: Option<Gfn>) {
         let areas = self.vm.areas.get(id as usize);
         if let Some(area) = areas.and_then(|areas| areas.get(which)) {
             area.store(gfn.map_or(0, |gfn| gfn.0 + 1), SeqCst);

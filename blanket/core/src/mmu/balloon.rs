@@ -9,6 +9,7 @@
 use super::{Epochs, Mmu, Need, gfn32, idx};
 use crate::machine::{Host, Memory};
 use blanket_abi::Gfn;
+use blanket_abi::state::mark;
 
 /// Leaves of one frame that are removed under one hold of the lock.
 const LEAVES: u32 = 2048;
@@ -26,6 +27,27 @@ impl Mmu {
     #[must_use]
     pub fn out(&self) -> u64 {
         self.out
+    }
+
+    /// What a frame is to the guest, for [`Self::set_mark`] ([`blanket_abi::state::mark`]).
+    #[must_use]
+    pub fn mark_of(&self, gfn: Gfn) -> u8 {
+        self.gfns.get(idx(gfn.0)).map_or(0, |info| {
+            info.mark & mark::LEVELS | if info.out { mark::OUT } else { 0 }
+        })
+    }
+
+    /// Makes a frame what another core's MMU had it for; before anything else is done
+    /// with it.
+    pub fn set_mark(&mut self, gfn: Gfn, byte: u8) {
+        let Some(info) = self.gfns.get_mut(idx(gfn.0)) else {
+            return;
+        };
+        // A frame that is out is no table.
+        let out = byte & mark::OUT != 0;
+        info.mark = if out { 0 } else { byte & mark::LEVELS };
+        self.out += u64::from(out && !info.out);
+        info.out |= out;
     }
 
     /// The guest gives a frame up. False: it has not got it, or the frame is a table

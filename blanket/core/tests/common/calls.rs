@@ -208,13 +208,23 @@ pub fn run(
     ops: &[Op],
     la57: bool,
     thief: u64,
-    mut seen: impl FnMut(&World, &Op),
+    seen: impl FnMut(&World, &Op),
 ) -> Result<usize, String> {
     let (mut w, _) = fuzz::start(Setup {
         vcpus: VCPUS,
         la57,
         ..Setup::default()
     });
+    play(&mut w, ops, thief, seen)
+}
+
+/// As [`run`], in a VM that is there already.
+pub fn play(
+    w: &mut World,
+    ops: &[Op],
+    thief: u64,
+    mut seen: impl FnMut(&World, &Op),
+) -> Result<usize, String> {
     let vm = w.vm;
     w.m.thief.set(thief);
     w.m.set_hook(move |_, e| {
@@ -229,7 +239,7 @@ pub fn run(
     });
     for (n, op) in ops.iter().enumerate() {
         w.m.log.borrow_mut().clear();
-        if let Err(e) = std::panic::catch_unwind(AssertUnwindSafe(|| step(&mut w, op))) {
+        if let Err(e) = std::panic::catch_unwind(AssertUnwindSafe(|| step(w, op))) {
             let text = e.downcast_ref::<String>().cloned().unwrap_or_default();
             let crashed = w.m.crashed.borrow_mut().take();
             return if text == ENDED || crashed.is_some_and(|c| c.why == crash::GUEST) {
@@ -239,7 +249,7 @@ pub fn run(
             };
         }
         w.try_audit().map_err(|e| format!("{e:?} after {op:?}"))?;
-        seen(&w, op);
+        seen(w, op);
     }
     Ok(ops.len())
 }

@@ -124,6 +124,8 @@ impl Guest {
             start_info: DIRECT,
             store_port: 1,
             console_port: 2,
+            state_base: setup.state_base(),
+            state_frames: setup.state_frames(),
             ..Boot::default()
         }
     }

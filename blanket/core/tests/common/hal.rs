@@ -4,7 +4,7 @@ use super::{ARGS, Crash, Exit, FakeMachine, HOST_BITS, POOL_HFN, crash_kind};
 use blanket_abi::device::{RUN_DATA, Switch, VmPage, exit};
 use blanket_abi::trace::Ring;
 use blanket_abi::{Gfn, Va};
-use blanket_core::machine::{Cpu, Host, Memory, Words};
+use blanket_core::machine::{Cpu, FpuImage, Host, Memory, Words};
 use blanket_core::time::Clock;
 use blanket_core::vcpu::NEVER;
 use std::sync::atomic::Ordering::{Acquire, Release, SeqCst};
@@ -189,6 +189,19 @@ impl Cpu for FakeMachine {
     }
     fn set_tsc_aux(&self, val: u64) {
         self.cpu().tsc_aux.set(val);
+    }
+    fn save_fpu(&self, to: &mut FpuImage, _xsave: bool) {
+        assert_eq!(*to, FpuImage::ZERO);
+        if let Some(image) = &*self.cpu().fpu.borrow() {
+            to.clone_from(image);
+        }
+    }
+    fn load_fpu(&self, from: &FpuImage, _xsave: bool) -> bool {
+        if self.cpu().fpu_refused.get() {
+            return false;
+        }
+        *self.cpu().fpu.borrow_mut() = Some(from.clone());
+        true
     }
 }
 

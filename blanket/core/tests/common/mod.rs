@@ -22,12 +22,12 @@ mod world;
 pub use world::{Reached, World};
 
 use blanket_abi::device::{
-    Boot, COUNTERS, Dtr, EXIT_REASONS, RUN_DATA, Switch, VmPage, crash, host,
+    Boot, COUNTERS, Dtr, EXIT_REASONS, RUN_DATA, Switch, VmPage, crash, host, pending,
 };
 use blanket_abi::layout::REVOKED_BLOCK;
 use blanket_abi::trace::Ring;
 use blanket_abi::{Gfn, Va};
-use blanket_core::machine::Words;
+use blanket_core::machine::{FpuImage, Words};
 use blanket_core::mmu::Mmu;
 use blanket_core::pte;
 use blanket_core::vcpu::NEVER;
@@ -97,6 +97,8 @@ pub struct FakeCpu {
     pub ldt_entries: Cell<u32>,
     pub xcr0: Cell<u64>,
     pub tsc_aux: Cell<u64>,
+    pub fpu: RefCell<Option<FpuImage>>,
+    pub fpu_refused: Cell<bool>,
     /// The trace.
     pub trace: Box<Ring>,
     /// Pool pages that were walked since the last load of CR3, and what each was
@@ -150,7 +152,7 @@ pub struct FakeMachine {
 /// What a machine is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
-    /// Frames of RAM; shared info and two grant frames come on top.
+    /// Frames of RAM; shared info, two grant frames and those for the state come on top.
     pub ram: u64,
     /// Most pool pages.
     pub pool: u32,
@@ -175,7 +177,15 @@ pub const GRANT_FRAMES: u64 = 2;
 impl Setup {
     /// Frames of the VM.
     pub fn frames(&self) -> u64 {
+        self.state_base() + self.state_frames()
+    }
+    /// First frame for the VM's state.
+    pub fn state_base(&self) -> u64 {
         self.ram + 1 + GRANT_FRAMES
+    }
+    /// Frames for it.
+    pub fn state_frames(&self) -> u64 {
+        blanket_abi::state::frames(self.vcpus, self.ram)
     }
     /// gfn of shared info.
     pub fn shared_info(&self) -> u64 {
@@ -286,6 +296,8 @@ impl FakeMachine {
             reclaim: AtomicU32::new(0),
             target: AtomicU64::new(0),
             pool_gone: AtomicU64::new(0),
+            pause: AtomicU32::new(0),
+            pad2: 0,
         });
         Self {
             frames,
@@ -510,6 +522,23 @@ impl FakeMachine {
 
     pub fn set_hook(&self, f: impl FnMut(&Self, Exit) -> Option<i64> + 'static) {
         *self.hook.borrow_mut() = Some(Box::new(f));
+    }
+
+    /// No hook any more.
+    pub fn clear_hook(&self) {
+        *self.hook.borrow_mut() = None;
+    }
+
+    /// Makes CPU `id` the one that runs.
+    pub fn be(&self, id: u32) {
+        self.current.set(id as usize);
+    }
+
+    /// Somebody wants vCPU `id` to look at what is asked of it.
+    pub fn kick(&self, id: u32) {
+        self.switches[id as usize]
+            .pending
+            .fetch_or(pending::KICK, SeqCst);
     }
 
     /// Sees that what CPUs may have cached of the tables is still bound as it was.

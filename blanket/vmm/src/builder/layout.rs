@@ -97,11 +97,7 @@ impl Layout {
     pub(super) fn plan(kernel: &Kernel, initrd: u64, ram_frames: u64) -> Result<Self, Error> {
         check_addresses(kernel)?;
         if ram_frames > MAX_FRAMES - 1 - GRANT_FRAMES {
-            return Err(Error::TooLarge(format!(
-                "{} MiB of memory are too much: a VM has at most {} MiB",
-                (ram_frames * PAGE_SIZE) >> 20,
-                ((MAX_FRAMES * PAGE_SIZE) >> 20) - 1
-            )));
+            return Err(super::too_large(ram_frames));
         }
 
         let (layout, mut needed) = Self::place(kernel, initrd, ram_frames)?;

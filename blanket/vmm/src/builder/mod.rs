@@ -19,6 +19,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use blanket_abi::device::{Boot, boot_flags};
+use blanket_abi::layout::MAX_FRAMES;
+use blanket_abi::state;
 use blanket_abi::xen::domid;
 use blanket_abi::xen::grant;
 use blanket_abi::{Gfn, PAGE_SIZE};
@@ -48,6 +50,8 @@ const FILE_ALIGN: u64 = 2 << 20;
 pub struct Config {
     /// RAM in bytes, a multiple of the page size.
     pub memory: u64,
+    /// vCPUs.
+    pub vcpus: u32,
     /// Kernel command line.
     pub cmdline: String,
     /// Have the core report every hypercall that it refuses.
@@ -146,7 +150,12 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     let initrd_len = initrd.map_or(0, |bytes| bytes.len() as u64);
     let layout = Layout::plan(kernel, initrd_len, ram_frames)?;
 
-    let frames = ram_frames + 1 + GRANT_FRAMES;
+    let state_base = layout.grants.end();
+    let state_frames = state::frames(config.vcpus, ram_frames);
+    let frames = state_base + state_frames;
+    if frames > MAX_FRAMES {
+        return Err(too_large(ram_frames));
+    }
     let memory = allocate(frames * PAGE_SIZE, config.mergeable)?;
 
     for segment in kernel.segments() {
@@ -185,7 +194,9 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
         .filter_map(|(on, flag)| on.then_some(flag))
         .sum(),
         hypercall_page: layout.hypercall_page.map_or(0, |page| layout.va(page).0),
-        reserved: [0; 4],
+        state_base,
+        state_frames,
+        reserved: [0; 2],
     };
     Ok(Domain {
         memory: Arc::new(memory),
@@ -193,6 +204,14 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
         boot,
         layout,
     })
+}
+
+fn too_large(ram_frames: u64) -> Error {
+    Error::TooLarge(format!(
+        "{} MiB of memory are too much: a VM has less than {} MiB",
+        (ram_frames * PAGE_SIZE) >> 20,
+        (MAX_FRAMES * PAGE_SIZE) >> 20
+    ))
 }
 
 /// Guest-physical address of a frame.

@@ -15,6 +15,7 @@ fn config(memory: u64, cmdline: &str) -> Config {
         memory,
         cmdline: cmdline.to_owned(),
         verbose: false,
+        vcpus: 1,
         mergeable: false,
         inject: false,
     }
@@ -30,6 +31,7 @@ fn built(kernel: &Kernel, initrd: &[u8], memory: u64, cmdline: &str) -> Domain {
 fn mergeable_memory_is_private_and_advised() {
     let kernel = test_kernel();
     let config = Config {
+        vcpus: 1,
         mergeable: true,
         ..config(128 * MIB, "quiet")
     };

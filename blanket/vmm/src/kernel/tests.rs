@@ -201,6 +201,7 @@ proptest! {
                 memory: 64 << 20,
                 cmdline: String::new(),
                 verbose: false,
+                vcpus: 1,
                 mergeable: false,
                 inject: false,
             };

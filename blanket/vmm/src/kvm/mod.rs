@@ -454,6 +454,21 @@ impl Machine for Handle {
         Ok(())
     }
 
+    fn pause(&self, what: u32) -> Result<(), device::Error> {
+        for vcpu in self.0.space.pause(what)? {
+            // As for `trace`.
+            if let Err(error) = self.0.interrupt(vcpu) {
+                tracing::debug!(vcpu, %error, "not interrupted");
+            }
+        }
+        Ok(())
+    }
+
+    fn system_time(&self) -> Result<u64, device::Error> {
+        let clock = self.0.fd.get_clock().map_err(refused("tell its clock"))?;
+        Ok(clock.clock)
+    }
+
     fn audit(&self) -> Result<Audit, device::Error> {
         Ok(self.0.space.audit()?)
     }

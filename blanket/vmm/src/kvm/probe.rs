@@ -105,6 +105,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
         memory: MEMORY,
         cmdline: String::new(),
         verbose: false,
+        vcpus: 1,
         mergeable: false,
         inject: false,
     };

@@ -660,8 +660,21 @@ impl Space {
     /// # Errors
     /// None that a built space has.
     pub fn trace(&self, on: bool) -> Result<Vec<u32>, Error> {
-        let at = self.vm_page + offset_of!(VmPage, trace) as u64;
-        self.half(at)?.store(on.into(), Ordering::SeqCst);
+        self.tell_all(offset_of!(VmPage, trace), on.into())
+    }
+
+    /// Makes the VM stand still or go on. The vCPUs that must be interrupted to see it.
+    ///
+    /// # Errors
+    /// None that a built space has.
+    pub fn pause(&self, what: u32) -> Result<Vec<u32>, Error> {
+        self.tell_all(offset_of!(VmPage, pause), what)
+    }
+
+    /// Sets a word of the shared page and has all vCPUs look.
+    fn tell_all(&self, field: usize, what: u32) -> Result<Vec<u32>, Error> {
+        self.half(self.vm_page + field as u64)?
+            .store(what, Ordering::SeqCst);
         let mut asked = Vec::new();
         for vcpu in (0u32..).take(self.switches.len()) {
             let before = self
@@ -753,10 +766,10 @@ fn boot_words(boot: &Boot) -> [u64; 15] {
         u64::from(boot.store_port) | u64::from(boot.console_port) << 32,
         boot.flags,
         boot.hypercall_page,
+        boot.state_base,
+        boot.state_frames,
         boot.reserved[0],
         boot.reserved[1],
-        boot.reserved[2],
-        boot.reserved[3],
     ]
 }
 

@@ -145,6 +145,7 @@ impl KvmVcpu {
                 given_up: self.vm.space.text(self.id, length)?,
                 frames: second,
             }),
+            exit::PAUSED => Some(Exit::Paused(arg.cast_signed())),
             exit::CRASH => {
                 let text = self.vm.space.text(self.id, length)?;
                 Some(Exit::Crash(Crash {

@@ -74,6 +74,7 @@ pub fn kernel(data: &[u8]) {
         memory: 64 << 20,
         cmdline: String::new(),
         verbose: false,
+        vcpus: 1,
         mergeable: false,
         inject: false,
     };

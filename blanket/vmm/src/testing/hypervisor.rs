@@ -175,6 +175,14 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    fn pause(&self, _: u32) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn system_time(&self) -> Result<u64, Error> {
+        Ok(0)
+    }
+
     fn audit(&self) -> Result<Audit, Error> {
         // As a host that cannot while a vCPU runs.
         assert!(lock(&self.guest.events).stop, "the VM runs");

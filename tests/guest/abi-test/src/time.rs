@@ -392,7 +392,9 @@ fn posix_timer(_: &Ctx) -> Verdict {
         unsafe { libc::pause() };
     }
     let took = clock_ns(libc::CLOCK_MONOTONIC) - begun;
-    require(took >= 100 * MS, || format!("20 ticks of 5 ms in {took} ns"))?;
+    require(took >= 100 * MS, || {
+        format!("20 ticks of 5 ms in {took} ns")
+    })?;
     Ok(Note::Pass)
 }
 

@@ -53,6 +53,7 @@ fn domain() -> Domain {
         memory: 32 << 20,
         cmdline: String::new(),
         verbose: false,
+        vcpus: 1,
         mergeable: false,
         inject: false,
     };
