@@ -1,0 +1,272 @@
+//! Chunks, one behind the other.
+//!
+//! ```text
+//! "BLANKETV"  version u32  0 u32
+//! chunk: kind [u8; 4]  length u32  sum [u8; 32]  bytes
+//! ...
+//! chunk of kind "END ": number of chunks before it, u64
+//! ```
+//!
+//! All numbers are little-endian. A sum is BLAKE3 over the chunk's place (u64, from 0),
+//! kind, length and bytes, keyed by the place so that no chunk passes for another.
+
+use std::io::{self, Read, Write};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::Error;
+use crate::pages::{self, Run};
+
+const MAGIC: &[u8; 8] = b"BLANKETV";
+
+/// Version of the container and of all that is in it.
+pub const VERSION: u32 = 1;
+
+/// Most bytes of a chunk.
+pub const MAX_CHUNK: usize = 64 << 20;
+
+/// Kinds of chunks, in the order in which they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// What the VM is made of, as JSON. The first one.
+    Machine,
+    /// Pages of its memory. As many as there are.
+    Pages,
+    /// What its core and its backends know, as JSON. The last one before the end.
+    State,
+    /// The end.
+    End,
+}
+
+impl Kind {
+    const fn tag(self) -> [u8; 4] {
+        *match self {
+            Self::Machine => b"VM  ",
+            Self::Pages => b"PAGE",
+            Self::State => b"STAT",
+            Self::End => b"END ",
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Machine => "machine",
+            Self::Pages => "pages",
+            Self::State => "state",
+            Self::End => "end",
+        }
+    }
+
+    fn of(tag: [u8; 4]) -> Option<Self> {
+        [Self::Machine, Self::Pages, Self::State, Self::End]
+            .into_iter()
+            .find(|kind| kind.tag() == tag)
+    }
+}
+
+fn sum(place: u64, tag: [u8; 4], length: u32, bytes: &[u8]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&place.to_le_bytes());
+    hasher.update(&tag);
+    hasher.update(&length.to_le_bytes());
+    hasher.update(bytes);
+    *hasher.finalize().as_bytes()
+}
+
+/// Writes a saved VM.
+pub struct Writer<W: Write> {
+    to: W,
+    place: u64,
+    written: u64,
+}
+
+impl<W: Write> Writer<W> {
+    /// Begins.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn new(mut to: W) -> Result<Self, Error> {
+        let mut head = MAGIC.to_vec();
+        head.extend(VERSION.to_le_bytes());
+        head.extend([0; 4]);
+        to.write_all(&head).map_err(Error::Write)?;
+        Ok(Self {
+            to,
+            place: 0,
+            written: head.len() as u64,
+        })
+    }
+
+    fn chunk(&mut self, kind: Kind, bytes: &[u8]) -> Result<(), Error> {
+        let length = u32::try_from(bytes.len())
+            .ok()
+            .filter(|_| bytes.len() <= MAX_CHUNK)
+            .ok_or_else(|| Error::Write(io::ErrorKind::FileTooLarge.into()))?;
+        let tag = kind.tag();
+        let mut head = tag.to_vec();
+        head.extend(length.to_le_bytes());
+        head.extend(sum(self.place, tag, length, bytes));
+        self.to.write_all(&head).map_err(Error::Write)?;
+        self.to.write_all(bytes).map_err(Error::Write)?;
+        self.place += 1;
+        self.written += (head.len() + bytes.len()) as u64;
+        Ok(())
+    }
+
+    /// A chunk of JSON.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn text<T: Serialize>(&mut self, kind: Kind, what: &T) -> Result<(), Error> {
+        let bytes = serde_json::to_vec(what).map_err(|e| Error::Write(e.into()))?;
+        self.chunk(kind, &bytes)
+    }
+
+    /// A run of pages, compressed.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn pages(&mut self, first: u64, bytes: &[u8]) -> Result<(), Error> {
+        let packed = pages::pack(first, bytes).map_err(Error::Write)?;
+        self.chunk(Kind::Pages, &packed)
+    }
+
+    /// Ends, and gives the stream back with the number of bytes.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn finish(mut self) -> Result<(W, u64), Error> {
+        let count = self.place;
+        self.chunk(Kind::End, &count.to_le_bytes())?;
+        self.to.flush().map_err(Error::Write)?;
+        Ok((self.to, self.written))
+    }
+}
+
+/// Reads a saved VM.
+pub struct Reader<R: Read> {
+    from: R,
+    place: u64,
+    next: Option<(Kind, Vec<u8>)>,
+}
+
+impl<R: Read> Reader<R> {
+    /// Begins.
+    ///
+    /// # Errors
+    /// It is none, or another version's; [`Error::Read`].
+    pub fn new(mut from: R) -> Result<Self, Error> {
+        let mut head = [0; 16];
+        match from.read_exact(&mut head) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(Error::Foreign),
+            Err(e) => return Err(Error::Read(e)),
+        }
+        let [magic @ .., v0, v1, v2, v3, r0, r1, r2, r3] = head;
+        if magic != *MAGIC {
+            return Err(Error::Foreign);
+        }
+        let version = u32::from_le_bytes([v0, v1, v2, v3]);
+        if version != VERSION {
+            return Err(Error::Version(version));
+        }
+        if [r0, r1, r2, r3] != [0; 4] {
+            return Err(Error::Foreign);
+        }
+        Ok(Self {
+            from,
+            place: 0,
+            next: None,
+        })
+    }
+
+    fn exact(&mut self, to: &mut [u8]) -> Result<(), Error> {
+        self.from.read_exact(to).map_err(|e| match e.kind() {
+            io::ErrorKind::UnexpectedEof => Error::Truncated(self.place),
+            _ => Error::Read(e),
+        })
+    }
+
+    fn chunk(&mut self) -> Result<(Kind, Vec<u8>), Error> {
+        if let Some(chunk) = self.next.take() {
+            return Ok(chunk);
+        }
+        let (mut tag, mut length, mut wanted) = ([0; 4], [0; 4], [0; 32]);
+        self.exact(&mut tag)?;
+        self.exact(&mut length)?;
+        self.exact(&mut wanted)?;
+        let length = u32::from_le_bytes(length);
+        if length as usize > MAX_CHUNK {
+            return Err(Error::Damaged(self.place));
+        }
+        let mut bytes = vec![0; length as usize];
+        self.exact(&mut bytes)?;
+        if sum(self.place, tag, length, &bytes) != wanted {
+            return Err(Error::Damaged(self.place));
+        }
+        let kind = Kind::of(tag).ok_or_else(|| Error::Unexpected {
+            place: self.place,
+            kind: String::from_utf8_lossy(&tag).trim().to_owned(),
+            wanted: "a kind that this version knows",
+        })?;
+        self.place += 1;
+        Ok((kind, bytes))
+    }
+
+    fn unexpected(&self, kind: Kind, wanted: &'static str) -> Error {
+        Error::Unexpected {
+            place: self.place.saturating_sub(1),
+            kind: kind.name().to_owned(),
+            wanted,
+        }
+    }
+
+    /// A chunk of JSON, of this kind.
+    ///
+    /// # Errors
+    /// There is another one; it is damaged; a field is missing, or not known.
+    pub fn text<T: DeserializeOwned>(&mut self, kind: Kind) -> Result<T, Error> {
+        let (found, bytes) = self.chunk()?;
+        if found != kind {
+            return Err(self.unexpected(found, kind.name()));
+        }
+        serde_json::from_slice(&bytes).map_err(|source| Error::Text {
+            place: self.place - 1,
+            kind: kind.name(),
+            source,
+        })
+    }
+
+    /// The next run of pages; `None` when something else follows.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub fn pages(&mut self) -> Result<Option<Run>, Error> {
+        let (kind, bytes) = self.chunk()?;
+        if kind != Kind::Pages {
+            self.next = Some((kind, bytes));
+            return Ok(None);
+        }
+        let run = pages::unpack(&bytes).ok_or(Error::Pages(self.place - 1))?;
+        Ok(Some(run))
+    }
+
+    /// The end.
+    ///
+    /// # Errors
+    /// There is more, or less than was written.
+    pub fn finish(mut self) -> Result<R, Error> {
+        let (kind, bytes) = self.chunk()?;
+        if kind != Kind::End {
+            return Err(self.unexpected(kind, Kind::End.name()));
+        }
+        let before = self.place - 1;
+        if bytes != before.to_le_bytes() {
+            return Err(Error::Damaged(before));
+        }
+        Ok(self.from)
+    }
+}

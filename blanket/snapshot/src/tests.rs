@@ -1,0 +1,166 @@
+use proptest::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::*;
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Text {
+    name: String,
+    words: Vec<u64>,
+}
+
+fn text() -> Text {
+    Text {
+        name: "web".into(),
+        words: vec![0, u64::MAX, 7],
+    }
+}
+
+fn page(byte: u8) -> Vec<u8> {
+    vec![byte; PAGE]
+}
+
+fn saved() -> Vec<u8> {
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer.text(Kind::Machine, &text()).expect("written");
+    writer
+        .pages(3, &[page(1), page(2)].concat())
+        .expect("written");
+    writer.pages(9, &page(7)).expect("written");
+    writer.text(Kind::State, &text()).expect("written");
+    let (bytes, length) = writer.finish().expect("written");
+    assert_eq!(bytes.len() as u64, length);
+    bytes
+}
+
+fn read(bytes: &[u8]) -> Result<(Text, Vec<Run>, Text), Error> {
+    let mut reader = Reader::new(bytes)?;
+    let machine = reader.text(Kind::Machine)?;
+    let mut runs = Vec::new();
+    while let Some(run) = reader.pages()? {
+        runs.push(run);
+    }
+    let state = reader.text(Kind::State)?;
+    reader.finish()?;
+    Ok((machine, runs, state))
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let (machine, runs, state) = read(&saved()).expect("read");
+    assert_eq!(machine, text());
+    assert_eq!(state, text());
+    assert_eq!(runs[0].first, 3);
+    assert_eq!(runs[0].bytes, [page(1), page(2)].concat());
+    assert_eq!(
+        runs[1],
+        Run {
+            first: 9,
+            bytes: page(7)
+        }
+    );
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let good = saved();
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1 << (at % 8);
+        let error = read(&bad).expect_err(&format!("byte {at}"));
+        assert!(
+            matches!(
+                error,
+                Error::Foreign | Error::Version(_) | Error::Damaged(_) | Error::Truncated(_)
+            ),
+            "byte {at}: {error}"
+        );
+    }
+}
+
+#[test]
+fn every_end_that_is_too_early_is_found() {
+    let good = saved();
+    for length in 0..good.len() {
+        let error = read(&good[..length]).expect_err("too short");
+        assert!(
+            matches!(error, Error::Foreign | Error::Truncated(_)),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn other_versions_kinds_and_fields_are_refused() {
+    let mut newer = saved();
+    newer[8] = 2;
+    assert!(matches!(read(&newer), Err(Error::Version(2))));
+
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer.text(Kind::State, &text()).expect("written");
+    let (bytes, _) = writer.finish().expect("written");
+    let error = read(&bytes).expect_err("no machine");
+    assert!(
+        error.to_string().contains("where there must be machine"),
+        "{error}"
+    );
+
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer
+        .text(
+            Kind::Machine,
+            &serde_json::json!({"name": "a", "words": [], "more": 1}),
+        )
+        .expect("written");
+    let (bytes, _) = writer.finish().expect("written");
+    let error = read(&bytes).expect_err("a field too many");
+    assert!(
+        error.to_string().contains("unknown field `more`"),
+        "{error}"
+    );
+
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer
+        .text(Kind::Machine, &serde_json::json!({"name": "a"}))
+        .expect("written");
+    let (bytes, _) = writer.finish().expect("written");
+    let error = read(&bytes).expect_err("a field too few");
+    assert!(
+        error.to_string().contains("missing field `words`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn pages_that_cannot_be_are_refused() {
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    assert!(writer.pages(0, &[]).is_err());
+    assert!(writer.pages(0, &[0; 100]).is_err());
+    assert!(pages::unpack(&[0; 15]).is_none());
+    let mut packed = pages::pack(1, &page(3)).expect("packed");
+    packed[8] = 2;
+    assert!(pages::unpack(&packed).is_none(), "another number of pages");
+    let mut packed = pages::pack(u64::MAX, &page(3)).expect("packed");
+    assert!(pages::unpack(&packed).is_none(), "pages beyond the last");
+    packed.truncate(20);
+    assert!(pages::unpack(&packed).is_none());
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_do_no_harm(mut bytes: Vec<u8>, headed: bool) {
+        if headed {
+            let mut all = saved();
+            all.truncate(16);
+            all.append(&mut bytes);
+            bytes = all;
+        }
+        prop_assert!(read(&bytes).is_err());
+    }
+
+    #[test]
+    fn arbitrary_packed_pages_do_no_harm(bytes: Vec<u8>) {
+        let _ = pages::unpack(&bytes);
+    }
+}
