@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 mod calls;
+pub mod cgroup;
+pub mod user;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,6 +13,7 @@ use landlock::{
 };
 pub use rustix::thread::CapabilitySet;
 use rustix::thread::{CapabilitySets, UnshareFlags};
+pub use user::User;
 
 /// What a process may still do.
 #[derive(Clone, Debug)]
@@ -26,6 +29,11 @@ pub struct Policy {
     pub sockets: Vec<PathBuf>,
     /// Capabilities that it keeps, if it has them.
     pub keep: CapabilitySet,
+    /// More of them, which it keeps where Landlock holds, that bounds them to the files above.
+    pub keep_for_files: CapabilitySet,
+    /// The user that it becomes, with the group of the same name and no other; it must be
+    /// root for that. `None`: it stays who it is.
+    pub user: Option<User>,
 }
 
 /// Which layers hold.
@@ -85,22 +93,28 @@ pub fn enter(policy: &Policy) -> Result<Report, Error> {
     }
     rustix::thread::set_no_new_privs(true).map_err(refused("no_new_privs"))?;
     report.layers.push("no-new-privileges");
-    drop_capabilities(policy.keep).map_err(refused("capabilities"))?;
-    report.layers.push("capabilities");
+    // Before the user changes, who may not be able to come to all that is named.
+    let mut keep = policy.keep;
     match restrict_files(policy)? {
         RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => {
             report.layers.push("landlock");
+            keep |= policy.keep_for_files;
         }
         RulesetStatus::NotEnforced => report
             .missing
             .push("landlock: this kernel does not have it, or it is not in its lsm= list".into()),
+    }
+    drop_capabilities(keep, policy.user).map_err(refused("capabilities"))?;
+    report.layers.push("capabilities");
+    if policy.user.is_some() {
+        report.layers.push("user");
     }
     restrict_calls()?;
     report.layers.push("seccomp");
     Ok(report)
 }
 
-fn drop_capabilities(keep: CapabilitySet) -> Result<(), rustix::io::Errno> {
+fn drop_capabilities(keep: CapabilitySet, user: Option<User>) -> Result<(), rustix::io::Errno> {
     let now = rustix::thread::capabilities(None)?;
     for capability in CapabilitySet::all() {
         // A process without CAP_SETPCAP has no bounding set to change, and nothing to gain
@@ -115,6 +129,12 @@ fn drop_capabilities(keep: CapabilitySet) -> Result<(), rustix::io::Errno> {
         rustix::io::Errno::INVAL => Ok(()),
         other => Err(other),
     })?;
+    if let Some(user) = user {
+        // Of this thread; threads that are there already lose all.
+        rustix::thread::set_keep_capabilities(true)?;
+        user.enter()?;
+        rustix::thread::set_keep_capabilities(false)?;
+    }
     rustix::thread::set_capabilities(
         None,
         CapabilitySets {

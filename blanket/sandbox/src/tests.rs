@@ -62,6 +62,8 @@ fn the_box_holds() {
         manage: vec![at("manage")],
         sockets: vec![at("sockets")],
         keep: CapabilitySet::empty(),
+        keep_for_files: CapabilitySet::empty(),
+        user: None,
     };
     let report = enter(&policy).expect("the box");
     assert!(report.layers.contains(&"seccomp"), "{report:?}");
@@ -147,4 +149,136 @@ fn rustix_fork() -> i64 {
 fn a_path_that_is_not_there_is_left_out() {
     let none = rule(Path::new("/no/such/path"), AccessFs::ReadFile.into());
     assert!(matches!(none, Ok(None)));
+}
+
+/// The two users of the tests that need two.
+const USERS: [User; 2] = [
+    User {
+        uid: user::FIRST + 70,
+        gid: user::FIRST + 70,
+    },
+    User {
+        uid: user::FIRST + 71,
+        gid: user::FIRST + 71,
+    },
+];
+
+#[test]
+fn it_becomes_its_user_and_keeps_what_is_open() {
+    if !rustix::process::geteuid().is_root() {
+        // Whoever is not root stays who it is.
+        let error = USERS[0].enter().expect_err("not root");
+        assert_eq!(error, rustix::io::Errno::PERM);
+        return;
+    }
+    let Some(directory) = std::env::var_os(CHILD) else {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::create_dir(directory.path().join("later")).expect("made");
+        std::fs::write(directory.path().join("later/disk"), "disk").expect("written");
+        std::fs::write(directory.path().join("log"), "").expect("written");
+        child(
+            "it_becomes_its_user_and_keeps_what_is_open",
+            directory.path(),
+        );
+        return;
+    };
+    // A directory that its user cannot even enter.
+    let directory = PathBuf::from(directory);
+    let mut log = std::fs::File::options()
+        .write(true)
+        .open(directory.join("log"))
+        .expect("root's");
+    let policy = Policy {
+        read: vec!["/proc".into()],
+        write: vec![directory.join("later")],
+        manage: Vec::new(),
+        sockets: Vec::new(),
+        keep: CapabilitySet::SYS_RESOURCE,
+        keep_for_files: CapabilitySet::DAC_OVERRIDE,
+        user: Some(USERS[0]),
+    };
+    let report = enter(&policy).expect("the box");
+    assert!(report.layers.contains(&"user"), "{report:?}");
+    let status = std::fs::read_to_string("/proc/thread-self/status").expect("allowed");
+    let uid = USERS[0].uid;
+    let four = format!("\t{uid}\t{uid}\t{uid}\t{uid}\n");
+    for what in [format!("Uid:{four}"), format!("Gid:{four}")] {
+        assert!(status.contains(&what), "{status}");
+    }
+    let groups = status.lines().find(|line| line.starts_with("Groups:"));
+    assert_eq!(groups.map(str::trim_end), Some("Groups:"), "{status}");
+    std::io::Write::write_all(&mut log, b"still").expect("open");
+    let keeps = if report.layers.contains(&"landlock") {
+        let disk = std::fs::read(directory.join("later/disk")).expect("a directory of the policy");
+        assert_eq!(disk, b"disk");
+        CapabilitySet::SYS_RESOURCE | CapabilitySet::DAC_OVERRIDE
+    } else {
+        CapabilitySet::SYS_RESOURCE
+    };
+    refused(std::fs::read(directory.join("log")), "another file there");
+    let sets: Vec<u64> = ["CapEff:", "CapPrm:", "CapBnd:"]
+        .iter()
+        .filter_map(|set| status.lines().find_map(|line| line.strip_prefix(*set)))
+        .map(|set| u64::from_str_radix(set.trim(), 16).expect("a number"))
+        .collect();
+    assert_eq!(sets.len(), 3, "{status}");
+    // A container may have given less.
+    assert!(sets.iter().all(|set| set & !keeps.bits() == 0), "{status}");
+    println!("CHILD-DONE");
+}
+
+#[test]
+fn one_user_cannot_touch_the_process_of_another() {
+    use std::os::unix::process::CommandExt as _;
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let Some(_) = std::env::var_os(CHILD) else {
+        child(
+            "one_user_cannot_touch_the_process_of_another",
+            Path::new("/"),
+        );
+        return;
+    };
+    // It ends with this process, when its input does.
+    let mut other = Command::new("cat")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .uid(USERS[1].uid)
+        .gid(USERS[1].gid)
+        .spawn()
+        .expect("a process");
+    let pid = i32::try_from(other.id()).expect("small");
+    // By their users alone: without a filter of calls.
+    let user = std::thread::spawn(move || {
+        drop_capabilities(CapabilitySet::empty(), Some(USERS[0])).expect("root's right");
+        // SAFETY: takes numbers.
+        let kill = unsafe { libc::kill(pid, libc::SIGKILL) };
+        refused(
+            match kill {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            },
+            "a signal",
+        );
+        // SAFETY: attaches to a process, and reads nothing.
+        let ptrace = unsafe { libc::ptrace(libc::PTRACE_ATTACH, pid, 0, 0) };
+        refused(
+            match ptrace {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            },
+            "ptrace",
+        );
+        for file in ["mem", "maps", "environ"] {
+            refused(std::fs::read(format!("/proc/{pid}/{file}")), file);
+        }
+        refused(std::fs::read_dir(format!("/proc/{pid}/fd")), "descriptors");
+    });
+    let outcome = user.join();
+    let ended = other.try_wait().expect("a child");
+    assert!(ended.is_none(), "it lives: {ended:?}");
+    outcome.expect("nothing was possible");
+    println!("CHILD-DONE");
 }
