@@ -47,15 +47,6 @@ impl Stream {
         }
     }
 
-    /// Sends a packet of this process's own.
-    pub(super) fn send_bytes(&mut self, packet: &[u8]) {
-        // The length of a packet.
-        let length = u32::try_from(packet.len()).unwrap_or(u32::MAX);
-        self.outbox.extend(length.to_be_bytes());
-        self.outbox.extend(packet);
-        self.flush();
-    }
-
     fn gone(&self, why: &dyn std::fmt::Display) {
         if self.health.down(why) {
             tracing::error!("{}: {why}", self.name);

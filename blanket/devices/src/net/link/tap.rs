@@ -37,6 +37,15 @@ impl Tap {
     /// # Errors
     /// What is wrong with it, and what mends that.
     pub fn open(name: &str, queues: u32) -> Result<Self, Error> {
+        Self::adopt(name, Self::descriptors(name, queues)?)
+    }
+
+    /// Opens a tap for another process, which gives them to [`Tap::adopt`]: a descriptor for
+    /// each queue.
+    ///
+    /// # Errors
+    /// What is wrong with it, and what mends that.
+    pub fn descriptors(name: &str, queues: u32) -> Result<Vec<OwnedFd>, Error> {
         let valid = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(valid) {
             return Err(Error::Name(name.to_owned()));
@@ -61,15 +70,26 @@ impl Tap {
                 fds.push(next);
             }
         }
+        Ok(fds)
+    }
+
+    /// A tap that was opened before: its queues.
+    ///
+    /// # Errors
+    /// The host's answer; the descriptors may not be a tap's.
+    pub fn adopt(name: &str, fds: Vec<OwnedFd>) -> Result<Self, Error> {
         let host = |what| {
             let name = format!("the tap {name}");
             move |source| Error::Host { name, what, source }
         };
+        let Some(first) = fds.first() else {
+            return Err(host("queues")(io::ErrorKind::NotFound.into()));
+        };
         let size = libc::c_int::try_from(HEADER).unwrap_or(0);
         // SAFETY: the request reads an int.
-        unsafe { ioctl(&fds[0], libc::TUNSETVNETHDRSZ, &raw const size) }
+        unsafe { ioctl(first, libc::TUNSETVNETHDRSZ, &raw const size) }
             .map_err(host("the header before packets"))?;
-        offload(&fds[0], Offloads::default()).map_err(host("offloads"))?;
+        offload(first, Offloads::default()).map_err(host("offloads"))?;
         let health = Health::default();
         let queues = fds
             .into_iter()

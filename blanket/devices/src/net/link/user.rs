@@ -4,9 +4,10 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, BufRead as _, BufReader};
+use std::fs::File;
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
@@ -17,11 +18,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socketpair};
+use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::stream::Stream;
-use super::{Error, Health, Link, LinkState, Port as _, SharedPort};
+use super::{Error, Health, Link, LinkState, SharedPort};
 use crate::net::Mac;
 use crate::net::headers::Sum;
 use crate::net::offload::Offloads;
@@ -119,7 +120,8 @@ pub struct Config {
     pub mtu: Option<u16>,
 }
 
-/// A passt that runs. It ends when this is dropped, and when this process ends.
+/// A passt that runs. It ends when this is dropped, and when this process ends: its socket
+/// is closed then.
 pub struct User {
     config: Config,
     port: Arc<Mutex<Stream>>,
@@ -128,8 +130,89 @@ pub struct User {
     health: Health,
     lines: Arc<Mutex<VecDeque<String>>>,
     stopping: Arc<AtomicBool>,
-    process: OwnedFd,
+    /// `None` if it is not this process's child.
+    process: Option<OwnedFd>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// A passt that was started for another process, which gets its descriptors. It is ended
+/// when this is dropped, unless it was let go.
+#[derive(Debug)]
+pub struct Outside {
+    child: Option<Child>,
+    socket: OwnedFd,
+    said: OwnedFd,
+}
+
+impl Outside {
+    /// Starts passt for the device with address `mac`, as a leader of a session of its own,
+    /// and waits until it has all that it needs of the host.
+    ///
+    /// # Errors
+    /// It is not there, or says why it cannot.
+    pub fn start(config: &Config, mac: Mac) -> Result<Self, Error> {
+        let (ours, theirs) = sockets()?;
+        let mut command = command(PROGRAM, config, &theirs);
+        // SAFETY: between fork and exec there are two system calls, and nothing else.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())?;
+                rustix::process::setsid()?;
+                Ok(())
+            });
+        }
+        let child = command.spawn();
+        // The child's end of the socket: with it open here, its death would not be seen.
+        drop(command);
+        let mut child = child.map_err(|error| not_started(&error))?;
+        let outcome = answers(&ours, mac);
+        match (outcome, child.stderr.take()) {
+            (Ok(()), Some(said)) => Ok(Self {
+                child: Some(child),
+                socket: ours,
+                said: said.into(),
+            }),
+            (outcome, said) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                let lines = said.map(BufReader::new).into_iter();
+                let lines = lines.flat_map(|said| said.lines().map_while(Result::ok));
+                Err(Error::Passt {
+                    how: outcome.err().unwrap_or("says nothing").to_owned(),
+                    output: lines
+                        .filter(|line| is_news(line))
+                        .take(KEPT_LINES)
+                        .collect(),
+                })
+            }
+        }
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// What [`User::adopt`] takes, in its order.
+    #[must_use]
+    pub fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
+        [self.socket.as_fd(), self.said.as_fd()]
+    }
+
+    /// Leaves it to who has its descriptors: it ends with them.
+    pub fn let_go(mut self) {
+        self.child = None;
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 impl fmt::Debug for User {
@@ -153,7 +236,7 @@ impl User {
 
     fn start_program(program: &str, config: Config, mac: Mac) -> Result<Self, Error> {
         let mut user = Self::spawn(program, config)?;
-        if let Err(how) = user.wait(mac) {
+        if let Err(how) = answers(&user.socket, mac) {
             // Its thread has its last words when it has ended.
             user.end();
             let output = lock(&user.lines).iter().cloned().collect();
@@ -164,32 +247,8 @@ impl User {
     }
 
     fn spawn(program: &str, config: Config) -> Result<Self, Error> {
-        let host = |what| {
-            move |source: io::Error| Error::Host {
-                name: "user-mode networking".into(),
-                what,
-                source,
-            }
-        };
-        let (ours, theirs) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(|error| host("a socket")(error.into()))?;
-        let mut command = Command::new(program);
-        command
-            .args(["-f", "-e", "--fd", &theirs.as_raw_fd().to_string()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        for forward in &config.forwards {
-            command.args(forward.arguments());
-        }
-        if let Some(mtu) = config.mtu {
-            command.args(["-m", &mtu.to_string()]);
-        }
+        let (ours, theirs) = sockets()?;
+        let mut command = command(program, &config, &theirs);
         // SAFETY: between fork and exec there are two system calls, and nothing else.
         unsafe {
             command.pre_exec(move || {
@@ -199,18 +258,12 @@ impl User {
             });
         }
 
-        let health = Health::default();
-        let lines = Arc::<Mutex<VecDeque<String>>>::default();
         let (started, wait) = channel();
-        let stopping = Arc::<AtomicBool>::default();
-        let watch = Watch {
-            health: health.clone(),
-            lines: Arc::clone(&lines),
-            stopping: Arc::clone(&stopping),
-        };
+        let watch = Watch::default();
+        let watching = watch.clone();
         // The host ends the child with the thread that started it: one that stays.
         let thread = crate::thread::named("passt")
-            .spawn(move || watch.run(command, &started))
+            .spawn(move || watching.run(command, &started))
             .map_err(host("a thread"))?;
         let spawned = wait
             .recv()
@@ -219,57 +272,56 @@ impl User {
             Ok(process) => process,
             Err(error) => {
                 let _ = thread.join();
-                return Err(match error.kind() {
-                    io::ErrorKind::NotFound => Error::NoPasst,
-                    _ => Error::Passt {
-                        how: format!("cannot be started: {error}"),
-                        output: Vec::new(),
-                    },
-                });
+                return Err(not_started(&error));
             }
         };
+        Self::with(config, ours, watch, Some(process), thread)
+    }
+
+    /// Takes over a passt that somebody else has started: the socket that it is connected
+    /// to, and the pipe that it says what it has to say to.
+    ///
+    /// # Errors
+    /// The host gives no thread.
+    pub fn adopt(config: Config, socket: OwnedFd, said: OwnedFd) -> Result<Self, Error> {
+        let watch = Watch::default();
+        let watching = watch.clone();
+        let thread = crate::thread::named("passt")
+            .spawn(move || {
+                watching.listen(File::from(said));
+                watching.ended("passt ended");
+            })
+            .map_err(host("a thread"))?;
+        Self::with(config, socket, watch, None, thread)
+    }
+
+    fn with(
+        config: Config,
+        ours: OwnedFd,
+        watch: Watch,
+        process: Option<OwnedFd>,
+        thread: JoinHandle<()>,
+    ) -> Result<Self, Error> {
         let socket = ours.try_clone().map_err(host("a socket"))?;
         let name = "user-mode network".to_owned();
         rustix::io::ioctl_fionbio(&ours, true).map_err(|error| host("a socket")(error.into()))?;
+        let stream = Stream::new(ours, name, watch.health.clone());
         Ok(Self {
             config,
-            port: Arc::new(Mutex::new(Stream::new(ours, name, health.clone()))),
+            port: Arc::new(Mutex::new(stream)),
             socket,
-            health,
-            lines,
-            stopping,
+            health: watch.health,
+            lines: watch.lines,
+            stopping: watch.stopping,
             process,
             thread: Some(thread),
         })
     }
 
-    /// passt's process, as a descriptor.
+    /// passt's process, as a descriptor, if it is this process's child.
     #[must_use]
-    pub fn process(&self) -> &OwnedFd {
-        &self.process
-    }
-
-    /// Waits until passt answers the device: it has then bound all ports, and knows the
-    /// guest's address.
-    fn wait(&self, mac: Mac) -> Result<(), &'static str> {
-        let until = Instant::now() + PATIENCE;
-        let mut port = lock(&self.port);
-        // One for each IP that the host may have.
-        port.send_bytes(&arp_probe(mac));
-        port.send_bytes(&neighbour_probe(mac));
-        while port.receive(&[]).is_none() {
-            if !self.health.is_up() {
-                return Err("ended when it was started");
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err("does not answer");
-            }
-            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-            let timeout = Timespec::try_from(left).ok();
-            let _ = poll(&mut fds, timeout.as_ref());
-        }
-        Ok(())
+    pub fn process(&self) -> Option<&OwnedFd> {
+        self.process.as_ref()
     }
 
     /// Ends passt, and waits until it has ended.
@@ -277,7 +329,11 @@ impl User {
         self.stopping.store(true, Ordering::Release);
         self.health.down("it is not used any more");
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
-        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        // One that is not ours ends by itself when its socket is closed.
+        let Some(process) = &self.process else {
+            return;
+        };
+        let _ = pidfd_send_signal(process, Signal::KILL);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -330,7 +386,102 @@ impl Drop for User {
     }
 }
 
+/// A pair of connected sockets: ours, and passt's.
+fn sockets() -> Result<(OwnedFd, OwnedFd), Error> {
+    socketpair(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|error| host("a socket")(error.into()))
+}
+
+/// How passt is started; its socket is still to be left open for it.
+fn command(program: &str, config: &Config, socket: &OwnedFd) -> Command {
+    let mut command = Command::new(program);
+    command
+        .args(["-f", "-e", "--fd", &socket.as_raw_fd().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    for forward in &config.forwards {
+        command.args(forward.arguments());
+    }
+    if let Some(mtu) = config.mtu {
+        command.args(["-m", &mtu.to_string()]);
+    }
+    command
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Host {
+        name: "user-mode networking".into(),
+        what,
+        source,
+    }
+}
+
+fn not_started(error: &io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => Error::NoPasst,
+        _ => Error::Passt {
+            how: format!("cannot be started: {error}"),
+            output: Vec::new(),
+        },
+    }
+}
+
+/// Waits until passt answers the device: it has then bound all ports, and knows the guest's
+/// address. What it answers is read and no more, since somebody else may go on reading.
+fn answers(socket: &OwnedFd, mac: Mac) -> Result<(), &'static str> {
+    const ENDED: &str = "ended when it was started";
+    let until = Instant::now() + PATIENCE;
+    let mut probes = Vec::new();
+    // One for each IP that the host may have.
+    for probe in [arp_probe(mac), neighbour_probe(mac)] {
+        // The length of a packet.
+        let length = u32::try_from(probe.len()).unwrap_or(u32::MAX);
+        probes.extend(length.to_be_bytes());
+        probes.extend(probe);
+    }
+    // Some hundred bytes into an empty socket.
+    match rustix::net::send(socket, &probes, SendFlags::NOSIGNAL) {
+        Ok(sent) if sent == probes.len() => {}
+        _ => return Err(ENDED),
+    }
+    let exactly = |into: &mut [u8]| {
+        let mut filled = 0;
+        while filled < into.len() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err("does not answer");
+            }
+            let mut fds = [PollFd::new(socket, PollFlags::IN)];
+            let timeout = Timespec::try_from(left).ok();
+            if !matches!(poll(&mut fds, timeout.as_ref()), Ok(1)) {
+                continue;
+            }
+            match rustix::io::read(socket, &mut into[filled..]) {
+                Ok(0) => return Err(ENDED),
+                Ok(count) => filled += count,
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                Err(_) => return Err(ENDED),
+            }
+        }
+        Ok(())
+    };
+    let mut length = [0; 4];
+    exactly(&mut length)?;
+    let length = u32::from_be_bytes(length) as usize;
+    if length > 1 << 17 {
+        return Err("does not speak as passt does");
+    }
+    exactly(&mut vec![0; length])
+}
+
 /// The thread that starts passt, logs what it says, and notes its end.
+#[derive(Clone, Default)]
 struct Watch {
     health: Health,
     lines: Arc<Mutex<VecDeque<String>>>,
@@ -351,14 +502,22 @@ impl Watch {
         };
         let _ = started.send(pidfd(&child));
         if let Some(stderr) = child.stderr.take() {
-            for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
-                self.said(&String::from_utf8_lossy(&line));
-            }
+            self.listen(stderr);
         }
-        let how = match child.wait() {
+        self.ended(&match child.wait() {
             Ok(status) => format!("passt ended: {status}"),
             Err(error) => format!("passt is lost: {error}"),
-        };
+        });
+    }
+
+    /// Logs what it says, until it has ended.
+    fn listen(&self, said: impl Read) {
+        for line in BufReader::new(said).split(b'\n').map_while(Result::ok) {
+            self.said(&String::from_utf8_lossy(&line));
+        }
+    }
+
+    fn ended(&self, how: &str) {
         if !self.stopping.load(Ordering::Acquire) {
             tracing::error!("user-mode network: {how}: the VM is cut off from it");
             self.health.down(how);
@@ -367,8 +526,7 @@ impl Watch {
 
     fn said(&self, line: &str) {
         let line = line.trim();
-        // Said for each line where the host has no system log.
-        if line.is_empty() || (line.starts_with("Failed to send ") && line.ends_with("syslog")) {
+        if !is_news(line) {
             return;
         }
         tracing::info!("passt: {line}");
@@ -378,6 +536,12 @@ impl Watch {
         }
         lines.push_back(line.to_owned());
     }
+}
+
+/// What is said for each line where the host has no system log is none.
+fn is_news(line: &str) -> bool {
+    let line = line.trim();
+    !(line.is_empty() || (line.starts_with("Failed to send ") && line.ends_with("syslog")))
 }
 
 fn pidfd(child: &Child) -> io::Result<OwnedFd> {

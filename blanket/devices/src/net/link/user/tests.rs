@@ -36,7 +36,10 @@ fn forward(host: u16, guest: u16) -> Config {
 
 fn connect(config: Config) -> (Setup, Netfront, OwnedFd) {
     let user = User::start(config, OURS).expect("passt runs");
-    let process = user.process().try_clone().expect("a descriptor");
+    let process = user
+        .process()
+        .and_then(|fd| fd.try_clone().ok())
+        .expect("a descriptor");
     let setup = Setup::new(Box::new(user), crate::net::Config::new(0, OURS), 1);
     let front = Netfront::connect(&setup.guest, 0, Features::LINUX);
     (setup, front, process)
@@ -125,11 +128,63 @@ fn its_end_is_seen_and_said() {
 fn it_ends_with_its_link() {
     with_a_host(|| {
         let user = User::start(Config::default(), OURS).expect("passt runs");
-        let process = user.process().try_clone().expect("a descriptor");
+        let process = user
+            .process()
+            .and_then(|fd| fd.try_clone().ok())
+            .expect("a descriptor");
         drop(user);
         let mut fds = [PollFd::new(&process, PollFlags::IN)];
         let ready = poll(&mut fds, Some(&Timespec::default())).expect("polled");
         assert_eq!(ready, 1, "it has ended");
+    });
+}
+
+#[test]
+fn one_that_somebody_else_started_serves_and_ends() {
+    with_a_host(|| {
+        let outside = Outside::start(&forward(2222, 22), OURS).expect("passt runs");
+        let process = outside
+            .process()
+            .and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        let process = pidfd_open(process.expect("a child"), PidfdFlags::empty()).expect("lives");
+        let [socket, said] = outside
+            .descriptors()
+            .map(|fd| fd.try_clone_to_owned().expect("a descriptor"));
+        outside.let_go();
+        let user = User::adopt(forward(2222, 22), socket, said).expect("a thread");
+        assert!(user.process().is_none());
+        let setup = Setup::new(Box::new(user), crate::net::Config::new(0, OURS), 1);
+        let mut front = Netfront::connect(&setup.guest, 0, Features::LINUX);
+        let mut client = TcpStream::connect("127.0.0.1:2222").expect("passt listens");
+        let mut connection = Connection::accept(&mut front.queues[0], 22);
+        let to_guest = pattern(10_000, 3);
+        client.write_all(&to_guest).expect("written");
+        connection.receive(to_guest.len());
+        assert!(connection.received == to_guest);
+        front.close();
+        drop(setup);
+        // Without a signal: its socket is closed.
+        let mut fds = [PollFd::new(&process, PollFlags::IN)];
+        poll(&mut fds, None).expect("it ends");
+    });
+}
+
+#[test]
+fn one_that_nobody_takes_is_ended() {
+    with_a_host(|| {
+        let outside = Outside::start(&Config::default(), OURS).expect("passt runs");
+        let process = outside
+            .process()
+            .and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        let process = pidfd_open(process.expect("a child"), PidfdFlags::empty()).expect("lives");
+        drop(outside);
+        let mut fds = [PollFd::new(&process, PollFlags::IN)];
+        let ready = poll(&mut fds, Some(&Timespec::default())).expect("polled");
+        assert_eq!(ready, 1, "it has ended");
+    });
+    with_own_network(|| {
+        let error = Outside::start(&Config::default(), OURS).expect_err("no network");
+        assert!(error.to_string().contains("passt"), "{error}");
     });
 }
 
