@@ -1,6 +1,7 @@
 //! What a VM boots: files that the user names, or what its first disk says.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,8 +26,11 @@ pub(crate) struct Start {
 /// Reads the files that the user named.
 pub(crate) fn from_files(spec: &Spec, kernel: &Path) -> Result<Start, Error> {
     Ok(Start {
-        kernel: Kernel::load(kernel)?,
-        initrd: spec.initrd.as_deref().map(read_initrd).transpose()?,
+        kernel: Kernel::load_or(kernel, spec.opened.kernel.as_deref())?,
+        initrd: match &spec.initrd {
+            Some(path) => Some(read_initrd(path, spec.opened.initrd.as_deref())?),
+            None => None,
+        },
         cmdline: with_console("", &spec.cmdline),
         description: kernel.display().to_string(),
     })
@@ -124,12 +128,15 @@ pub(crate) fn with_console(image: &str, user: &str) -> String {
     words.join(" ")
 }
 
-fn read_initrd(path: &Path) -> Result<Vec<u8>, Error> {
+fn read_initrd(path: &Path, opened: Option<&File>) -> Result<Vec<u8>, Error> {
     let failed = |source| Error::Initrd {
         path: path.to_owned(),
         source,
     };
-    let bytes = std::fs::read(path).map_err(failed)?;
+    let mut bytes = Vec::new();
+    kernel::open(path, opened)
+        .and_then(|mut file| file.read_to_end(&mut bytes))
+        .map_err(failed)?;
     if bytes.is_empty() {
         return Err(failed(io::Error::new(
             io::ErrorKind::InvalidData,

@@ -1,6 +1,7 @@
 //! A VM as its user sees it: from the files it is made of, over its reboots, to
 //! the way it ended.
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -37,6 +38,8 @@ pub struct Spec {
     pub kernel: Option<PathBuf>,
     /// The initrd file.
     pub initrd: Option<PathBuf>,
+    /// The two of them, open, for a process that may not come to their paths any more.
+    pub opened: Opened,
     /// RAM, bytes.
     pub memory: u64,
     /// What the guest is asked to have of it from the start; `None` = all.
@@ -71,6 +74,7 @@ impl Default for Spec {
             name: String::new(),
             kernel: None,
             initrd: None,
+            opened: Opened::default(),
             memory: 256 << 20,
             balloon: None,
             vcpus: 1,
@@ -85,6 +89,16 @@ impl Default for Spec {
             trace: false,
         }
     }
+}
+
+/// Files that a VM is made of, open since the start. They are what is booted where their
+/// paths are forbidden, also if there is another file now.
+#[derive(Clone, Debug, Default)]
+pub struct Opened {
+    /// The kernel.
+    pub kernel: Option<Arc<File>>,
+    /// The initrd.
+    pub initrd: Option<Arc<File>>,
 }
 
 /// What a reboot of the guest does.

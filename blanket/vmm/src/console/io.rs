@@ -59,16 +59,25 @@ pub struct IoThread {
 
 struct Outside {
     console: Arc<Console>,
+    place: Outlet,
+    clients: Vec<Client>,
+    quit: Box<dyn Fn() + Send>,
+}
+
+/// A [`Sink`] that is open. Its paths are not needed any more, but to remove its socket.
+#[derive(Debug, Default)]
+pub struct Outlet {
     stdin: Option<io::Stdin>,
     /// Also the sign that Ctrl-] is ours.
     raw: Option<RawMode>,
     stdout: bool,
     file: Option<File>,
-    /// A slave descriptor of a pty, so that it never looks hung up to us.
+    /// The two sides of a pty; the slave, so that it never looks hung up to us.
+    master: Option<OwnedFd>,
     _slave: Option<OwnedFd>,
     listener: Option<UnixListener>,
-    clients: Vec<Client>,
-    quit: Box<dyn Fn() + Send>,
+    pty: Option<PathBuf>,
+    socket: Option<PathBuf>,
 }
 
 /// Somebody who reads and types: a socket, or the master side of a pty.
@@ -77,6 +86,46 @@ struct Client {
     output: VecDeque<u8>,
     /// A pty has no end; if nobody reads it, its newest output is kept instead.
     pty: bool,
+}
+
+impl Outlet {
+    /// Opens a sink.
+    ///
+    /// # Errors
+    /// What cannot be opened.
+    pub fn open(sink: &Sink) -> Result<Self, SinkError> {
+        let mut this = Self::default();
+        let failed = |what: String| move |source: io::Error| SinkError { what, source };
+        match sink {
+            Sink::None => {}
+            Sink::Stdio => {
+                this.raw = RawMode::enable().map_err(failed("the terminal".into()))?;
+                this.stdin = Some(io::stdin());
+                this.stdout = true;
+            }
+            Sink::File(path) => {
+                let file = OpenOptions::new()
+                    .create(true)
+                    .write(true)
+                    .truncate(true)
+                    .open(path);
+                this.file = Some(file.map_err(failed(path.display().to_string()))?);
+            }
+            Sink::Socket(path) => {
+                let listener = listen(path).map_err(failed(path.display().to_string()))?;
+                this.listener = Some(listener);
+                this.socket = Some(path.clone());
+            }
+            Sink::Pty => {
+                let (master, slave, path) =
+                    open_pty().map_err(failed("a pseudo-terminal".into()))?;
+                this.master = Some(master);
+                this._slave = Some(slave);
+                this.pty = Some(path);
+            }
+        }
+        Ok(this)
+    }
 }
 
 impl IoThread {
@@ -90,59 +139,41 @@ impl IoThread {
         sink: &Sink,
         quit: Box<dyn Fn() + Send>,
     ) -> Result<Self, SinkError> {
-        let mut outside = Outside {
+        Self::start_at(console, Outlet::open(sink)?, quit)
+    }
+
+    /// As [`IoThread::start`], for a sink that is open.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn start_at(
+        console: Arc<Console>,
+        mut place: Outlet,
+        quit: Box<dyn Fn() + Send>,
+    ) -> Result<Self, SinkError> {
+        let mut this = Self {
             console: Arc::clone(&console),
-            stdin: None,
-            raw: None,
-            stdout: false,
-            file: None,
-            _slave: None,
-            listener: None,
-            clients: Vec::new(),
+            thread: None,
+            pty: place.pty.take(),
+            socket: place.socket.take(),
+        };
+        let master = place.master.take().map(|fd| Client {
+            fd,
+            output: VecDeque::new(),
+            pty: true,
+        });
+        let outside = Outside {
+            console,
+            place,
+            clients: master.into_iter().collect(),
             quit,
         };
-        let mut this = Self {
-            console,
-            thread: None,
-            pty: None,
-            socket: None,
-        };
-        let failed = |what: String| move |source: io::Error| SinkError { what, source };
-        match sink {
-            Sink::None => {}
-            Sink::Stdio => {
-                outside.raw = RawMode::enable().map_err(failed("the terminal".into()))?;
-                outside.stdin = Some(io::stdin());
-                outside.stdout = true;
-            }
-            Sink::File(path) => {
-                let file = OpenOptions::new()
-                    .create(true)
-                    .write(true)
-                    .truncate(true)
-                    .open(path);
-                outside.file = Some(file.map_err(failed(path.display().to_string()))?);
-            }
-            Sink::Socket(path) => {
-                let listener = listen(path).map_err(failed(path.display().to_string()))?;
-                outside.listener = Some(listener);
-                this.socket = Some(path.clone());
-            }
-            Sink::Pty => {
-                let (master, slave, path) =
-                    open_pty().map_err(failed("a pseudo-terminal".into()))?;
-                outside.clients.push(Client {
-                    fd: master,
-                    output: VecDeque::new(),
-                    pty: true,
-                });
-                outside._slave = Some(slave);
-                this.pty = Some(path);
-            }
-        }
         let thread = crate::thread::named("console")
             .spawn(move || outside.run())
-            .map_err(failed("a thread".into()))?;
+            .map_err(|source| SinkError {
+                what: "a thread".into(),
+                source,
+            })?;
         this.thread = Some(thread);
         Ok(this)
     }
@@ -283,18 +314,18 @@ impl Outside {
         if bytes.is_empty() {
             return;
         }
-        if self.stdout {
+        if self.place.stdout {
             let mut stdout = io::stdout().lock();
             if let Err(error) = stdout.write_all(bytes).and_then(|()| stdout.flush()) {
                 tracing::debug!(%error, "nobody reads standard output any more");
-                self.stdout = false;
+                self.place.stdout = false;
             }
         }
-        if let Some(file) = &mut self.file
+        if let Some(file) = &mut self.place.file
             && let Err(error) = file.write_all(bytes)
         {
             tracing::warn!(%error, "cannot write the console file any more");
-            self.file = None;
+            self.place.file = None;
         }
         for client in &mut self.clients {
             client.output.extend(bytes);
@@ -312,12 +343,12 @@ impl Outside {
             PollFlags::empty()
         };
         let mut fds = vec![PollFd::new(&self.console.wake, PollFlags::IN)];
-        if let Some(stdin) = &self.stdin
+        if let Some(stdin) = &self.place.stdin
             && takes_input
         {
             fds.push(PollFd::new(stdin, PollFlags::IN));
         }
-        if let Some(listener) = &self.listener {
+        if let Some(listener) = &self.place.listener {
             fds.push(PollFd::new(listener, PollFlags::IN));
         }
         let first_client = fds.len();
@@ -337,11 +368,11 @@ impl Outside {
             // Resets the counter; it does not matter who wrote how often.
             let _ = rustix::io::read(&self.console.wake, &mut [0u8; 8]);
         }
-        if self.stdin.is_some() && takes_input {
+        if self.place.stdin.is_some() && takes_input {
             ready.stdin = !fds[next].revents().is_empty();
             next += 1;
         }
-        if self.listener.is_some() {
+        if self.place.listener.is_some() {
             ready.listener = !fds[next].revents().is_empty();
         }
         for fd in &fds[first_client..] {
@@ -371,7 +402,7 @@ impl Outside {
         }
         self.clients = kept;
         if ready.listener
-            && let Some(listener) = &self.listener
+            && let Some(listener) = &self.place.listener
             && let Ok((stream, _)) = listener.accept()
         {
             self.console.attach(stream.into());
@@ -379,14 +410,16 @@ impl Outside {
     }
 
     fn read_stdin(&mut self) {
-        let Some(stdin) = &self.stdin else { return };
+        let Some(stdin) = &self.place.stdin else {
+            return;
+        };
         let mut bytes = [0; READ];
         match rustix::io::read(stdin, &mut bytes) {
-            Ok(0) => self.stdin = None,
+            Ok(0) => self.place.stdin = None,
             Ok(count) => {
                 let typed = &bytes[..count];
                 match typed.iter().position(|&b| b == ESCAPE) {
-                    Some(end) if self.raw.is_some() => {
+                    Some(end) if self.place.raw.is_some() => {
                         self.console.type_in(&typed[..end]);
                         (self.quit)();
                     }
@@ -397,7 +430,7 @@ impl Outside {
             }
             Err(Errno::AGAIN | Errno::INTR) => {}
             // For instance EIO of a background job: no input, that is all.
-            Err(_) => self.stdin = None,
+            Err(_) => self.place.stdin = None,
         }
     }
 

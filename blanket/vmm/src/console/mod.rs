@@ -23,7 +23,7 @@ use crate::sync::lock;
 use crate::vm::{Backend, EarlyConsole};
 
 pub use history::History;
-pub use io::{IoThread, Sink, SinkError};
+pub use io::{IoThread, Outlet, Sink, SinkError};
 pub use terminal::{RawMode, restore_terminal};
 
 /// Output that waits for the outside, bytes.

@@ -9,7 +9,7 @@ mod error;
 mod notes;
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek as _};
 use std::ops::Range;
 use std::path::Path;
 
@@ -66,10 +66,20 @@ impl Kernel {
     /// # Errors
     /// Everything in [`ErrorKind`], with the path.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        read_file(path).and_then(Self::parse).map_err(|kind| Error {
-            path: path.to_owned(),
-            kind,
-        })
+        Self::load_or(path, None)
+    }
+
+    /// As [`Kernel::load`]. If the path is forbidden, `opened` is read.
+    ///
+    /// # Errors
+    /// As [`Kernel::load`].
+    pub(crate) fn load_or(path: &Path, opened: Option<&File>) -> Result<Self, Error> {
+        read_file(path, opened)
+            .and_then(Self::parse)
+            .map_err(|kind| Error {
+                path: path.to_owned(),
+                kind,
+            })
     }
 
     /// Takes a kernel from memory.
@@ -155,8 +165,20 @@ impl Kernel {
     }
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>, ErrorKind> {
-    let file = File::open(path).map_err(|e| match e.kind() {
+/// Opens a file. If that is forbidden, `opened` is the one that was there before.
+pub(crate) fn open(path: &Path, opened: Option<&File>) -> io::Result<File> {
+    match (File::open(path), opened) {
+        (Err(error), Some(opened)) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let mut file = opened.try_clone()?;
+            file.rewind()?;
+            Ok(file)
+        }
+        (found, _) => found,
+    }
+}
+
+fn read_file(path: &Path, opened: Option<&File>) -> Result<Vec<u8>, ErrorKind> {
+    let file = open(path, opened).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => ErrorKind::Missing,
         _ => ErrorKind::Read(e),
     })?;
