@@ -22,7 +22,7 @@ await() {
 realtime() { set -- $*; echo "$3"; }
 
 await READY-TO-IDLE
-pid=$(pidof blanket)
+pid=$(blanket ps | awk 'NR == 2 { print $2 }')
 # User and system time of the whole process, guest included, in 10 ms.
 ticks() { sed 's/.*) //' "/proc/$pid/stat" | { read -r _ _ _ _ _ _ _ _ _ _ _ user system _; echo $((user + system)); }; }
 before=$(ticks)

@@ -8,10 +8,10 @@ use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 use crate::scripts::{
-    BALLOON, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, HOST_CPUS, HOSTILE,
-    HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN,
-    MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND,
-    TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, HOST_CPUS,
+    HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG,
+    LOCKED_DOWN, MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY,
+    SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 /// One boot of an instance.
@@ -43,8 +43,10 @@ pub struct Case {
     pub isolate: bool,
     /// Whether instance and VM have stress-ng.
     pub stress_ng: bool,
-    /// The instance has a disk of this image at /dev/vdb, and Debian's ssh, passt and iperf3.
+    /// The instance has a disk of this image at /dev/vdb.
     pub image: Option<Variant>,
+    /// The instance has Debian's ssh, passt and iperf3.
+    pub network: bool,
     /// Seconds until the case is a failure.
     pub timeout: u64,
     /// Somebody injects these into it ([`crate::everywhere`]).
@@ -125,6 +127,7 @@ impl Default for Case {
             isolate: false,
             stress_ng: false,
             image: None,
+            network: false,
             timeout: 180,
             inject: None,
             work: Work::Guest(Guest::default()),
@@ -290,6 +293,11 @@ fn single() -> Vec<Case> {
         long(kvm(hard_times("kvm-balloon", 1800, BALLOON))),
         hard_times("shadow-reclaim", 600, SHADOW_RECLAIM),
         long(kvm(hard_times("kvm-shadow-reclaim", 1200, SHADOW_RECLAIM))),
+        Case {
+            network: true,
+            modules: &["tun"],
+            ..hard_times("confined", 300, CONFINED)
+        },
         hard_times("memory-short", 420, MEMORY_SHORT),
         long(hard_times(
             "memory-short-instance",
@@ -535,6 +543,7 @@ fn ioctl_fuzz(name: &str, script: &'static str) -> Case {
 fn debian(name: &str, image: Variant, timeout: u64, script: &'static str) -> Case {
     Case {
         image: Some(image),
+        network: true,
         memory: "3G",
         modules: &["tun"],
         work: Work::Instance {

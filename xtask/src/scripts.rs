@@ -19,6 +19,7 @@ pub const KILL_VMM_LONG: &str = with_common!("ROUNDS=100 SEED=2\n", "kill-vmm.sh
 pub const HOST_CPUS: &str = with_common!("host-cpus.sh");
 pub const SUSPEND: &str = with_common!("suspend.sh");
 pub const MEMORY_SHORT: &str = with_common!("memory-short.sh");
+pub const CONFINED: &str = with_common!("confined.sh");
 pub const MEMORY_SHORT_INSTANCE: &str = with_common!("WHOLE=yes\n", "memory-short.sh");
 
 pub const HOSTILE: &str = with_common!("hostile.sh");

@@ -372,7 +372,7 @@ impl<'a> Bench<'a> {
         if cases.iter().any(|case| case.stress_ng) {
             stressed.extend(guestware::stress_ng(project)?);
         }
-        let network_tools = if cases.iter().any(|case| case.image.is_some()) {
+        let network_tools = if cases.iter().any(|case| case.network) {
             guestware::network_tools(project)?
         } else {
             Files::new()
@@ -494,7 +494,7 @@ impl<'a> Bench<'a> {
         };
         payload.archive.add(files);
         payload.archive.add(&self.instance_files);
-        if case.image.is_some() {
+        if case.network {
             payload.network_tools(&self.network_tools);
         }
         payload.archive.text("bin/guest", 0o755, GUEST);

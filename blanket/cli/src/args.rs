@@ -12,7 +12,10 @@ use crate::cloud_init::{self, CloudInit};
 use crate::confine;
 use crate::disk::{self, DiskCommand, DiskSpec};
 use crate::exit;
+use crate::group;
+use crate::keeper;
 use crate::net::{self, NetCommand, NetSpec};
+use crate::user;
 
 /// The program's version, and the core's that it carries.
 static VERSION: LazyLock<String> = LazyLock::new(|| {
@@ -170,6 +173,9 @@ pub enum Command {
         /// The VM
         name: String,
     },
+    /// Clear away what a VM has left behind when its process ends; a part of `run`
+    #[command(hide = true)]
+    Keep(keeper::Left),
     /// Write the man pages or completions
     #[command(hide = true)]
     Generate {
@@ -238,6 +244,28 @@ pub struct Run {
     /// Do not confine the VM's process
     #[arg(long, long_help = confine::HELP)]
     pub no_sandbox: bool,
+    /// As root: who the VM's process is once it is set up: auto, root, or a user's name or number
+    #[arg(
+        long,
+        value_name = "USER",
+        default_value = "auto",
+        conflicts_with = "no_sandbox",
+        long_help = user::HELP
+    )]
+    pub user: user::Choice,
+    /// The control group whose limits the VM's process has: auto, none, or below PATH
+    #[arg(long, value_name = "WHERE", default_value = "auto", long_help = group::HELP)]
+    pub cgroup: group::Choice,
+    /// Most memory of the VM's process, all in all
+    /// [default: --memory and what the VM may use beside it]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory_max: Option<u64>,
+    /// Most CPU time, per cent of one CPU, such as 150 [default: no limit]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub cpu_max: Option<u32>,
+    /// Most threads and processes [default: 1024]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub pids_max: Option<u64>,
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,

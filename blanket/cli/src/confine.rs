@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use blanket_sandbox::{CapabilitySet, Policy};
+use blanket_sandbox::{CapabilitySet, Policy, User};
 use blanket_vmm::console::Sink;
 
 use crate::args::{Isolate, Run};
@@ -16,7 +16,9 @@ of the user who started it, to all files, programs and networks; inside the box 
 and networks, and nothing else (docs/confinement.md).";
 
 /// Closes the box around this process, which has opened all that its VM needs.
-pub fn enter(run: &Run, registry: &Registry, sink: &Sink) -> Result<()> {
+///
+/// With a `user` to become, it needs no file of the directory of VMs by its name.
+pub fn enter(run: &Run, registry: &Registry, sink: &Sink, user: Option<User>) -> Result<()> {
     if run.no_sandbox {
         tracing::warn!("--no-sandbox: a guest that breaks out of its VM has your rights here");
         return Ok(());
@@ -34,11 +36,20 @@ pub fn enter(run: &Run, registry: &Registry, sink: &Sink) -> Result<()> {
         write: ["/dev/null", "/dev/blanket", "/dev/kvm"]
             .map(PathBuf::from)
             .to_vec(),
-        manage: vec![registry.directory().to_owned()],
+        manage: match user {
+            Some(_) => Vec::new(),
+            None => vec![registry.directory().to_owned()],
+        },
         sockets: Vec::new(),
         // The module's own limit on VMs of a user is not for root.
         keep: CapabilitySet::SYS_RESOURCE,
+        keep_for_files: CapabilitySet::empty(),
+        user,
     };
+    if user.is_some() && !run.attach_from.is_empty() {
+        // Disks there are who started it's, and not its user's.
+        policy.keep_for_files = CapabilitySet::DAC_OVERRIDE;
+    }
     if run.isolate == Isolate::Off {
         policy.keep |= CapabilitySet::SYS_ADMIN;
     }
@@ -49,12 +60,6 @@ pub fn enter(run: &Run, registry: &Registry, sink: &Sink) -> Result<()> {
     policy.write.extend(run.attach_from.iter().cloned());
     match sink {
         Sink::File(path) => {
-            std::fs::File::options()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .open(path)
-                .with_context(|| format!("cannot use {} for the console", path.display()))?;
             policy.write.push(path.clone());
         }
         Sink::Socket(path) => policy.sockets.push(parent(path)),

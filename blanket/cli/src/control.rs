@@ -2,6 +2,7 @@
 //! a `console` request the socket is the console.
 
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +16,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Report;
 use crate::disk::{self, DiskInfo};
+use crate::handing;
 use crate::net::{self, NetInfo};
 use crate::registry::Registry;
+use crate::setting::Confinement;
 use crate::stats::Stats;
 
 /// Longest request.
-const LINE_MAX: u64 = 1 << 20;
+const LINE_MAX: usize = 1 << 20;
 /// Longest answer: a whole trace of as many vCPUs as there may be.
 const ANSWER_MAX: u64 = 16 << 20;
 
@@ -64,7 +67,7 @@ pub enum Request {
     },
     /// Its networks.
     Nets,
-    /// Give it another network.
+    /// Give it another network. The descriptors that its link is made of come along.
     AttachNet {
         /// As for `--net`.
         spec: String,
@@ -195,23 +198,31 @@ pub struct Info {
     pub cmdline: String,
     /// Where its console goes.
     pub console: String,
+    /// In which box its process is.
+    #[serde(default)]
+    pub confinement: Confinement,
+}
+
+/// What a VM's process knows of it.
+pub struct About {
+    /// Its name.
+    pub name: String,
+    /// Where its console goes.
+    pub console: String,
+    /// In which box it is.
+    pub confinement: Confinement,
 }
 
 /// Serves a VM's socket for as long as the process lives.
-pub fn serve(
-    listener: UnixListener,
-    instance: Arc<Instance>,
-    name: String,
-    console: String,
-) -> Result<()> {
+pub fn serve(listener: UnixListener, instance: Arc<Instance>, about: About) -> Result<()> {
+    let about = Arc::new(about);
     blanket_vmm::thread::named("control")
         .spawn(move || {
             for stream in listener.incoming() {
                 let Ok(stream) = stream else { continue };
-                let (instance, name, console) =
-                    (Arc::clone(&instance), name.clone(), console.clone());
+                let (instance, about) = (Arc::clone(&instance), Arc::clone(&about));
                 let client = blanket_vmm::thread::named("control-client").spawn(move || {
-                    if let Err(error) = answer(stream, &instance, &name, &console) {
+                    if let Err(error) = answer(stream, &instance, &about) {
                         tracing::debug!("a control client: {error:#}");
                     }
                 });
@@ -224,20 +235,18 @@ pub fn serve(
     Ok(())
 }
 
-fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) -> Result<()> {
-    let mut reader = BufReader::new(stream.try_clone()?).take(LINE_MAX);
-    let mut line = String::new();
-    reader.read_line(&mut line)?;
+fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> {
+    let (line, handed) = handing::receive(&stream, LINE_MAX)?;
     if line.is_empty() {
         // Somebody who only looked whether we are here.
         return Ok(());
     }
-    let request = serde_json::from_str(&line);
+    let request = serde_json::from_slice(&line);
     let answer = match &request {
         Ok(Request::Info) => {
             let spec = instance.spec();
             Answer::Info(Box::new(Info {
-                name: name.to_owned(),
+                name: about.name.clone(),
                 uuid: instance.uuid().to_owned(),
                 pid: std::process::id(),
                 host: instance.host().to_owned(),
@@ -249,11 +258,15 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
                 kernel: instance.booted(),
                 initrd: spec.initrd.as_ref().map(|path| path.display().to_string()),
                 cmdline: spec.cmdline.clone(),
-                console: console.to_owned(),
+                console: about.console.clone(),
+                confinement: about.confinement.clone(),
             }))
         }
         Ok(Request::Stats) => match instance.stats() {
-            Ok(Some(stats)) => Answer::Stats(Box::new(Stats::from(stats))),
+            Ok(Some(stats)) => Answer::Stats(Box::new(Stats {
+                confinement: Some(about.confinement.clone()),
+                ..Stats::from(stats)
+            })),
             Ok(None) => Answer::Error("there are no counters yet".into()),
             Err(error) => Answer::Error(error.to_string()),
         },
@@ -285,7 +298,7 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
             answered(done)
         }
         Ok(Request::Nets) => Answer::Nets(net::list(instance)),
-        Ok(Request::AttachNet { spec }) => match net::attach(instance, spec) {
+        Ok(Request::AttachNet { spec }) => match net::attach(instance, spec, handed) {
             Ok(name) => Answer::Name(name),
             Err(error) => Answer::Error(format!("{error:#}")),
         },
@@ -341,8 +354,13 @@ fn answer(stream: UnixStream, instance: &Instance, name: &str, console: &str) ->
 
 /// Asks the VM of a name something.
 pub fn ask_vm(name: &str, request: &Request) -> Result<Answer> {
+    ask_vm_with(name, request, &[])
+}
+
+/// Asks the VM of a name something, and hands it descriptors.
+pub fn ask_vm_with(name: &str, request: &Request, handed: &[BorrowedFd<'_>]) -> Result<Answer> {
     let stream = Registry::open()?.connect(name)?;
-    match ask(&stream, request).with_context(|| name.to_owned())? {
+    match ask_with(&stream, request, handed).with_context(|| name.to_owned())? {
         Answer::Gone => bail!("{name} ended before it could answer"),
         answer => Ok(answer),
     }
@@ -364,7 +382,13 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> Result<()> {
 
 /// Asks a VM something.
 pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
-    send(stream, request).context("the VM does not listen")?;
+    ask_with(stream, request, &[])
+}
+
+fn ask_with(stream: &UnixStream, request: &Request, handed: &[BorrowedFd<'_>]) -> Result<Answer> {
+    let mut line = serde_json::to_vec(request)?;
+    line.push(b'\n');
+    handing::send(stream, &line, handed).context("the VM does not listen")?;
     let mut line = Vec::new();
     if !matches!(request, Request::Console) {
         return match BufReader::new(stream.take(ANSWER_MAX)).read_until(b'\n', &mut line) {
@@ -379,7 +403,7 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
     // Byte by byte, because what follows a console's answer is not ours to buffer.
     let mut byte = [0];
     let mut reader = stream;
-    while line.len() as u64 <= LINE_MAX {
+    while line.len() <= LINE_MAX {
         match reader.read(&mut byte) {
             Ok(1) => {}
             Ok(_) => break,
@@ -449,8 +473,11 @@ mod tests {
         serve(
             listener,
             Arc::clone(&instance),
-            "test".into(),
-            "none".into(),
+            About {
+                name: "test".into(),
+                console: "none".into(),
+                confinement: Confinement::default(),
+            },
         )
         .expect("served");
         let vm = instance.boot().expect("boots");

@@ -1,7 +1,7 @@
 //! The report of a VM that the hypervisor ended: printed, and kept in a file.
 
-use std::fs::OpenOptions;
-use std::io::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,19 +13,30 @@ use blanket_vmm::vm::End;
 
 use crate::exit;
 
-/// Writes the report of a crash to `path`, where it stays until the name is used
-/// again. `None` if the VM did not end by a crash.
-pub fn keep(path: &Path, instance: &Instance, end: &End) -> Result<Option<PathBuf>> {
-    if !matches!(end, End::Crash(_)) {
-        return Ok(None);
-    }
-    let text = text(instance, end);
+/// Opens the file for a report, for a process that cannot later.
+pub fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
         .open(path)
+}
+
+/// Writes the report of a crash to `path`, which may be `opened` already, where it stays
+/// until the name is used again. `None` if the VM did not end by a crash.
+pub fn keep(
+    path: &Path,
+    opened: Option<File>,
+    instance: &Instance,
+    end: &End,
+) -> Result<Option<PathBuf>> {
+    if !matches!(end, End::Crash(_)) {
+        return Ok(None);
+    }
+    let text = text(instance, end);
+    opened
+        .map_or_else(|| open(path), Ok)
         .and_then(|mut file| file.write_all(text.as_bytes()))
         .with_context(|| format!("cannot keep the report in {}", path.display()))?;
     Ok(Some(path.to_owned()))

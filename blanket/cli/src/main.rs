@@ -10,15 +10,20 @@ mod crash;
 mod disk;
 mod doctor;
 mod exit;
+mod group;
+mod handing;
 mod host;
+mod keeper;
 mod limits;
 mod net;
 mod prometheus;
 mod registry;
 mod run;
+mod setting;
 mod stats;
 mod table;
 mod trace;
+mod user;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -62,6 +67,7 @@ fn main() -> ExitCode {
         Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Kill { name } => client::kill(&name),
+        Command::Keep(left) => keeper::command(&left),
         Command::Generate { what } => generate(&what),
     };
     match result {

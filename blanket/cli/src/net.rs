@@ -1,5 +1,6 @@
 //! Networks: `blanket run --net`, and `blanket net`.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use blanket_devices::bus::Device as _;
 use blanket_devices::net::link::tap::Tap;
 use blanket_devices::net::link::user::{self, Forward, User};
 use blanket_devices::net::{CLASS, Config, Direction, Link, LinkState, Mac, Vif};
+use blanket_sandbox::cgroup;
 use blanket_vmm::devices::AnyDevice;
 use blanket_vmm::instance::Instance;
 use clap::Subcommand;
@@ -18,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::args::{seconds, size};
-use crate::control::{Answer, Request, ask_vm};
+use crate::control::{Answer, Info, Request, ask_vm, ask_vm_with};
 use crate::disk::{mib, state_word};
 use crate::exit::{output, show};
 use crate::table::table;
@@ -127,6 +129,51 @@ impl NetSpec {
     /// Connects it, as network `index` of the VM `name`.
     pub fn open(&self, index: u32, name: &str, vcpus: u32) -> Result<AnyDevice> {
         let mac = self.mac.unwrap_or_else(|| own_mac(name, index));
+        let link: Box<dyn Link> = match &self.kind {
+            Kind::Tap(tap) => Box::new(Tap::open(tap, self.queues.unwrap_or(vcpus))?),
+            Kind::User => Box::new(User::start(self.user(), mac)?),
+        };
+        Ok(self.device(link, index, mac, vcpus))
+    }
+
+    /// As [`NetSpec::open`], of the descriptors of an [`Outside`].
+    fn adopt(
+        &self,
+        mut handed: Vec<OwnedFd>,
+        index: u32,
+        name: &str,
+        vcpus: u32,
+    ) -> Result<AnyDevice> {
+        let mac = self.mac.unwrap_or_else(|| own_mac(name, index));
+        let link: Box<dyn Link> = match &self.kind {
+            Kind::Tap(tap) => Box::new(Tap::adopt(tap, handed)?),
+            Kind::User => match (handed.pop(), handed.pop()) {
+                (Some(said), Some(socket)) if handed.is_empty() => {
+                    Box::new(User::adopt(self.user(), socket, said)?)
+                }
+                _ => bail!("a user-mode network comes with two descriptors"),
+            },
+        };
+        Ok(self.device(link, index, mac, vcpus))
+    }
+
+    /// Connects it outside of the box of the VM that it is for.
+    fn outside(&self, index: u32, name: &str, vcpus: u32) -> Result<Outside> {
+        let mac = self.mac.unwrap_or_else(|| own_mac(name, index));
+        Ok(match &self.kind {
+            Kind::Tap(tap) => Outside::Tap(Tap::descriptors(tap, self.queues.unwrap_or(vcpus))?),
+            Kind::User => Outside::User(user::Outside::start(&self.user(), mac)?),
+        })
+    }
+
+    fn user(&self) -> user::Config {
+        user::Config {
+            forwards: self.forwards.clone(),
+            mtu: self.mtu,
+        }
+    }
+
+    fn device(&self, link: Box<dyn Link>, index: u32, mac: Mac, vcpus: u32) -> AnyDevice {
         let config = Config {
             queues: self.queues,
             mtu: self.mtu,
@@ -135,17 +182,33 @@ impl NetSpec {
             from_guest: self.limits[1],
             ..Config::new(index, mac)
         };
-        let link: Box<dyn Link> = match &self.kind {
-            Kind::Tap(tap) => Box::new(Tap::open(tap, self.queues.unwrap_or(vcpus))?),
-            Kind::User => {
-                let user = user::Config {
-                    forwards: self.forwards.clone(),
-                    mtu: self.mtu,
-                };
-                Box::new(User::start(user, mac)?)
-            }
-        };
-        Ok(AnyDevice::Net(Arc::new(Vif::new(link, config, vcpus))))
+        AnyDevice::Net(Arc::new(Vif::new(link, config, vcpus)))
+    }
+}
+
+/// A link that was made outside of the box of the VM that it is for, which is handed its
+/// descriptors.
+enum Outside {
+    Tap(Vec<OwnedFd>),
+    User(user::Outside),
+}
+
+impl Outside {
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        match self {
+            Self::Tap(queues) => queues.iter().map(AsFd::as_fd).collect(),
+            Self::User(passt) => passt.descriptors().to_vec(),
+        }
+    }
+
+    /// Moves its process, if it has one, into the VM's control group, where that may be.
+    fn limit(&self, vm: &Info) {
+        if let (Self::User(passt), Some(group)) = (self, &vm.confinement.limits.cgroup)
+            && let Some(process) = passt.process()
+            && let Err(error) = cgroup::add(group, process)
+        {
+            tracing::info!("passt is not limited as {} is: {error}", vm.name);
+        }
     }
 }
 
@@ -268,14 +331,49 @@ fn info(instance: &Instance, vif: &Vif) -> NetInfo {
     }
 }
 
-/// Attaches a network to a VM, for its control socket; the guest's name for it.
-pub fn attach(instance: &Instance, spec: &str) -> Result<String> {
+/// Attaches a network to a VM, for its control socket, of the descriptors that came along;
+/// the guest's name for it.
+pub fn attach(instance: &Instance, spec: &str, handed: Vec<OwnedFd>) -> Result<String> {
     let spec: NetSpec = spec.parse().map_err(anyhow::Error::msg)?;
     let used: Vec<u32> = instance.networks().iter().map(|vif| vif.number()).collect();
-    let index = (0..).find(|index| !used.contains(index)).unwrap_or(0);
+    let index = free(&used);
     let vm = instance.spec();
-    instance.attach(spec.open(index, &vm.name, vm.vcpus)?)?;
+    instance.attach(spec.adopt(handed, index, &vm.name, vm.vcpus)?)?;
     Ok(format!("eth{index}"))
+}
+
+/// The first number that is not used.
+fn free(used: &[u32]) -> u32 {
+    (0..).find(|index| !used.contains(index)).unwrap_or(0)
+}
+
+/// Connects a network for a running VM, and hands it to it; the guest's name for it.
+fn attach_outside(name: &str, net: &NetSpec) -> Result<String> {
+    let Answer::Info(vm) = ask_vm(name, &Request::Info)? else {
+        bail!("{name} answered something else than what it is");
+    };
+    let Answer::Nets(nets) = ask_vm(name, &Request::Nets)? else {
+        bail!("{name} answered something else than its networks");
+    };
+    let used = nets
+        .iter()
+        .filter_map(|net| net.name.strip_prefix("eth")?.parse().ok());
+    let index = free(&used.collect::<Vec<u32>>());
+    let outside = net.outside(index, name, vm.vcpus)?;
+    outside.limit(&vm);
+    // The address that passt was told, also if the number is another one by then.
+    let spec = match net.mac {
+        Some(_) => net.text.clone(),
+        None => format!("{},mac={}", net.text, own_mac(name, index)),
+    };
+    let request = Request::AttachNet { spec };
+    let Answer::Name(net) = ask_vm_with(name, &request, &outside.descriptors())? else {
+        bail!("{name} answered something else");
+    };
+    if let Outside::User(passt) = outside {
+        passt.let_go();
+    }
+    Ok(net)
 }
 
 /// The number of the network that is called `name`.
@@ -309,11 +407,7 @@ pub fn command(command: &NetCommand) -> Result<ExitCode> {
             show(&nets[..], *json, listing)?;
         }
         NetCommand::Attach { name, net } => {
-            let spec = net.text.clone();
-            let Answer::Name(net) = ask_vm(name, &Request::AttachNet { spec })? else {
-                bail!("{name} answered something else");
-            };
-            output(&format!("{net}\n"))?;
+            output(&format!("{}\n", attach_outside(name, net)?))?;
         }
         NetCommand::Detach { name, net, timeout } => {
             let request = Request::DetachNet {

@@ -300,6 +300,7 @@ mod tests {
 
     use super::*;
     use crate::control::Memory;
+    use crate::setting::Confinement;
 
     fn vm(name: &str, host: &str) -> (Info, Stats) {
         let info = Info {
@@ -316,11 +317,13 @@ mod tests {
             initrd: None,
             cmdline: String::new(),
             console: "none".into(),
+            confinement: Confinement::default(),
         };
         let counts = |of: &[(&str, u64)]| -> BTreeMap<String, u64> {
             of.iter().map(|(n, c)| ((*n).to_owned(), *c)).collect()
         };
         let stats = Stats {
+            confinement: None,
             exits: counts(&[("interrupt", 5), ("idle", 7)]),
             hypercalls: counts(&[("mmu_update", 3), ("iret", 9_007_199_254_740_992)]),
             counters: counts(&[("page-faults-shadow", 11), ("fast-syscalls", 13)]),

@@ -1,6 +1,6 @@
 //! The directory in which running VMs can be found: one control socket each.
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::exit::hint;
+use crate::keeper;
 
 /// A directory of control sockets.
 #[derive(Clone, Debug)]
@@ -96,6 +97,7 @@ impl Registry {
     fn bind(&self, name: &str) -> Result<Option<(Entry, UnixListener)>> {
         let path = self.socket(name);
         let shown = path.display();
+        let _lock = self.lock()?;
         loop {
             match UnixListener::bind(&path) {
                 Ok(listener) => {
@@ -121,6 +123,7 @@ impl Registry {
     /// Names of the VMs that run, sorted. Removes entries of those that are gone.
     pub fn names(&self) -> Result<Vec<String>> {
         let mut names = Vec::new();
+        let _lock = self.lock()?;
         let entries = std::fs::read_dir(&self.directory)
             .with_context(|| format!("cannot list {}", self.directory.display()))?;
         for entry in entries {
@@ -168,7 +171,14 @@ impl Registry {
         self.directory.join(format!("{name}.crash"))
     }
 
-    fn socket(&self, name: &str) -> PathBuf {
+    /// As long as this is held, no socket is replaced.
+    fn lock(&self) -> Result<File> {
+        keeper::locked(&self.directory)
+            .with_context(|| format!("cannot lock {}", self.directory.display()))
+    }
+
+    /// Where a VM's control socket is.
+    pub fn socket(&self, name: &str) -> PathBuf {
         self.directory.join(format!("{name}.sock"))
     }
 

@@ -24,6 +24,7 @@ use crate::args::{self, Run};
 use crate::disk::DiskSpec;
 use crate::exit;
 use crate::registry::{Entry, Registry};
+use crate::setting::Setting;
 use crate::stats::Stats;
 use crate::{confine, control, crash, host, limits};
 
@@ -53,11 +54,13 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     }
     let registry = Registry::open()?;
     let (entry, listener) = registry.claim(run.name.as_deref())?;
+    let mut setting = Setting::new(run, detached, &registry, &entry)?;
 
     let spec = Spec {
         name: entry.name.clone(),
         kernel: run.kernel.clone(),
         initrd: run.initrd.clone(),
+        opened: setting.files.clone(),
         memory: run.memory,
         balloon: run.balloon,
         vcpus: run.cpus,
@@ -93,9 +96,10 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         instance.attach(net.open(index, &entry.name, vcpus)?)?;
     }
     let kept_at = registry.crash(&entry.name);
-    let end = live(run, detached, &registry, entry, listener, &instance)?;
+    let report = setting.crash.take();
+    let end = live(run, &registry, (entry, listener), &instance, setting)?;
     let counters = instance.stats().ok().flatten();
-    let kept = match crash::keep(&kept_at, &instance, &end) {
+    let kept = match crash::keep(&kept_at, report, &instance, &end) {
         Ok(kept) => kept,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -114,22 +118,27 @@ pub fn command(run: &Run) -> Result<ExitCode> {
 /// From the first boot to the end.
 fn live(
     run: &Run,
-    detached: bool,
     registry: &Registry,
-    entry: Entry,
-    listener: UnixListener,
+    (entry, listener): (Entry, UnixListener),
     instance: &Arc<Instance>,
+    setting: Setting,
 ) -> Result<End> {
-    let sink = run
-        .console
-        .clone()
-        .unwrap_or(if detached { Sink::None } else { Sink::Stdio });
+    let confinement = setting.confinement(run);
+    let Setting {
+        sink,
+        place,
+        log,
+        user,
+        ..
+    } = setting;
+    // Nobody else gets its user before this process has ended.
+    let user = user.map(|claim| std::mem::ManuallyDrop::new(claim).user);
     // While this process has one thread, and before a guest runs.
-    confine::enter(run, registry, &sink)?;
+    confine::enter(run, registry, &sink, user)?;
     let killer = Arc::clone(instance);
-    let io = IoThread::start(
+    let io = IoThread::start_at(
         Arc::clone(instance.console()),
-        &sink,
+        place,
         Box::new(move || killer.kill()),
     )?;
     let place = match (&sink, io.pty()) {
@@ -142,14 +151,17 @@ fn live(
     control::serve(
         listener,
         Arc::clone(instance),
-        entry.name.clone(),
-        place.clone(),
+        control::About {
+            name: entry.name.clone(),
+            console: place.clone(),
+            confinement,
+        },
     )?;
     watch_signals(instance)?;
     let vm = instance.boot().map_err(boot_hint)?;
 
-    if detached {
-        become_background(registry, &entry, &place, instance.host())?;
+    if let Some(log) = log {
+        become_background(&log, &entry, &place, instance.host())?;
     } else {
         if !run.json {
             let on = host::sentence(instance.host());
@@ -319,11 +331,9 @@ struct Started {
 }
 
 /// Leaves the terminal of the process that started us.
-fn become_background(registry: &Registry, entry: &Entry, console: &str, host: &str) -> Result<()> {
+fn become_background(log: &File, entry: &Entry, console: &str, host: &str) -> Result<()> {
     // Fails only for a leader of a process group, who has no terminal to leave.
     let _ = rustix::process::setsid();
-    let log = registry.log(&entry.name);
-    let log = File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
     let null = File::options()
         .write(true)
         .open("/dev/null")

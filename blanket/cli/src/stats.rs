@@ -8,6 +8,7 @@ use blanket_vmm::instance::Counters;
 use serde::{Deserialize, Serialize};
 
 use crate::control::Memory;
+use crate::setting::Confinement;
 
 /// A VM's counters, by name; those that are 0 are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -37,6 +38,9 @@ pub struct Stats {
     /// Frames that it took.
     #[serde(default)]
     pub revoked_frames: u64,
+    /// In which box its process is, and which limits it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confinement: Option<Confinement>,
 }
 
 /// Names of `public/xen.h`.

@@ -100,6 +100,7 @@ pub fn all(facts: &Facts, force: bool) -> Vec<Check> {
     checks.extend(module);
     checks.extend([
         memory(facts),
+        limits(facts),
         clock(facts),
         cpuid(facts),
         isolation(facts),
@@ -359,6 +360,25 @@ fn memory(facts: &Facts) -> Check {
         )
     } else {
         check(NAME, State::Ok, text)
+    }
+}
+
+/// Whether VMs' processes get control groups of their own.
+fn limits(facts: &Facts) -> Check {
+    const NAME: &str = "limits";
+    match (&facts.limits, &facts.unlimited) {
+        (Some(how), _) => check(NAME, State::Ok, how),
+        (None, why) => {
+            let why = why.as_deref().unwrap_or("it is not known why");
+            let found = check(NAME, State::Warn, format!("VMs run without limits: {why}"));
+            if why.contains("are mounted") {
+                found.mend(
+                    "sudo mkdir -p /sys/fs/cgroup && sudo mount -t cgroup2 cgroup2 /sys/fs/cgroup",
+                )
+            } else {
+                found.mend("blanket run --cgroup PATH, of a control group that is yours")
+            }
+        }
     }
 }
 

@@ -53,6 +53,10 @@ pub struct Facts {
     pub available_kib: u64,
     /// The kernel's clock source.
     pub clocksource: Option<String>,
+    /// By what VMs have limits.
+    pub limits: Option<String>,
+    /// Why they have none.
+    pub unlimited: Option<String>,
     /// KVM.
     pub kvm: KvmFact,
 }
@@ -124,6 +128,7 @@ impl Facts {
         let cpuinfo = read("/proc/cpuinfo").unwrap_or_default();
         let flags = cpu_line(&cpuinfo, "flags");
         let modules = Path::new("/lib/modules").join(&release);
+        let limits = crate::group::outlook();
         Self {
             machine: uname.machine().to_string_lossy().into_owned(),
             cpu: cpu_text(&cpuinfo, "model name"),
@@ -146,6 +151,8 @@ impl Facts {
             signed_only: read("/sys/module/module/parameters/sig_enforce").as_deref() == Some("Y"),
             available_kib: available_kib(&read("/proc/meminfo").unwrap_or_default()),
             clocksource: read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
+            limits: limits.clone().ok(),
+            unlimited: limits.err(),
             kvm: kvm(),
             flags,
             release,
