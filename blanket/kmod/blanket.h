@@ -191,9 +191,10 @@ struct blanket_boot {
 	__u32 console_port;
 	__u64 flags;
 	__u64 hypercall_page;
+	__u64 start_frames;
 	__u64 state_base;
 	__u64 state_frames;
-	__u64 reserved[2];
+	__u64 reserved[1];
 };
 
 struct blanket_create_vm {

@@ -280,7 +280,28 @@ void blanket_frames_out(struct blanket_vm *vm, const u32 *gfns, unsigned int cou
 
 /* ---- life ---- */
 
-/* The window's tables for every frame, all leaf entries absent. */
+/*
+ * What the guest does not have at the start must not come in beside a neighbour. The
+ * boot record is the VMM's, who only harms its own VM: the numbers are bounded.
+ */
+static int hold_back(struct blanket_vm *vm)
+{
+	const struct blanket_boot *boot = &vm->page->boot;
+	u64 end = min(boot->ram_frames, vm->nr_frames);
+	u64 gfn;
+
+	for (gfn = boot->start_frames ?: end; gfn < end; gfn++) {
+		*window_entry(vm, gfn) = ENTRY_TAKEN;
+		if (gfn & 511)
+			continue;
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
+	}
+	return 0;
+}
+
+/* The window's tables for every frame, no leaf entry present. */
 int blanket_window_init(struct blanket_vm *vm)
 {
 	u64 gfn;
@@ -292,7 +313,7 @@ int blanket_window_init(struct blanket_vm *vm)
 			return -EINTR;
 		cond_resched();
 	}
-	return 0;
+	return hold_back(vm);
 }
 
 /* Follows the creator's address space from now on. All tables are there. */

@@ -13,7 +13,7 @@ use std::sync::Once;
 #[derive(Arbitrary, Debug)]
 struct Input {
     /// Fields of the record; those with a bit in `small` are made small.
-    words: [u64; 10],
+    words: [u64; 11],
     small: u16,
 }
 
@@ -39,6 +39,7 @@ fuzz_target!(|input: Input| {
         start_info: word(7),
         flags: word(8) & 1,
         hypercall_page: word(9),
+        start_frames: word(10),
         ..Boot::default()
     };
     let mut world = World::new(setup, boot);

@@ -10,7 +10,8 @@ use crate::qemu::Hardware;
 use crate::scripts::{
     BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, HOST_CPUS,
     HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG,
-    LOCKED_DOWN, MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY,
+    LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM,
+    SIGNED_ONLY,
     SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
@@ -291,6 +292,15 @@ fn single() -> Vec<Case> {
         },
         hard_times("balloon", 600, BALLOON),
         long(kvm(hard_times("kvm-balloon", 1800, BALLOON))),
+        hard_times("memory-grows", 300, MEMORY_GROWS),
+        long(Case {
+            work: Work::Instance {
+                script: MEMORY_GROWS,
+                guests: vec![Flavour::Cloud612],
+            },
+            ..hard_times("memory-grows-6.12", 300, MEMORY_GROWS)
+        }),
+        long(kvm(hard_times("kvm-memory-grows", 900, MEMORY_GROWS))),
         hard_times("shadow-reclaim", 600, SHADOW_RECLAIM),
         long(kvm(hard_times("kvm-shadow-reclaim", 1200, SHADOW_RECLAIM))),
         Case {

@@ -31,6 +31,7 @@ pub const HOSTILE_MOVES: &str = with_common!(
 
 pub const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
 pub const BALLOON: &str = with_common!("balloon.sh");
+pub const MEMORY_GROWS: &str = with_common!("memory-grows.sh");
 pub const VMM_TRICKS: &str = with_common!(
     "TRICKS='unmapped-pages post-copy dirty-log munmap read-only'\n",
     "vmm-tricks.sh"

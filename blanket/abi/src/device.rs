@@ -117,7 +117,7 @@ pub mod create {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Boot {
-    /// Frames of guest RAM, from gfn 0.
+    /// Frames of guest RAM, from gfn 0: the most that the guest can have.
     pub ram_frames: u64,
     /// gfn of the shared info page (above RAM).
     pub shared_info: u64,
@@ -141,12 +141,15 @@ pub struct Boot {
     pub flags: u64,
     /// Virtual address of the hypercall page that the builder filled, or 0.
     pub hypercall_page: u64,
+    /// Frames of RAM, from gfn 0, that the guest has at the start, with the root among
+    /// them; the others are as if it had given them up. 0 = all.
+    pub start_frames: u64,
     /// First gfn of the frames for the VM's state ([`crate::state`]), above RAM.
     pub state_base: u64,
     /// Frames for it.
     pub state_frames: u64,
     /// Unused, 0.
-    pub reserved: [u64; 2],
+    pub reserved: [u64; 1],
 }
 
 /// Bits of [`Boot::flags`].

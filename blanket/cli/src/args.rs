@@ -103,12 +103,12 @@ pub enum Command {
         #[arg(long, value_enum, value_name = "FORMAT")]
         format: Option<Format>,
     },
-    /// Ask a VM's guest to have so much of its memory, and wait until it has
+    /// Ask a VM's guest to have so much memory, and wait until it has
     #[command(long_about = BALLOON)]
     Balloon {
         /// The VM
         name: String,
-        /// Memory that the guest is to have, such as 64M; at most what it was started with
+        /// Memory that the guest is to have, such as 64M; at most the --max-memory of its start
         #[arg(value_parser = size)]
         size: u64,
         /// Seconds to wait for the guest
@@ -269,8 +269,12 @@ pub struct Run {
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,
-    /// How much of the memory the guest is asked to have from the start, such as 64M;
-    /// `blanket balloon` changes it [default: all]
+    /// The most memory that the guest can be given while it runs, by `blanket balloon`; what
+    /// it has not taken yet costs the host none [default: as --memory]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_memory: Option<u64>,
+    /// How much memory the guest is asked to have from the start, such as 64M;
+    /// `blanket balloon` changes it [default: as --memory]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub balloon: Option<u64>,
     /// Let the host merge pages of the memory with equal ones of other VMs (KSM)

@@ -61,13 +61,14 @@ fn listing(found: &[Info]) -> String {
     table(&rows)
 }
 
-/// A VM's memory, behind what its guest has of it if that is less.
+/// The most memory of a VM, behind what its guest has of it if that is less.
 fn memory(vm: &Info) -> String {
     let current = vm.balloon.current_bytes;
-    if current == 0 || current == vm.memory {
-        format!("{}M", vm.memory >> 20)
+    let most = vm.balloon.most_bytes.max(vm.memory);
+    if current == 0 || current == most {
+        format!("{}M", most >> 20)
     } else {
-        format!("{}M/{}M", current >> 20, vm.memory >> 20)
+        format!("{}M/{}M", current >> 20, most >> 20)
     }
 }
 
@@ -171,6 +172,9 @@ pub fn balloon(name: &str, size: u64, timeout: Duration, json: bool) -> Result<E
     );
     let next = if memory.current_bytes == memory.most_bytes {
         "its kernel needs a balloon driver (CONFIG_XEN_BALLOON), and must have booted"
+    } else if memory.current_bytes < memory.target_bytes {
+        "it goes on by itself; `blanket ps` shows how far it is. A kernel needs a balloon driver \
+         (CONFIG_XEN_BALLOON) for it, must have booted, and takes no more than 11 times its --memory"
     } else {
         "it goes on by itself; `blanket ps` shows how far it is, and a guest that is short of \
          memory cannot give up more"

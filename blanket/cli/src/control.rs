@@ -150,7 +150,7 @@ pub struct Trace {
 /// A VM's memory, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
-    /// What it was started with.
+    /// The most that it can have.
     pub most_bytes: u64,
     /// What its guest is asked to have.
     pub target_bytes: u64,
@@ -175,15 +175,18 @@ pub struct Info {
     pub name: String,
     /// Its identity.
     pub uuid: String,
+    /// Changes with each start: two numbers of 64 bits, as in the guest's xenstore.
+    #[serde(default)]
+    pub generation_id: String,
     /// The process that runs it.
     pub pid: u32,
     /// What it runs on: `module` or `kvm`.
     pub host: String,
     /// vCPUs.
     pub vcpus: u32,
-    /// Memory, bytes.
+    /// Memory at the start, bytes.
     pub memory: u64,
-    /// How much of it the guest has, and is to have.
+    /// How much the guest can have, has, and is to have.
     #[serde(default)]
     pub balloon: Memory,
     /// Seconds since it was started.
@@ -248,6 +251,7 @@ fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> 
             Answer::Info(Box::new(Info {
                 name: about.name.clone(),
                 uuid: instance.uuid().to_owned(),
+                generation_id: instance.generation().to_string(),
                 pid: std::process::id(),
                 host: instance.host().to_owned(),
                 vcpus: spec.vcpus,
@@ -503,6 +507,12 @@ mod tests {
             ("test", 2, 64 << 20)
         );
         assert_eq!((info.pid, info.boots), (std::process::id(), 1));
+        let halves: Vec<_> = info
+            .generation_id
+            .split(':')
+            .map(str::parse::<u64>)
+            .collect();
+        assert!(matches!(halves[..], [Ok(_), Ok(_)]), "{halves:?}");
 
         let Ok(Answer::Stats(stats)) = ask(&connect(), &Request::Stats) else {
             panic!("none")

@@ -86,8 +86,14 @@ const FAMILIES: &[Family] = &[
     Family {
         name: "memory_bytes",
         kind: "gauge",
-        help: "Memory that the VM was given.",
+        help: "Memory that the VM starts with.",
         samples: |info, _| one(number(info.memory)),
+    },
+    Family {
+        name: "memory_max_bytes",
+        kind: "gauge",
+        help: "Memory that the VM's guest can be given at most.",
+        samples: |_, stats| one(number(stats.memory.most_bytes)),
     },
     Family {
         name: "memory_target_bytes",
@@ -306,6 +312,7 @@ mod tests {
         let info = Info {
             name: name.into(),
             uuid: "u".into(),
+            generation_id: "1:2".into(),
             pid: 1,
             host: host.into(),
             vcpus: 2,
@@ -388,6 +395,7 @@ mod tests {
             0.0,
         );
         is("blanket_shadow_pages", &[one], 19.0);
+        is("blanket_memory_max_bytes", &[one], 268_435_456.0);
         is("blanket_memory_target_bytes", &[one], 67_108_864.0);
         is("blanket_memory_current_bytes", &[one], 68_157_440.0);
         is("blanket_memory_present_bytes", &[one], 409_600.0);

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use blanket_vmm::builder::EXTRA_MEM_RATIO;
 use blanket_vmm::console::{Console, IoThread, Sink};
 use blanket_vmm::device::Error as DeviceError;
 use blanket_vmm::hypervisor::Isolation;
@@ -33,6 +34,9 @@ const DETACHED: &str = "BLANKET_DETACHED";
 /// How long a guest has to power off after a signal.
 const SIGNAL_PATIENCE: Duration = Duration::from_secs(15);
 
+/// How often a Linux guest has its --memory at most.
+const LINUX_GROWS: u64 = 1 + EXTRA_MEM_RATIO;
+
 /// The first signal that asked us to end, or 0.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
@@ -52,6 +56,15 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     for warning in limits::warnings(Path::new("/"), run.memory) {
         tracing::warn!("{warning}");
     }
+    if run
+        .max_memory
+        .is_some_and(|most| most > LINUX_GROWS.saturating_mul(run.memory))
+    {
+        tracing::warn!(
+            "a stock Linux kernel takes at most {LINUX_GROWS} times the memory that it starts \
+             with, and leaves the rest of --max-memory alone"
+        );
+    }
     let registry = Registry::open()?;
     let (entry, listener) = registry.claim(run.name.as_deref())?;
     let mut setting = Setting::new(run, detached, &registry, &entry)?;
@@ -62,6 +75,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         initrd: run.initrd.clone(),
         opened: setting.files.clone(),
         memory: run.memory,
+        max_memory: run.max_memory,
         balloon: run.balloon,
         vcpus: run.cpus,
         boot_entry: run.boot_entry.clone(),

@@ -14,7 +14,7 @@ impl<M: Machine> Context<'_, M> {
     /// access and say that it was made. The guest may change them at any time: what
     /// comes out is a frame of this VM all the same.
     ///
-    /// If the guest has given frames up, it is one that it has: whoever gives up a frame
+    /// If the guest has not got all of its frames, it is one that it has: whoever gives up a frame
     /// waits until all vCPUs have flushed, so it still is when the copy is done. (Not
     /// waited for is a vCPU that KVM has off its CPU: its copy brings a zero page back.)
     fn translate(&mut self, va: Va, write: bool) -> Option<Gfn> {

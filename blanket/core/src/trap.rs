@@ -177,14 +177,16 @@ impl<M: Machine> Context<'_, M> {
         if root.0 >= self.vm.nr_frames
             || shared.0 >= self.vm.nr_frames
             || boot.ram_frames > self.vm.nr_frames
+            || boot.start_frames > boot.ram_frames
+            || !self.mmu(|mmu, _, _| Ok(mmu.has(root) && mmu.has(shared)))
             || !Va(boot.rip).is_guest()
         {
             self.crash(
                 crash::GUEST,
                 format_args!(
                     "the boot record names root {root:?}, shared info {shared:?}, {:#x} frames of \
-                     RAM and rip {:#x}",
-                    boot.ram_frames, boot.rip
+                     RAM with {:#x} at the start, and rip {:#x}",
+                    boot.ram_frames, boot.start_frames, boot.rip
                 ),
             );
         }

@@ -21,7 +21,8 @@ pub struct Vm {
     pub nr_vcpus: u32,
     /// The shadow MMU.
     pub mmu: Mutex<Mmu>,
-    /// Frames that the guest has given up, as [`Mmu::out`]: to be read without the lock.
+    /// Frames of RAM that the guest has not got, as [`Mmu::out`]: to be read without the
+    /// lock.
     pub out: AtomicU64,
     /// The vCPU that took `mmu` last.
     #[cfg(feature = "lock-stats")]
@@ -76,12 +77,17 @@ impl Vm {
     ) -> Self {
         let ports = Ports::new();
         ports.set_vcpus(nr_vcpus);
+        let mmu = match boot.start_frames {
+            0 => mmu,
+            start => mmu.without(start, boot.ram_frames),
+        };
+        let out = mmu.out();
         Self {
             boot,
             nr_frames,
             nr_vcpus,
             mmu: Mutex::new(mmu),
-            out: AtomicU64::new(0),
+            out: AtomicU64::new(out),
             #[cfg(feature = "lock-stats")]
             mmu_holder: core::sync::atomic::AtomicU32::new(0),
             epochs: Epochs::new(),

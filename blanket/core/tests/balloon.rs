@@ -9,7 +9,8 @@ mod common;
 use blanket_abi::device::exit;
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall::memory::{
-    CURRENT_RESERVATION, DECREASE_RESERVATION as DOWN, MAXIMUM_RESERVATION, POPULATE_PHYSMAP as UP,
+    CURRENT_RESERVATION, DECREASE_RESERVATION as DOWN, MAXIMUM_RESERVATION, MEMORY_MAP,
+    POPULATE_PHYSMAP as UP,
 };
 use blanket_abi::xen::hypercall::{self as nr, mmuext, vcpu};
 use blanket_abi::{Gfn, Va};
@@ -193,4 +194,73 @@ fn no_more_comes_back_than_the_target_allows() {
     assert_eq!(w.balloon(0, UP, &gfns[..1]), 0);
     w.m.page.target.store(0, SeqCst);
     assert_eq!(w.balloon(0, UP, &gfns[..1]), 1);
+}
+
+/// Of a VM that starts with 512 of its 1024 frames.
+fn small_start() -> (World, Guest) {
+    let setup = Setup {
+        vcpus: 2,
+        ram: 1024,
+        start: 512,
+        pool: 256,
+        ..Setup::default()
+    };
+    fuzz::start(setup)
+}
+
+#[test]
+fn what_the_guest_has_not_got_yet_is_as_given_up() {
+    let (mut w, _) = small_start();
+    assert_eq!(w.call(0, nr::MEMORY_OP, &[CURRENT_RESERVATION, 0]), 512);
+    assert_eq!(w.call(0, nr::MEMORY_OP, &[MAXIMUM_RESERVATION, 0]), 1024);
+    assert!(has(&w, 511) && !has(&w, 512) && !has(&w, 1023));
+    assert!(has(&w, w.setup.shared_info()) && !has(&w, w.setup.frames()));
+    // The guest's direct map names it all.
+    for gfn in [512, 700, 1023] {
+        for id in 0..2 {
+            assert_eq!(w.access(id, Guest::direct(gfn), true, false), None);
+        }
+        assert_eq!(w.mmuext(0, mmuext::PIN_L1, gfn, 0), errno::EINVAL);
+        assert_eq!(w.update(0, gfn, 0, 1), errno::EINVAL);
+        assert_eq!(w.balloon(0, DOWN, &[gfn]), 0);
+        assert!(!w.m.present(gfn), "the host was asked for {gfn}");
+    }
+    w.audit();
+    // It grows, shrinks below and at the edge, and grows again.
+    let gfns: Vec<u64> = (512..1024).rev().collect();
+    assert_eq!(w.balloon(0, UP, &gfns[..256]), 256);
+    assert_eq!(w.call(1, nr::MEMORY_OP, &[CURRENT_RESERVATION, 0]), 768);
+    assert_eq!(w.access(1, Guest::direct(800), true, false), Some(800));
+    assert_eq!(w.access(1, Guest::direct(767), true, false), None);
+    assert!(!w.m.present(767), "the host gives what was asked for");
+    w.audit();
+    assert_eq!(w.balloon(1, DOWN, &[511, 800, 1023]), 3);
+    assert_eq!(w.balloon(0, UP, &[512, 511, 1023]), 3);
+    assert!(has(&w, 512) && has(&w, 511) && !has(&w, 800) && !has(&w, 513));
+    w.audit();
+}
+
+#[test]
+fn a_target_between_start_and_most_is_kept_to() {
+    let (mut w, _) = small_start();
+    let gfns: Vec<u64> = (512..1024).collect();
+    w.m.page.target.store(512, SeqCst);
+    assert_eq!(w.balloon(0, UP, &gfns), 0);
+    w.m.page.target.store(600, SeqCst);
+    assert_eq!(w.balloon(0, UP, &gfns), 88);
+    assert_eq!(w.call(0, nr::MEMORY_OP, &[CURRENT_RESERVATION, 0]), 600);
+    w.m.page.target.store(0, SeqCst);
+    assert_eq!(w.balloon(0, UP, &gfns[88..]), 424);
+    w.audit();
+}
+
+#[test]
+fn the_map_has_what_may_come() {
+    let (mut w, _) = small_start();
+    let at = w.m.arg_words(0, &[16, common::ARGS + 0x100]);
+    assert_eq!(w.call(0, nr::MEMORY_OP, &[MEMORY_MAP, at]), 0);
+    let mut size = [0; 8];
+    w.cpu0(|c| c.copy_in(Va(common::ARGS + 0x108), &mut size))
+        .expect("there");
+    assert_eq!(u64::from_le_bytes(size), 1024 << 12);
 }

@@ -23,6 +23,8 @@ use std::sync::atomic::Ordering::SeqCst;
 
 /// RAM of the VM: the guest needs about half of it for itself.
 const RAM: u64 = 40;
+/// What it can start with.
+const LEAST: u64 = 34;
 /// Table indices that everything uses, so that things meet: low, the hypervisor's
 /// slots and their neighbours, the direct map, text, last.
 const INDICES: [u64; 12] = [0, 1, 2, 3, 255, 256, 257, 271, 273, 300, 510, 511];
@@ -378,9 +380,10 @@ proptest! {
         ops in prop::collection::vec(op(), 1..120),
         pool in 20u32..64,
         la57: bool,
+        start in prop_oneof![Just(0), LEAST..RAM],
         reclaim in prop::option::of(any::<u64>()),
     ) {
-        let (mut w, _) = fuzz::start(Setup { ram: RAM, pool, vcpus: 2, la57 });
+        let (mut w, _) = fuzz::start(Setup { ram: RAM, start, pool, vcpus: 2, la57 });
         if let Some(seed) = reclaim {
             reclaiming(&w, seed);
         }
@@ -409,6 +412,7 @@ fn the_generator_reaches_deep() {
             .current();
         let (mut w, _) = fuzz::start(Setup {
             ram: RAM,
+            start: 0,
             pool: 48,
             vcpus: 2,
             la57: false,

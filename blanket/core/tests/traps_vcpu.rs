@@ -381,6 +381,20 @@ fn a_boot_record_that_points_outside_the_vm_is_refused() {
             ..good
         },
         Boot {
+            start_frames: good.ram_frames + 1,
+            ..good
+        },
+        Boot {
+            start_frames: good.ram_frames / 2,
+            cr3: good.ram_frames / 2,
+            ..good
+        },
+        Boot {
+            start_frames: good.ram_frames / 2,
+            shared_info: good.ram_frames - 1,
+            ..good
+        },
+        Boot {
             rip: 0xffff_8080_0000_0000,
             ..good
         },

@@ -1,5 +1,6 @@
 //! The VMM's side of a guest's balloon: the memory of frames that the guest has given
-//! up goes to the host, and who waits for the guest is told.
+//! up goes to the host, and who waits for the guest is told. Frames that it has not got
+//! yet have no memory until they are used: nothing is done for those.
 //!
 //! The core has seen to it that nothing of the guest leads to such a frame. Should this
 //! program touch one all the same (a guest can name any frame to a backend), it finds a
@@ -20,7 +21,7 @@ use crate::sync::lock;
 /// A VM's memory as its user sees it, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// What it was made with.
+    /// The most that it can have.
     pub most: u64,
     /// What its guest is asked to have.
     pub target: u64,
@@ -43,7 +44,7 @@ struct State {
 }
 
 impl Balloon {
-    /// Of a VM that has all of its `frames` of RAM.
+    /// Of a VM that has `frames` of RAM.
     #[must_use]
     pub fn new(memory: Arc<GuestMemory>, frames: u64) -> Self {
         Self {

@@ -20,6 +20,8 @@ use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
 use crate::device;
 use crate::devices::Devices;
+use crate::entropy;
+use crate::generation::Generation;
 use crate::hub::Hub;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
 use crate::kernel;
@@ -40,9 +42,11 @@ pub struct Spec {
     pub initrd: Option<PathBuf>,
     /// The two of them, open, for a process that may not come to their paths any more.
     pub opened: Opened,
-    /// RAM, bytes.
+    /// RAM at the start, bytes.
     pub memory: u64,
-    /// What the guest is asked to have of it from the start; `None` = all.
+    /// RAM that the guest can be given at most, bytes; `None` = as much as at the start.
+    pub max_memory: Option<u64>,
+    /// What the guest is asked to have from the start; `None` = what it starts with.
     pub balloon: Option<u64>,
     /// vCPUs.
     pub vcpus: u32,
@@ -76,6 +80,7 @@ impl Default for Spec {
             initrd: None,
             opened: Opened::default(),
             memory: 256 << 20,
+            max_memory: None,
             balloon: None,
             vcpus: 1,
             boot_entry: None,
@@ -99,6 +104,14 @@ pub struct Opened {
     pub kernel: Option<Arc<File>>,
     /// The initrd.
     pub initrd: Option<Arc<File>>,
+}
+
+impl Spec {
+    /// RAM that the guest can be given at most, bytes.
+    #[must_use]
+    pub fn most_memory(&self) -> u64 {
+        self.max_memory.unwrap_or(self.memory)
+    }
 }
 
 /// What a reboot of the guest does.
@@ -141,6 +154,18 @@ pub enum Error {
     /// The hypervisor.
     #[error(transparent)]
     Device(#[from] device::Error),
+    /// The most is less than the start.
+    #[error(
+        "the VM starts with {} MiB of memory (--memory), which is more than the {} MiB that it \
+         can have at most (--max-memory)",
+        memory >> 20, most >> 20
+    )]
+    MaxMemory {
+        /// At the start, bytes.
+        memory: u64,
+        /// At most, bytes.
+        most: u64,
+    },
     /// What the guest is to have of its memory.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
@@ -159,9 +184,9 @@ pub enum Error {
     /// The first nodes of the store.
     #[error("cannot describe the VM in its xenstore: {0}")]
     Xenstore(Errno),
-    /// The host gave no random bytes for the UUID.
-    #[error("cannot make a UUID: {0}")]
-    Uuid(io::Error),
+    /// The host gave no random bytes for the UUID or the generation id.
+    #[error("cannot make the VM's UUID and generation id: the host gave no random bytes: {0}")]
+    Identity(io::Error),
 }
 
 /// Why a guest was not stopped.
@@ -198,7 +223,7 @@ pub enum BalloonError {
     NotRunning,
     /// More than there is.
     #[error(
-        "the VM has {} MiB of memory, and cannot have {} MiB: it was started with that --memory",
+        "the VM can have {} MiB of memory at most, and not {} MiB: start it with a larger --max-memory",
         most >> 20, wanted >> 20
     )]
     TooMuch {
@@ -228,6 +253,7 @@ pub const LEAST_MEMORY: u64 = 16 << 20;
 pub struct Instance {
     spec: Spec,
     uuid: String,
+    generation: Generation,
     hypervisor: Arc<dyn Hypervisor>,
     console: Arc<Console>,
     /// Kept over reboots.
@@ -285,10 +311,18 @@ impl Instance {
     ) -> Result<Arc<Self>, Error> {
         let traced = spec.trace;
         let target = spec.balloon.unwrap_or(spec.memory);
-        target_fits(target, spec.memory)?;
+        let most = spec.most_memory();
+        if most < spec.memory {
+            return Err(Error::MaxMemory {
+                memory: spec.memory,
+                most,
+            });
+        }
+        target_fits(target, most)?;
         Ok(Arc::new(Self {
             spec,
-            uuid: uuid().map_err(Error::Uuid)?,
+            uuid: uuid().map_err(Error::Identity)?,
+            generation: Generation::fresh().map_err(Error::Identity)?,
             hypervisor,
             console,
             devices: Mutex::default(),
@@ -315,6 +349,7 @@ impl Instance {
             let config = builder::Config {
                 memory: spec.memory,
                 vcpus: spec.vcpus,
+                max_memory: spec.most_memory(),
                 cmdline: start.cmdline,
                 verbose: spec.verbose,
                 mergeable: spec.mergeable,
@@ -333,8 +368,9 @@ impl Instance {
             domain: domid::GUEST,
             name: spec.name.clone(),
             uuid: self.uuid.clone(),
+            generation: self.generation.to_string(),
             memory_kib: target >> 10,
-            max_memory_kib: spec.memory >> 10,
+            max_memory_kib: spec.most_memory() >> 10,
             vcpus: spec.vcpus,
             store_ring: (domain.layout.store.0, STORE_PORT),
             console_ring: (domain.layout.console.0, CONSOLE_PORT),
@@ -354,7 +390,7 @@ impl Instance {
         let mut devices = lock(&self.devices);
         devices.prune(None);
         let bus = self.bus(&devices, &domain, &machine, &ports, &xenstore)?;
-        let balloon = Balloon::new(Arc::clone(&domain.memory), domain.boot.ram_frames);
+        let balloon = Balloon::new(Arc::clone(&domain.memory), domain.boot.start_frames);
         let balloon = Arc::new(balloon);
         let backends = Backends {
             ports,
@@ -516,7 +552,7 @@ impl Instance {
             vm: running.machine.stats()?,
             host: running.machine.host_exits(),
             memory: Memory {
-                most: self.spec.memory,
+                most: self.spec.most_memory(),
                 target,
                 current: running.balloon.current(),
             },
@@ -527,7 +563,7 @@ impl Instance {
     pub fn memory(&self) -> Memory {
         let now = lock(&self.now);
         Memory {
-            most: self.spec.memory,
+            most: self.spec.most_memory(),
             target: now.target,
             current: now.running.as_ref().map_or(0, |now| now.balloon.current()),
         }
@@ -541,7 +577,7 @@ impl Instance {
     /// It cannot be asked.
     pub fn balloon(&self, bytes: u64, patience: Duration) -> Result<Memory, BalloonError> {
         let bytes = bytes & !(PAGE_SIZE - 1);
-        target_fits(bytes, self.spec.memory)?;
+        target_fits(bytes, self.spec.most_memory())?;
         let running = {
             let mut now = lock(&self.now);
             let running = now.running.clone().ok_or(BalloonError::NotRunning)?;
@@ -557,7 +593,7 @@ impl Instance {
             .map_err(BalloonError::Xenstore)?;
         running.balloon.wait(bytes, patience);
         Ok(Memory {
-            most: self.spec.memory,
+            most: self.spec.most_memory(),
             target: bytes,
             current: running.balloon.current(),
         })
@@ -650,6 +686,12 @@ impl Instance {
         &self.uuid
     }
 
+    /// Which life of it this is: another at each start, the same over reboots.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
     /// Its console.
     #[must_use]
     pub fn console(&self) -> &Arc<Console> {
@@ -691,11 +733,7 @@ fn give_back() {
 
 /// A random UUID (RFC 9562, version 4).
 fn uuid() -> io::Result<String> {
-    let mut bytes = [0u8; 16];
-    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    if got != bytes.len() {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
+    let mut bytes: [u8; 16] = entropy::bytes()?;
     bytes[6] = bytes[6] & 0x0f | 0x40;
     bytes[8] = bytes[8] & 0x3f | 0x80;
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();

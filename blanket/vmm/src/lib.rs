@@ -12,6 +12,8 @@ pub mod console;
 pub mod core_image;
 pub mod device;
 pub mod devices;
+pub mod entropy;
+pub mod generation;
 mod hub;
 pub mod hypervisor;
 pub mod instance;

@@ -12,7 +12,9 @@ pub struct DomainSpec {
     pub name: String,
     /// Its UUID, in text.
     pub uuid: String,
-    /// Memory at boot, KiB.
+    /// Which life of the domain it is: two numbers with a colon between.
+    pub generation: String,
+    /// Memory that it is to have, KiB.
     pub memory_kib: u64,
     /// Most memory it may have, KiB.
     pub max_memory_kib: u64,
@@ -80,6 +82,8 @@ impl Store {
                 ("console/ring-ref", spec.console_ring.0.to_string()),
                 ("console/port", spec.console_ring.1.to_string()),
                 ("device", String::new()),
+                ("platform", String::new()),
+                ("platform/generation-id", spec.generation.clone()),
                 ("control", String::new()),
                 (
                     "control/platform-feature-multiprocessor-suspend",

@@ -21,6 +21,7 @@ fn spec() -> DomainSpec {
         domain: GUEST,
         name: "test".into(),
         uuid: "00000000-0000-4000-8000-000000000001".into(),
+        generation: "1:2".into(),
         memory_kib: 262_144,
         max_memory_kib: 262_144,
         vcpus: 2,

@@ -136,7 +136,7 @@ pub const TABLE_ROWS: &[Row] = &[
         Some(nr::memory::POPULATE_PHYSMAP),
         "populate_physmap",
         Partial,
-        "order 0, frames that were given up",
+        "order 0, frames given up or not got yet",
         BOOT,
     ),
     row(

@@ -40,7 +40,9 @@ impl<M: Machine> Context<'_, M> {
                 if room & 0xffff_ffff == 0 {
                     return Err(errno::EINVAL);
                 }
-                // One block of RAM from 0: the guest has nothing to remap.
+                // One block of RAM from 0: the guest has nothing to remap. What lies above
+                // its start info's nr_pages it takes for memory that it may get later
+                // (Linux, arch/x86/xen/setup.c, xen_memory_setup).
                 let mut entry = [0u8; 20];
                 entry[8..16].copy_from_slice(&(ram << 12).to_le_bytes());
                 entry[16..].copy_from_slice(&E820_RAM.to_le_bytes());
@@ -129,7 +131,8 @@ impl<M: Machine> Context<'_, M> {
         self.exit(exit::BALLOON, args);
     }
 
-    /// The guest gets frames back that it has given up, up to its target. The answer is
+    /// The guest gets frames that it has given up, or had not at the start, up to its
+    /// target. The answer is
     /// how many; what is in them is zero, or what it was if the guest was so fast that
     /// the host had not taken them.
     fn populate_physmap(&mut self, ptr: u64) -> Hyper {

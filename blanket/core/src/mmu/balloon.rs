@@ -1,6 +1,6 @@
-//! Frames that the guest has given up (`memory_op`, `decrease_reservation`): the host
-//! has their memory, and nothing of the guest's may lead to them until it has asked
-//! for them again.
+//! Frames that the guest has given up (`memory_op`, `decrease_reservation`), or has not
+//! got yet: the host has their memory, and nothing of the guest's may lead to them until
+//! it has asked for them.
 //!
 //! Everything that takes a frame number from the guest asks [`Mmu::has`], under the
 //! MMU lock and right where the number is used: tables on a walk, leaves, roots, what
@@ -15,15 +15,31 @@ use blanket_abi::state::mark;
 const LEAVES: u32 = 2048;
 
 impl Mmu {
-    /// Whether the VM has the frame: there is one of this number, and the guest has not
-    /// given it up.
+    /// The guest has not got the frames from `first` to before `end` at the start. Said
+    /// once, before anything else is done. Their records are not written, so that what
+    /// the guest never asks for costs no memory.
+    #[must_use]
+    pub fn without(mut self, first: u64, end: u64) -> Self {
+        let end = end.min(self.nr_frames());
+        if first < end {
+            self.later = (first, end);
+            self.out = end - first;
+        }
+        self
+    }
+
+    /// Whether the guest has the frame: there is one of this number, and it has not been
+    /// given up, or is back.
     #[inline]
     #[must_use]
     pub fn has(&self, gfn: Gfn) -> bool {
-        self.gfns.get(idx(gfn.0)).is_some_and(|info| !info.out)
+        let later = gfn.0 >= self.later.0 && gfn.0 < self.later.1;
+        self.gfns
+            .get(idx(gfn.0))
+            .is_some_and(|info| info.turned == later)
     }
 
-    /// Frames that the guest has given up.
+    /// Frames of RAM that the guest has not got.
     #[must_use]
     pub fn out(&self) -> u64 {
         self.out
@@ -77,19 +93,18 @@ impl Mmu {
             return Err(Need::Breath);
         }
         self.untable(m, ep, nr);
-        self.gfns[nr as usize].out = true;
+        self.gfns[nr as usize].turned ^= true;
         self.out += 1;
         Ok(true)
     }
 
-    /// The guest gets a frame back, as long as more than `floor` frames are out. False:
+    /// The guest gets a frame, as long as more than `floor` frames are out. False:
     /// it has it already, or may not have more.
     pub fn take_in(&mut self, gfn: Gfn, floor: u64) -> bool {
-        let out = self.gfns.get(idx(gfn.0)).is_some_and(|info| info.out);
-        if !out || self.out <= floor {
+        if gfn.0 >= self.nr_frames() || self.has(gfn) || self.out <= floor {
             return false;
         }
-        self.gfns[idx(gfn.0)].out = false;
+        self.gfns[idx(gfn.0)].turned ^= true;
         self.out -= 1;
         true
     }

@@ -19,8 +19,8 @@
 //!   that breaks the read-only discipline hurts its own coherence, nothing else.
 //! * **Every leaf is in the reverse map** of its gfn, so that a frame can be taken
 //!   back at any time.
-//! * **A frame that the guest has given up** has no leaf, no shadow and no mark, and
-//!   gets none until it is back.
+//! * **A frame that the guest has given up**, or has not got yet, has no leaf, no shadow
+//!   and no mark, and gets none until the guest has it.
 //! * **"Drop everything" is always a correct answer**: shadows are a cache.
 
 mod audit;
@@ -54,8 +54,9 @@ pub struct GfnInfo {
     shadow: u32,
     /// Bit `level - 1` is set while the frame is a table of that level.
     mark: u8,
-    /// The guest has given the frame up (`balloon.rs`).
-    out: bool,
+    /// Whether the guest has the frame is the other way round than at the start
+    /// (`balloon.rs`).
+    turned: bool,
     /// Low bits of the epoch in which a writable leaf was last taken away.
     writable_until: u16,
 }
@@ -293,7 +294,9 @@ pub struct Mmu {
     gone: u32,
     node_free: u32,
     budget: u32,
-    /// Frames that the guest has given up.
+    /// Frames that the guest has not got at the start: from, to.
+    later: (u64, u64),
+    /// Frames that the guest has not got.
     out: u64,
     /// Shadow pages made since the start.
     pub made: u64,
@@ -329,6 +332,7 @@ impl Mmu {
             gone: 0,
             node_free: 0,
             budget: BUDGET,
+            later: (0, 0),
             out: 0,
             made: 0,
         }

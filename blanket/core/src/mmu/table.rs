@@ -25,7 +25,7 @@ impl Mmu {
     ) -> Result<(), Need> {
         let bit = mark_bit(level);
         match self.gfns.get(idx(gfn.0)) {
-            Some(info) if info.mark & bit == 0 && !info.out => {
+            Some(info) if info.mark & bit == 0 && self.has(gfn) => {
                 if info.mark == 0 {
                     self.settled(ep, gfn32(gfn.0))?;
                 }

@@ -107,7 +107,12 @@ impl Guest {
         for t in g.tables.clone() {
             g.map(m, root, Self::direct(t), t, pte::P | pte::A);
         }
-        assert!(g.next < setup.ram, "the guest does not fit");
+        let has = if setup.start == 0 {
+            setup.ram
+        } else {
+            setup.start
+        };
+        assert!(g.next < has, "the guest does not fit");
         g
     }
 
@@ -115,6 +120,7 @@ impl Guest {
     pub fn boot(root: u64, setup: Setup) -> Boot {
         Boot {
             ram_frames: setup.ram,
+            start_frames: setup.start,
             shared_info: setup.shared_info(),
             grant_base: setup.ram + 1,
             grant_frames: super::GRANT_FRAMES,

@@ -154,6 +154,8 @@ pub struct FakeMachine {
 pub struct Setup {
     /// Frames of RAM; shared info, two grant frames and those for the state come on top.
     pub ram: u64,
+    /// Frames of it that the guest has at the start; 0 = all.
+    pub start: u64,
     /// Most pool pages.
     pub pool: u32,
     pub vcpus: u32,
@@ -164,6 +166,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             ram: 128,
+            start: 0,
             pool: 128,
             vcpus: 1,
             la57: false,

@@ -67,6 +67,7 @@ impl FakeGuest {
             domain: domid::GUEST,
             name: "test".into(),
             uuid: "0".into(),
+            generation: "0:0".into(),
             memory_kib: 1,
             max_memory_kib: 1,
             vcpus,

@@ -38,7 +38,7 @@ fn walk(domain: &Domain, va: u64) -> Option<(u64, Vec<u64>)> {
     let mut path = Vec::new();
     for level in (1..=4).rev() {
         assert!(
-            table < domain.boot.ram_frames,
+            table < domain.boot.start_frames,
             "table frame {table:#x} is not RAM"
         );
         path.push(table);
@@ -62,12 +62,25 @@ fn walk(domain: &Domain, va: u64) -> Option<(u64, Vec<u64>)> {
 
 /// Panics if the domain is not what fact 2 of the boot protocol promises.
 pub fn check(domain: &Domain, kernel: &Kernel, initrd: &[u8], memory: u64, cmdline: &str) {
+    check_grows(domain, kernel, initrd, memory, memory, cmdline);
+}
+
+/// As [`check`], of a domain that may get up to `most` bytes.
+pub fn check_grows(
+    domain: &Domain,
+    kernel: &Kernel,
+    initrd: &[u8],
+    memory: u64,
+    most: u64,
+    cmdline: &str,
+) {
     let boot = &domain.boot;
     let ram = memory / PAGE_SIZE;
     let notes = kernel.notes();
-    assert_eq!(boot.ram_frames, ram);
+    assert_eq!(boot.start_frames, ram);
+    assert_eq!(boot.ram_frames, most / PAGE_SIZE);
     assert_eq!(boot.rip, notes.entry);
-    assert!(boot.shared_info >= ram && boot.grant_base > boot.shared_info);
+    assert!(boot.shared_info >= boot.ram_frames && boot.grant_base > boot.shared_info);
     assert_eq!(domain.frames, boot.grant_base + boot.grant_frames);
 
     // start_info, found the way the guest finds it: through rsi.

@@ -19,6 +19,22 @@ const MAP_MAX: u64 = ENTRIES * ENTRIES;
 /// with an unclear message.
 const BOOT_HEADROOM: u64 = (24 << 20) / PAGE_SIZE;
 
+/// Bytes of the record that Linux keeps of each frame, also of those that it may get
+/// later (`struct page`, `include/linux/mm_types.h`).
+const FRAME_RECORD: u64 = 64;
+/// Linux leaves alone what is more than so many times the RAM that it starts with
+/// (`arch/x86/xen/setup.c`).
+pub const EXTRA_MEM_RATIO: u64 = 10;
+
+/// How much RAM a domain has, frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ram {
+    /// At the start.
+    pub start: u64,
+    /// At most; not less.
+    pub most: u64,
+}
+
 /// Frames that follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameRange {
@@ -41,7 +57,7 @@ impl FrameRange {
 pub struct Layout {
     /// Virtual address of frame 0.
     pub virt_base: Va,
-    /// Frames of RAM.
+    /// Frames of RAM that the domain has at the start.
     pub ram_frames: u64,
     /// First frame after the kernel image.
     pub kernel_end: u64,
@@ -61,7 +77,7 @@ pub struct Layout {
     pub boot_stack: Gfn,
     /// Frames of the first mapping, from frame 0.
     pub mapped: u64,
-    /// The list of machine frames, one u64 for each frame of RAM.
+    /// The list of machine frames, one u64 for each frame of RAM at the start.
     pub p2m: FrameRange,
     /// Where it is mapped.
     pub p2m_va: Va,
@@ -94,22 +110,26 @@ impl Cursor {
 
 impl Layout {
     /// Plans a domain with this much RAM.
-    pub(super) fn plan(kernel: &Kernel, initrd: u64, ram_frames: u64) -> Result<Self, Error> {
+    pub(super) fn plan(kernel: &Kernel, initrd: u64, ram: Ram) -> Result<Self, Error> {
         check_addresses(kernel)?;
-        if ram_frames > MAX_FRAMES - 1 - GRANT_FRAMES {
-            return Err(super::too_large(ram_frames));
+        if ram.most > MAX_FRAMES - 1 - GRANT_FRAMES {
+            return Err(super::too_large(ram.most));
         }
 
-        let (layout, mut needed) = Self::place(kernel, initrd, ram_frames)?;
-        if needed <= ram_frames {
+        let (layout, mut needed) = Self::place(kernel, initrd, ram)?;
+        if needed <= ram.start {
             return Ok(layout);
         }
         // More RAM has a longer p2m list: find the size that is enough for itself.
         loop {
-            let (_, then) = Self::place(kernel, initrd, needed)?;
+            let more = Ram {
+                start: needed,
+                most: ram.most.max(needed),
+            };
+            let (_, then) = Self::place(kernel, initrd, more)?;
             if then <= needed {
                 return Err(Error::TooLittleMemory {
-                    given: ram_frames * PAGE_SIZE,
+                    given: ram.start * PAGE_SIZE,
                     needed: needed * PAGE_SIZE,
                     initrd,
                 });
@@ -119,12 +139,12 @@ impl Layout {
     }
 
     /// Places everything in a domain of this much RAM, and says how much it needs.
-    fn place(kernel: &Kernel, initrd: u64, ram_frames: u64) -> Result<(Self, u64), Error> {
+    fn place(kernel: &Kernel, initrd: u64, ram: Ram) -> Result<(Self, u64), Error> {
         let notes = kernel.notes();
         let virt_base = Va(notes.virt_base);
         let kernel_end = kernel.end() / PAGE_SIZE;
         let initrd_frames = initrd.div_ceil(PAGE_SIZE);
-        let p2m_frames = ram_frames.div_ceil(ENTRIES);
+        let p2m_frames = ram.start.div_ceil(ENTRIES);
         let mut next = Cursor(kernel_end);
 
         let mut initrd_range = None;
@@ -184,10 +204,12 @@ impl Layout {
         };
 
         // The guest unpacks the initrd beside itself before it frees it.
-        let needed = next.0 + initrd_frames + BOOT_HEADROOM;
+        let extra = (ram.most - ram.start).min(EXTRA_MEM_RATIO * ram.start);
+        let records = extra.div_ceil(PAGE_SIZE / FRAME_RECORD);
+        let needed = next.0 + initrd_frames + BOOT_HEADROOM + records;
         let layout = Self {
             virt_base,
-            ram_frames,
+            ram_frames: ram.start,
             kernel_end,
             initrd: initrd_range,
             initrd_by_frame: notes.mod_start_pfn,
@@ -203,9 +225,9 @@ impl Layout {
             hypercall_page: notes
                 .hypercall_page
                 .map(|va| Gfn::containing(va - notes.virt_base)),
-            shared_info: Gfn(ram_frames),
+            shared_info: Gfn(ram.most),
             grants: FrameRange {
-                first: Gfn(ram_frames + 1),
+                first: Gfn(ram.most + 1),
                 count: GRANT_FRAMES,
             },
         };

@@ -5,8 +5,10 @@
 //! start info, the xenstore page, the console page, the page tables (L4, L3, L2,
 //! L1s), the boot stack, and slack up to a 4 MiB boundary. Then, not mapped
 //! there, the initrd and the p2m list with the tables that map it. Every machine
-//! frame number equals the guest frame number. Above RAM lie the frames that the
-//! hypervisor gives: shared info, then the grant table.
+//! frame number equals the guest frame number. Above that, up to the most that the
+//! domain may have, lies RAM that it asks for later, of which start info and the p2m
+//! list do not speak. Above RAM lie the frames that the hypervisor gives: shared info,
+//! then the grant table.
 
 mod hypercall_page;
 mod layout;
@@ -28,7 +30,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
-pub use layout::{FrameRange, Layout};
+use layout::Ram;
+pub use layout::{EXTRA_MEM_RATIO, FrameRange, Layout};
 
 use crate::kernel::Kernel;
 
@@ -48,10 +51,12 @@ const FILE_ALIGN: u64 = 2 << 20;
 /// What a domain shall be like.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// RAM in bytes, a multiple of the page size.
+    /// RAM at the start in bytes, a multiple of the page size.
     pub memory: u64,
     /// vCPUs.
     pub vcpus: u32,
+    /// RAM that the guest can get at most, likewise; less than `memory` is as much.
+    pub max_memory: u64,
     /// Kernel command line.
     pub cmdline: String,
     /// Have the core report every hypercall that it refuses.
@@ -136,8 +141,10 @@ pub enum Error {
 /// # Errors
 /// Says what does not fit and how much would; nothing is left behind.
 pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<Domain, Error> {
-    if config.memory == 0 || !config.memory.is_multiple_of(PAGE_SIZE) {
-        return Err(Error::MemorySize(config.memory));
+    for size in [config.memory, config.max_memory.max(config.memory)] {
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(Error::MemorySize(size));
+        }
     }
     if config.cmdline.len() > MAX_CMDLINE {
         return Err(Error::CmdlineTooLong(config.cmdline.len()));
@@ -145,16 +152,19 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     if config.cmdline.contains('\0') {
         return Err(Error::CmdlineNul);
     }
-    let ram_frames = config.memory / PAGE_SIZE;
+    let ram = Ram {
+        start: config.memory / PAGE_SIZE,
+        most: config.max_memory.max(config.memory) / PAGE_SIZE,
+    };
     let initrd = initrd.filter(|bytes| !bytes.is_empty());
     let initrd_len = initrd.map_or(0, |bytes| bytes.len() as u64);
-    let layout = Layout::plan(kernel, initrd_len, ram_frames)?;
+    let layout = Layout::plan(kernel, initrd_len, ram)?;
 
     let state_base = layout.grants.end();
-    let state_frames = state::frames(config.vcpus, ram_frames);
+    let state_frames = state::frames(config.vcpus, ram.most);
     let frames = state_base + state_frames;
     if frames > MAX_FRAMES {
-        return Err(too_large(ram_frames));
+        return Err(too_large(ram.most));
     }
     let memory = allocate(frames * PAGE_SIZE, config.mergeable)?;
 
@@ -176,7 +186,8 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     reserve_grants(&memory, &layout)?;
 
     let boot = Boot {
-        ram_frames,
+        ram_frames: ram.most,
+        start_frames: ram.start,
         shared_info: layout.shared_info.0,
         grant_base: layout.grants.first.0,
         grant_frames: layout.grants.count,
@@ -196,7 +207,7 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
         hypercall_page: layout.hypercall_page.map_or(0, |page| layout.va(page).0),
         state_base,
         state_frames,
-        reserved: [0; 2],
+        reserved: [0; 1],
     };
     Ok(Domain {
         memory: Arc::new(memory),
@@ -209,7 +220,7 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
 fn too_large(ram_frames: u64) -> Error {
     Error::TooLarge(format!(
         "{} MiB of memory are too much: a VM has less than {} MiB",
-        (ram_frames * PAGE_SIZE) >> 20,
+        ram_frames.saturating_mul(PAGE_SIZE) >> 20,
         (MAX_FRAMES * PAGE_SIZE) >> 20
     ))
 }

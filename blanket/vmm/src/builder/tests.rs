@@ -2,7 +2,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::check::check;
+use super::check::{check, check_grows};
 use super::*;
 use crate::kernel::{Error as KernelError, Kernel};
 use crate::testing::{Synthetic, bzimage};
@@ -13,6 +13,7 @@ const MIB: u64 = 1 << 20;
 fn config(memory: u64, cmdline: &str) -> Config {
     Config {
         memory,
+        max_memory: 0,
         cmdline: cmdline.to_owned(),
         verbose: false,
         vcpus: 1,
@@ -128,22 +129,87 @@ fn too_little_memory_says_how_much_is_needed() {
     built(&kernel, &initrd, needed.next_multiple_of(MIB), "");
 }
 
+fn ram(frames: u64) -> Ram {
+    Ram {
+        start: frames,
+        most: frames,
+    }
+}
+
+#[test]
+fn what_may_come_later_lies_above() {
+    let kernel = test_kernel();
+    let (memory, most) = (128 * MIB, 1024 * MIB);
+    let grows = Config {
+        max_memory: most,
+        ..config(memory, "quiet")
+    };
+    let domain = build(&kernel, Some(b"initrd"), &grows).expect("it fits");
+    check_grows(&domain, &kernel, b"initrd", memory, most, "quiet");
+    assert_eq!(domain.boot.shared_info * PAGE_SIZE, most);
+    // Beside that, and the numbers in start info, it is the domain without.
+    let without = built(&kernel, b"initrd", memory, "quiet");
+    assert_eq!(domain.layout.p2m, without.layout.p2m);
+    assert_eq!(domain.layout.tables, without.layout.tables);
+}
+
+#[test]
+fn records_of_what_may_come_later_must_fit_too() {
+    let kernel = Synthetic::default().kernel();
+    let needs = |most| match Layout::plan(&kernel, 0, Ram { start: 1, most }) {
+        Err(Error::TooLittleMemory { needed, .. }) => needed,
+        other => panic!("one frame is enough? {other:?}"),
+    };
+    // As much as Linux uses of it: ten times what it starts with.
+    let (none, vast) = (needs(1), needs(1 << 20));
+    let more = vast - none;
+    assert!(
+        (none / 8..none / 4).contains(&more),
+        "{none:#x}, {more:#x} more"
+    );
+    let start = vast / PAGE_SIZE;
+    assert!(
+        Layout::plan(
+            &kernel,
+            0,
+            Ram {
+                start,
+                most: 1 << 20
+            }
+        )
+        .is_ok()
+    );
+    let start = none / PAGE_SIZE;
+    assert!(
+        Layout::plan(
+            &kernel,
+            0,
+            Ram {
+                start,
+                most: 1 << 20
+            }
+        )
+        .is_err()
+    );
+}
+
 /// Also where the list of frames of the larger memory takes another page.
 #[test]
 fn what_is_said_to_be_needed_is_enough_and_not_too_much() {
     let kernel = Synthetic::default().kernel();
     for pages in 0..1200 {
         let initrd = pages * PAGE_SIZE;
-        let Err(Error::TooLittleMemory { needed, .. }) = Layout::plan(&kernel, initrd, 1) else {
+        let Err(Error::TooLittleMemory { needed, .. }) = Layout::plan(&kernel, initrd, ram(1))
+        else {
             panic!("one frame cannot hold it");
         };
         let frames = needed / PAGE_SIZE;
         assert!(
-            Layout::plan(&kernel, initrd, frames).is_ok(),
+            Layout::plan(&kernel, initrd, ram(frames)).is_ok(),
             "{pages} pages of initrd"
         );
         assert!(
-            Layout::plan(&kernel, initrd, frames - 2).is_err(),
+            Layout::plan(&kernel, initrd, ram(frames - 2)).is_err(),
             "{pages} pages of initrd"
         );
     }
@@ -162,6 +228,12 @@ fn bad_requests_are_refused_with_the_reason() {
     assert!(text(config(64 * MIB, &"x".repeat(1024))).contains("1024 bytes"));
     assert!(text(config(64 * MIB, "a\0b")).contains("NUL"));
     assert!(text(config(1 << 40, "")).contains("too much"));
+    let most = |max_memory| Config {
+        max_memory,
+        ..config(64 * MIB, "")
+    };
+    assert!(text(most(64 * MIB + 1)).contains("multiple of 4096"));
+    assert!(text(most(1 << 40)).contains("too much"));
 }
 
 #[test]

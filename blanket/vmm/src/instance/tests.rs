@@ -507,6 +507,25 @@ fn errors_name_the_file() {
         ..spec(kernel.path())
     };
     assert!(fails(little).contains("too little"));
+    let shrinks = Spec {
+        max_memory: Some(32 << 20),
+        ..spec(kernel.path())
+    };
+    let console = Console::new().expect("a console");
+    let Err(error) = Instance::new(shrinks, fake(), console) else {
+        panic!("it starts with more than it can have")
+    };
+    let text = error.to_string();
+    assert!(text.contains("64 MiB") && text.contains("32 MiB"), "{text}");
+    let vast = Spec {
+        max_memory: Some(1 << 40),
+        ..spec(kernel.path())
+    };
+    let text = fails(vast);
+    assert!(
+        text.contains("1048576 MiB of memory are too much"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -514,6 +533,7 @@ fn the_layout_is_what_the_rings_of_this_test_assume() {
     let kernel = Synthetic::default().kernel();
     let config = builder::Config {
         memory: 64 << 20,
+        max_memory: 0,
         cmdline: String::new(),
         verbose: false,
         mergeable: false,
@@ -535,6 +555,7 @@ fn a_guest_is_asked_for_memory_and_waited_for_over_reboots() {
     let kernel = kernel_file();
     let spec = Spec {
         balloon: Some(48 << 20),
+        max_memory: Some(96 << 20),
         ..spec(kernel.path())
     };
     // It gives up what it is told to, and reboots when it may have little.
@@ -572,21 +593,33 @@ fn a_guest_is_asked_for_memory_and_waited_for_over_reboots() {
         Err(BalloonError::NotRunning)
     ));
     let vm = instance.boot().expect("boots");
+    let node = |path: &str| {
+        let store = instance.running_store().expect("it runs");
+        String::from_utf8(store.read(path).expect("a node")).expect("text")
+    };
+    assert_eq!(node("memory/target"), (48 << 10).to_string());
+    assert_eq!(node("memory/static-max"), (96 << 10).to_string());
+    let generation = instance.generation().to_string();
+    assert_eq!(node("platform/generation-id"), generation);
     let runs = Arc::clone(&instance);
     let thread = std::thread::spawn(move || runs.run(vm));
-    for mib in [32, 64, 40, 20] {
+    for mib in [32, 96, 64, 40, 20] {
         let memory = instance.balloon((mib << 20) + 5, wait).expect("asked");
         assert_eq!(
             (memory.most, memory.target, memory.current),
-            (64 << 20, mib << 20, mib << 20)
+            (96 << 20, mib << 20, mib << 20)
         );
     }
     while instance.boots() < 2 || instance.memory().current != 20 << 20 {
         std::thread::yield_now();
     }
     assert_eq!(instance.memory().target, 20 << 20);
+    assert_eq!(node("platform/generation-id"), generation);
     for (wanted, clear) in [
-        (65 << 20, "cannot have 65 MiB"),
+        (
+            97 << 20,
+            "can have 96 MiB of memory at most, and not 97 MiB",
+        ),
         (15 << 20, "less than 16 MiB"),
     ] {
         let error = instance.balloon(wanted, wait).expect_err("refused");

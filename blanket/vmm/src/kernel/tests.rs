@@ -199,6 +199,7 @@ proptest! {
         if let Ok(kernel) = Kernel::parse(image) {
             let config = crate::builder::Config {
                 memory: 64 << 20,
+                max_memory: 0,
                 cmdline: String::new(),
                 verbose: false,
                 vcpus: 1,

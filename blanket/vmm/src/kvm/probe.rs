@@ -103,6 +103,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
     let broken = |error: &dyn std::fmt::Display| Error::Broken(error.to_string());
     let config = Config {
         memory: MEMORY,
+        max_memory: MEMORY,
         cmdline: String::new(),
         verbose: false,
         vcpus: 1,
@@ -122,7 +123,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
         early_console: Arc::new(Silent),
         balloon: Arc::new(Balloon::new(
             Arc::clone(&domain.memory),
-            domain.boot.ram_frames,
+            domain.boot.start_frames,
         )),
     };
     let vm = Vm::start(machine, 1, backends).map_err(|error| broken(&error))?;

@@ -766,10 +766,10 @@ fn boot_words(boot: &Boot) -> [u64; 15] {
         u64::from(boot.store_port) | u64::from(boot.console_port) << 32,
         boot.flags,
         boot.hypercall_page,
+        boot.start_frames,
         boot.state_base,
         boot.state_frames,
         boot.reserved[0],
-        boot.reserved[1],
     ]
 }
 

@@ -72,6 +72,7 @@ pub fn kernel(data: &[u8]) {
     }
     let config = builder::Config {
         memory: 64 << 20,
+        max_memory: u64::from(take.byte()) << 20,
         cmdline: String::new(),
         verbose: false,
         vcpus: 1,

@@ -166,7 +166,7 @@ fn request(rng: &mut Rng, pool: &Pool) -> CreateVm {
     boot.rsp = odd(rng, pool);
     if rng.once_in(4) {
         let value = odd(rng, pool);
-        match rng.below(12) {
+        match rng.below(13) {
             0 => request.user_addr = value,
             // Not so large that making it takes long, or beyond the limit.
             1 => request.nr_frames = rng.pick(&[0, 1 << 14, (1 << 24) + 1, u64::MAX, value >> 20]),
@@ -179,6 +179,7 @@ fn request(rng: &mut Rng, pool: &Pool) -> CreateVm {
             8 => request.boot.grant_base = value,
             9 => request.boot.grant_frames = value,
             10 => request.boot.cr3 = value,
+            11 => request.boot.start_frames = value,
             _ => request.boot.hypercall_page = value,
         }
     }

@@ -51,6 +51,7 @@ pub fn image() -> Image {
 fn domain() -> Domain {
     let config = Config {
         memory: 32 << 20,
+        max_memory: 0,
         cmdline: String::new(),
         verbose: false,
         vcpus: 1,
