@@ -8,6 +8,7 @@ use std::str::FromStr;
 use anyhow::{Context as _, Result};
 use blanket_seed::Seed;
 use blanket_vmm::devices::AnyDevice;
+use blanket_vmm::entropy;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::disk::DiskSpec;
@@ -15,7 +16,9 @@ use crate::disk::DiskSpec;
 /// What `--cloud-init` is.
 pub const HELP: &str = "\
 Gives the guest's cloud-init its user-data on a further disk, made in memory: FILE[,meta=FILE][,network=FILE]. \
-Without `meta`, the host name is the VM's name, and an unchanged VM is the same instance at its next start.";
+Without `meta`, the host name is the VM's name, and an unchanged VM is the same instance at its next start. \
+The disk also has random bytes, others at each start, which cloud-init gives to the guest's kernel \
+when an instance starts for the first time.";
 
 /// Files for cloud-init.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +63,7 @@ impl CloudInit {
             user_data: read(&self.user_data)?,
             meta_data: self.meta_data.as_deref().map(read).transpose()?,
             network_config: self.network_config.as_deref().map(read).transpose()?,
+            random: Some(entropy::bytes().context("the host gave no random bytes")?),
         };
         let image = seed
             .image(name)

@@ -22,6 +22,8 @@ pub struct Seed {
     pub meta_data: Option<Vec<u8>>,
     /// Its network.
     pub network_config: Option<Vec<u8>>,
+    /// Random bytes for its kernel, which no other VM gets.
+    pub random: Option<[u8; 32]>,
 }
 
 /// Why a seed cannot be made.
@@ -80,6 +82,10 @@ impl Seed {
             ("user-data", self.user_data.as_slice()),
             ("meta-data", meta_data),
         ];
+        let random = self.random.map(|bytes| vendor_data(&bytes));
+        if let Some(text) = &random {
+            files.push(("vendor-data", text.as_bytes()));
+        }
         if let Some(config) = &self.network_config {
             files.push(("network-config", config));
         }
@@ -137,6 +143,15 @@ impl Seed {
     }
 }
 
+/// Has cloud-init's `seed_random` write the bytes to the guest's `/dev/urandom`, before
+/// it makes keys
+/// (<https://cloudinit.readthedocs.io/en/latest/reference/modules.html#seed-random>).
+/// Vendor data and not meta-data: those are for everybody to read in the guest.
+fn vendor_data(random: &[u8; 32]) -> String {
+    let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("#cloud-config\nrandom_seed:\n  data: \"{hex}\"\n")
+}
+
 fn first(digest: &[u8; 32]) -> [u8; 4] {
     let [a, b, c, d, ..] = *digest;
     [a, b, c, d]
@@ -175,6 +190,7 @@ mod tests {
         assert_eq!(image.len() % 512, 0);
         assert_eq!(read(&image, "user-data").as_ref(), Some(&one.user_data));
         assert_eq!(read(&image, "network-config"), None);
+        assert_eq!(read(&image, "vendor-data"), None);
         let meta = String::from_utf8(read(&image, "meta-data").expect("made")).expect("text");
         assert!(meta.contains("local-hostname: web\n"), "{meta}");
         assert_eq!(image, one.image("web").expect("again"), "the same");
@@ -196,6 +212,25 @@ mod tests {
         let image = all.image("web").expect("a seed");
         assert_eq!(read(&image, "meta-data"), all.meta_data);
         assert_eq!(read(&image, "network-config"), all.network_config);
+    }
+
+    #[test]
+    fn random_bytes_change_nothing_else() {
+        let without = seed(b"#cloud-config\n");
+        let with = Seed {
+            random: Some([0xa5; 32]),
+            ..without.clone()
+        };
+        let [one, two] = [&without, &with].map(|seed| seed.image("web").expect("a seed"));
+        for name in ["user-data", "meta-data"] {
+            assert_eq!(read(&one, name), read(&two, name));
+        }
+        let text = String::from_utf8(read(&two, "vendor-data").expect("there")).expect("text");
+        let want = format!(
+            "#cloud-config\nrandom_seed:\n  data: \"{}\"\n",
+            "a5".repeat(32)
+        );
+        assert_eq!(text, want);
     }
 
     #[test]
