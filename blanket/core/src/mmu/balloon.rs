@@ -48,22 +48,31 @@ impl Mmu {
     /// What a frame is to the guest, for [`Self::set_mark`] ([`blanket_abi::state::mark`]).
     #[must_use]
     pub fn mark_of(&self, gfn: Gfn) -> u8 {
-        self.gfns.get(idx(gfn.0)).map_or(0, |info| {
-            info.mark & mark::LEVELS | if info.out { mark::OUT } else { 0 }
-        })
+        let levels = self.gfns.get(idx(gfn.0)).map_or(0, |info| info.mark);
+        levels & mark::LEVELS | if self.has(gfn) { 0 } else { mark::OUT }
     }
 
     /// Makes a frame what another core's MMU had it for; before anything else is done
     /// with it.
     pub fn set_mark(&mut self, gfn: Gfn, byte: u8) {
+        let (has, out) = (self.has(gfn), byte & mark::OUT != 0);
         let Some(info) = self.gfns.get_mut(idx(gfn.0)) else {
             return;
         };
         // A frame that is out is no table.
-        let out = byte & mark::OUT != 0;
-        info.mark = if out { 0 } else { byte & mark::LEVELS };
-        self.out += u64::from(out && !info.out);
-        info.out |= out;
+        let levels = if out { 0 } else { byte & mark::LEVELS };
+        // What is as it was is not written, see `without`.
+        if info.mark != levels {
+            info.mark = levels;
+        }
+        if has == out {
+            info.turned ^= true;
+            self.out = if out {
+                self.out + 1
+            } else {
+                self.out.saturating_sub(1)
+            };
+        }
     }
 
     /// The guest gives a frame up. False: it has not got it, or the frame is a table

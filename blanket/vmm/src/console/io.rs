@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
+use super::behind::Behind;
 use super::{Console, INPUT_MAX, OUTPUT_MAX, RawMode};
 use crate::sync::lock;
 
@@ -68,9 +69,10 @@ struct Outside {
 #[derive(Debug, Default)]
 pub struct Outlet {
     stdin: Option<io::Stdin>,
+    /// Before `raw`: all is written before the terminal is given back.
+    stdout: Option<Behind>,
     /// Also the sign that Ctrl-] is ours.
     raw: Option<RawMode>,
-    stdout: bool,
     file: Option<File>,
     /// The two sides of a pty; the slave, so that it never looks hung up to us.
     master: Option<OwnedFd>,
@@ -101,7 +103,8 @@ impl Outlet {
             Sink::Stdio => {
                 this.raw = RawMode::enable().map_err(failed("the terminal".into()))?;
                 this.stdin = Some(io::stdin());
-                this.stdout = true;
+                let out = Behind::new(io::stdout()).map_err(failed("standard output".into()))?;
+                this.stdout = Some(out);
             }
             Sink::File(path) => {
                 let file = OpenOptions::new()
@@ -314,12 +317,8 @@ impl Outside {
         if bytes.is_empty() {
             return;
         }
-        if self.place.stdout {
-            let mut stdout = io::stdout().lock();
-            if let Err(error) = stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-                tracing::debug!(%error, "nobody reads standard output any more");
-                self.place.stdout = false;
-            }
+        if let Some(stdout) = &self.place.stdout {
+            stdout.push(bytes);
         }
         if let Some(file) = &mut self.place.file
             && let Err(error) = file.write_all(bytes)

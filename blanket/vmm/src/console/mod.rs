@@ -2,9 +2,11 @@
 //! a history; and back.
 //!
 //! vCPU threads only move bytes between the ring and bounded queues, and never
-//! wait. One thread moves bytes between the queues and the outside. When nobody
-//! takes the output the ring fills up and the guest waits, as with a real line.
+//! wait. One thread moves bytes between the queues and the outside. If it fell behind,
+//! the ring would fill up and the guest wait, as with a real line; so it waits for no
+//! reader, and who reads too slowly misses something.
 
+mod behind;
 mod history;
 mod io;
 mod terminal;
