@@ -41,16 +41,22 @@ ethernets:
     dhcp4: true
 N
 
-OPTIONS="-i key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o ConnectTimeout=20"
+# A connection to a system that is gone ends, too.
+OPTIONS="-i key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o ConnectTimeout=20
+    -o ServerAliveInterval=30 -o ServerAliveCountMax=20"
 # in_vm COMMAND...: as the user of the VM, over its first network.
 in_vm() { ssh $OPTIONS user@192.168.77.2 "$@"; }
 
-# boot IMAGE [options]: the VM `deb`, until one can log in. systemd gives devices and services
-# 90 seconds, which is for machines that nobody emulates.
-boot() {
+# launch IMAGE [options]: the VM `deb`. systemd gives devices and services 90 seconds, which is
+# for machines that nobody emulates.
+launch() {
     blanket run "$@" --cmdline systemd.default_timeout_start_sec=1500 --name deb --memory 1G --cpus 2 --net tap=vm0 --net user,tcp=127.0.0.1/2222:22 \
         --cloud-init user-data,network=network --console file:deb.log --attach-from "$PWD" \
-        --detach >/dev/null || fail "deb does not start: $?"
+        --detach >/dev/null
+}
+# boot IMAGE [options]: the same, until one can log in.
+boot() {
+    launch "$@" || fail "deb does not start: $?"
     login
 }
 login() {
