@@ -210,8 +210,7 @@ fn section(costs: &Costs, release: &str, command: &str, reps: u32) -> Result<Str
     let disks = [
         (
             "The instance's own disk (virtio, one that stores nothing and answers after 100 microseconds), natively and as a \
-             VM's raw image. The VM's goes through the instance's page cache, which reads ahead and gathers writes; \
-             the native one does not",
+             VM's raw image, which goes past the instance's page cache (`cache=none`)",
             "disk",
             "disk",
         ),

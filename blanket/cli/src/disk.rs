@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use blanket_devices::Limits;
 use blanket_devices::block::{self, Config, Vbd, WhenFull};
 use blanket_devices::bus::{Report, State};
-use blanket_disk::{Backing, Format, Options};
+use blanket_disk::{Backing, Cache, Format, Options};
 use blanket_vmm::devices::{AnyDevice, DiskFile};
 use blanket_vmm::instance::Instance;
 use clap::Subcommand;
@@ -30,6 +30,8 @@ pub const HELP: &str = "\
 Adds a disk: PATH[,OPTION]..., an image or a block device. A comma in the path is written twice. Options: \
 `ro` (refuse writes), `format=raw|qcow2|vmdk|vhd` (otherwise name and content must agree), `backing=DIR` \
 (a directory outside the image's own whose files it may stand on), `lock=off`, `queues=N`, \
+`cache=none|writeback` (a raw image past the instance'''s page cache or through it; past it by default if it is a block \
+device), \
 `on-full=wait|fail` (what happens when the host has no space left; waits by default), `bps=SIZE` and \
 `iops=N` (limits for each second), `persistent` (offer persistent grants). The guest calls them xvda, xvdb, \
 ... in their order.";
@@ -94,6 +96,8 @@ impl DiskSpec {
                 ("backing", Some(path)) => options.backing.push(path.into()),
                 ("lock", Some("off")) => options.lock = false,
                 ("lock", Some("on")) => options.lock = true,
+                ("cache", Some("none")) => options.cache = Some(Cache::None),
+                ("cache", Some("writeback")) => options.cache = Some(Cache::Writeback),
                 ("queues", Some(n)) => config.queues = Some(number(n)?),
                 ("on-full", Some("wait")) => config.when_full = WhenFull::Wait,
                 ("on-full", Some("fail")) => config.when_full = WhenFull::Fail,
@@ -105,7 +109,7 @@ impl DiskSpec {
                     let value = value.as_ref().map_or(String::new(), |v| format!("={v}"));
                     return Err(format!(
                         "{key}{value} is no option of a disk; there are ro, format=, backing=, \
-                         lock=, queues=, on-full=, bps=, iops= and persistent"
+                         lock=, cache=, queues=, on-full=, bps=, iops= and persistent"
                     ));
                 }
             }
@@ -238,6 +242,8 @@ pub struct DiskInfo {
     pub size: u64,
     /// The guest cannot write it.
     pub read_only: bool,
+    /// What the instance's page cache keeps of it: none, or all (writeback).
+    pub cache: String,
     /// What it is doing: connected, waiting, closing, closed, or no-space.
     pub state: String,
     /// Why the guest's driver was shut out, if it was.
@@ -271,7 +277,7 @@ fn info(instance: &Instance, vbd: &Vbd, path: &Path) -> DiskInfo {
     let report = instance.device_report(block::CLASS, block::device_number(vbd.config().index));
     let counters = vbd.counters();
     let state = match &report {
-        _ if counters.waits_for_space.load(Ordering::Relaxed) => "no-space",
+        _ if counters.waiting_for_space.load(Ordering::Relaxed) > 0 => "no-space",
         report => state_word(report.as_ref()),
     };
     let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
@@ -280,6 +286,7 @@ fn info(instance: &Instance, vbd: &Vbd, path: &Path) -> DiskInfo {
         path: path.display().to_string(),
         size: vbd.disk().size(),
         read_only: vbd.disk().read_only(),
+        cache: vbd.disk().cache().name().into(),
         state: state.into(),
         fault: report.and_then(|report| report.fault),
         reads: count(&counters.reads),
@@ -471,7 +478,7 @@ fn absolute(disk: &DiskSpec) -> Result<String> {
 
 fn listing(disks: &[DiskInfo]) -> String {
     let header = [
-        "DISK", "SIZE", "STATE", "READ", "WRITTEN", "FLUSHES", "ERRORS", "IMAGE",
+        "DISK", "SIZE", "STATE", "CACHE", "READ", "WRITTEN", "FLUSHES", "ERRORS", "IMAGE",
     ];
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(disks.iter().map(|disk| {
@@ -479,6 +486,7 @@ fn listing(disks: &[DiskInfo]) -> String {
             disk.name.clone(),
             mib(disk.size),
             disk.state.clone(),
+            disk.cache.clone(),
             mib(disk.read_bytes),
             mib(disk.written_bytes),
             disk.flushes.to_string(),

@@ -15,7 +15,7 @@ use crate::lock::{self, ImageFile, Use};
 use crate::open::{Body, Options};
 use crate::raw::Raw;
 use crate::reader::{Source, length};
-use crate::{qcow2, vhd, vmdk};
+use crate::{Cache, qcow2, vhd, vmdk};
 
 /// Most images that stand on each other.
 pub(crate) const DEEPEST: usize = 32;
@@ -50,7 +50,8 @@ impl<'a> Opener<'a> {
         let format = self.options.format;
         let opened = self.file(self.top, format, self.options.read_only)?;
         let format = opened.format;
-        Ok((format, self.body(opened, self.options.read_only)?))
+        let cache = self.options.cache;
+        Ok((format, self.body(opened, self.options.read_only, cache)?))
     }
 
     /// Opens one file, says its format, and locks it.
@@ -98,7 +99,12 @@ impl<'a> Opener<'a> {
     }
 
     /// Gives a file to the driver of its format.
-    fn body(&mut self, opened: Opened, read_only: bool) -> Result<Body, Error> {
+    fn body(
+        &mut self,
+        opened: Opened,
+        read_only: bool,
+        cache: Option<Cache>,
+    ) -> Result<Body, Error> {
         let Opened {
             file,
             path,
@@ -112,7 +118,8 @@ impl<'a> Opener<'a> {
         };
         let layer: Arc<dyn Layer> = match format {
             Format::Raw => {
-                let raw = Raw::new(file, read_only, self.options.data_path);
+                let data_path = self.options.data_path;
+                let raw = Raw::new(file, &path, read_only, data_path, cache);
                 return Ok(Body::Raw(Arc::new(raw.map_err(content)?)));
             }
             Format::Qcow2 => {
@@ -152,7 +159,9 @@ impl<'a> Opener<'a> {
         let format = named_format(image, format)?;
         let path = self.permitted(image, name)?;
         let opened = self.file(&path, format, true)?;
-        Ok(self.body(opened, true)?.source())
+        // Formats' drivers read any bytes, and read some of them often.
+        let cache = Some(Cache::Writeback);
+        Ok(self.body(opened, true, cache)?.source())
     }
 
     /// Where a name in an image leads to, if it may lead there. The image may come from anybody,

@@ -97,14 +97,14 @@ impl Engine for LayerEngine {
 }
 
 /// A place in the memory of a request.
-struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     buffers: &'a [Buffer],
     /// Bytes of the first of them that are done.
     done: usize,
 }
 
 impl<'a> Cursor<'a> {
-    fn new(buffers: &'a [Buffer]) -> Self {
+    pub(crate) fn new(buffers: &'a [Buffer]) -> Self {
         Self { buffers, done: 0 }
     }
 
@@ -131,7 +131,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Copies `from` into the memory.
-    fn put(&mut self, from: &[u8]) {
+    pub(crate) fn put(&mut self, from: &[u8]) {
         self.walk(from.len(), |memory, at, piece| {
             // SAFETY: `walk` stays within one buffer, which the request keeps mapped, and
             // within `from`. The two do not overlap: `from` is ours alone. A guest that looks
@@ -141,7 +141,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Copies the memory into `into`.
-    fn take(&mut self, into: &mut [u8]) {
+    pub(crate) fn take(&mut self, into: &mut [u8]) {
         self.walk(into.len(), |memory, at, piece| {
             // SAFETY: as in `put`. A guest that writes meanwhile gets any mix on its disk;
             // no decision is taken from these bytes.

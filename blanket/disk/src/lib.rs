@@ -26,13 +26,14 @@ mod workers;
 pub use error::Error;
 pub use format::{Format, UnknownFormat};
 pub use manage::{Backing, Info, create, info, resize, snapshot};
-pub use open::{DataPath, Image, Options, open};
+pub use open::{Cache, DataPath, Image, Options, open};
 pub use reader::Reader;
 pub use request::{Buffer, Completion, Failure, Operation, Request};
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 /// Unit of all sizes that a guest sees, bytes (`public/io/blkif.h`).
 pub const SECTOR: u64 = 512;
@@ -44,6 +45,11 @@ pub trait Disk: Send + Sync + Debug {
 
     /// Whether writes are refused.
     fn read_only(&self) -> bool;
+
+    /// Whether data goes through the host's page cache.
+    fn cache(&self) -> Cache {
+        Cache::Writeback
+    }
 
     /// Bytes of the smallest piece that [`Operation::Discard`] gives back to the host; 0 if
     /// it gives back nothing.
@@ -63,21 +69,23 @@ pub trait Disk: Send + Sync + Debug {
     fn resize(&self, size: u64) -> io::Result<()>;
 }
 
-/// Requests of one thread to a disk.
+/// Requests of one thread to a disk. What was submitted is begun at the latest when one waits.
 pub trait Queue: Send {
     /// Starts a request; never waits for the medium. Requests that overlap, and are in
     /// flight together, are carried out in any order. A request that cannot be started
     /// completes with its failure.
     fn submit(&mut self, request: Request);
 
-    /// Hands over what [`Queue::submit`] has gathered, where that is cheaper by the batch.
-    /// To be called before one waits.
+    /// Hands over what [`Queue::submit`] has gathered, where that is cheaper by the batch, before
+    /// one waits.
     fn flush_submissions(&mut self);
 
-    /// Readable (an eventfd) while there may be something to collect.
-    fn event(&self) -> BorrowedFd<'_>;
+    /// Waits until there may be something to collect, `wake` is readable, the time is over, or a
+    /// signal came. Says whether `wake` may be readable. It is the same descriptor in each call in
+    /// which there is one.
+    fn wait(&mut self, wake: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool;
 
-    /// Collects what is done, and makes the descriptor unreadable first.
+    /// Collects what is done.
     fn collect(&mut self, into: &mut Vec<Completion>);
 
     /// Requests that were submitted and not yet collected.

@@ -25,6 +25,27 @@ pub enum DataPath {
     Threads,
 }
 
+/// What of the data of a raw image the host keeps in its page cache. The names are QEMU's. A
+/// flush means the same with both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// Nothing: the device itself reads and writes the guest's memory (`O_DIRECT`).
+    None,
+    /// All: it reads ahead, gathers writes, and is shared by all that have the image open.
+    Writeback,
+}
+
+impl Cache {
+    /// As users say it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Writeback => "writeback",
+        }
+    }
+}
+
 /// How to open an image.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -37,6 +58,10 @@ pub struct Options {
     pub backing: Vec<PathBuf>,
     /// How requests reach it if it is raw.
     pub data_path: DataPath,
+    /// Through the host's page cache or not, if it is raw. If nobody says it, a block device is
+    /// read and written past it, and a file through it. Where the host cannot do without, it goes
+    /// through it, with a warning.
+    pub cache: Option<Cache>,
     /// Keep other VMs and programs away from it. Without it, two that write destroy it.
     pub lock: bool,
 }
@@ -49,6 +74,7 @@ impl Default for Options {
             read_only: false,
             backing: Vec::new(),
             data_path: DataPath::Auto,
+            cache: None,
             lock: true,
         }
     }
@@ -153,6 +179,13 @@ impl Disk for Image {
         match &self.body {
             Body::Raw(raw) => raw.read_only(),
             Body::Layer(layer) => layer.read_only(),
+        }
+    }
+
+    fn cache(&self) -> Cache {
+        match &self.body {
+            Body::Raw(raw) => raw.cache(),
+            Body::Layer(_) => Cache::Writeback,
         }
     }
 

@@ -196,7 +196,6 @@ mod tests {
     use std::sync::atomic::AtomicU64;
 
     use proptest::prelude::*;
-    use rustix::event::{PollFd, PollFlags, poll};
 
     use super::*;
     use crate::{Buffer, Operation, Request};
@@ -269,9 +268,7 @@ mod tests {
                 memory,
             });
             while queue.in_flight() > 0 {
-                let mut polled = [PollFd::from_borrowed_fd(queue.event(), PollFlags::IN)];
-                // An interruption leads to another look.
-                let _ = poll(&mut polled, None);
+                queue.wait(None, None);
                 queue.collect(&mut done);
             }
         }

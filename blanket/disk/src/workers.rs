@@ -2,10 +2,11 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use crate::event::Event;
 use crate::{Completion, Failure, Queue, Request};
@@ -135,12 +136,11 @@ impl Queue for WorkerQueue {
 
     fn flush_submissions(&mut self) {}
 
-    fn event(&self) -> BorrowedFd<'_> {
-        self.shared.event.as_fd()
+    fn wait(&mut self, wake: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
+        self.shared.event.wait(wake, timeout)
     }
 
     fn collect(&mut self, into: &mut Vec<Completion>) {
-        self.shared.event.clear();
         let mut done = self
             .shared
             .done

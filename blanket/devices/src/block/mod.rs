@@ -9,7 +9,7 @@ pub mod protocol;
 mod queue;
 mod worker;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blanket_disk::{Disk, SECTOR};
@@ -76,8 +76,8 @@ pub struct Counters {
     pub errors: AtomicU64,
     /// Notifications sent to the guest.
     pub notifications: AtomicU64,
-    /// Some queue waits for space on the host.
-    pub waits_for_space: AtomicBool,
+    /// Requests that wait for space on the host.
+    pub waiting_for_space: AtomicU64,
 }
 
 /// A disk of a VM, over its reboots.
@@ -245,6 +245,7 @@ impl Device for Vbd {
                 ring,
                 disk,
                 queue::Setup {
+                    name: device_name(self.config.index),
                     persistent,
                     read_only: self.disk.read_only(),
                     when_full: self.config.when_full,

@@ -22,6 +22,8 @@ const MOST_PERSISTENT: usize = 1056;
 
 /// How a queue is set up.
 pub(super) struct Setup {
+    /// The disk, for the log.
+    pub name: String,
     pub persistent: bool,
     pub read_only: bool,
     pub when_full: WhenFull,
@@ -55,6 +57,8 @@ struct InFlight {
     /// Keeps the guest's pages granted.
     _pages: Vec<Arc<Mapping>>,
     memory: Arc<dyn Any + Send + Sync>,
+    /// It found no space, and is not done.
+    waits_for_space: bool,
     /// To be written once the flush before it is done.
     then: Option<(u64, Vec<Segment>)>,
 }
@@ -124,7 +128,6 @@ impl Queue {
                 waiting = self.ring.waiting()?;
             }
         }
-        self.disk.flush_submissions();
         Ok(limited)
     }
 
@@ -155,6 +158,7 @@ impl Queue {
                     buffers: Vec::new(),
                     _pages: Vec::new(),
                     memory: Arc::new(()),
+                    waits_for_space: false,
                     then: (!segments.is_empty()).then_some((sector, segments)),
                 });
                 Ok(())
@@ -174,6 +178,7 @@ impl Queue {
                     buffers: Vec::new(),
                     _pages: Vec::new(),
                     memory: Arc::new(()),
+                    waits_for_space: false,
                     then: None,
                 });
                 Ok(())
@@ -245,6 +250,7 @@ impl Queue {
             buffers,
             _pages: pages,
             memory,
+            waits_for_space: false,
             then: None,
         });
         Ok(())
@@ -296,11 +302,6 @@ impl Queue {
             self.finish(&completion);
         }
         self.done = done;
-        self.disk.flush_submissions();
-        let waits = !self.no_space.is_empty();
-        self.counters
-            .waits_for_space
-            .store(waits, Ordering::Relaxed);
         let notify = self.ring.publish();
         if notify {
             count(&self.counters.notifications, 1);
@@ -317,12 +318,32 @@ impl Queue {
             && !self.failed
         {
             self.no_space.push(token);
+            if let Some(Some(request)) = self.in_flight.get_mut(token)
+                && !std::mem::replace(&mut request.waits_for_space, true)
+                && self
+                    .counters
+                    .waiting_for_space
+                    .fetch_add(1, Ordering::Relaxed)
+                    == 0
+            {
+                let name = &self.setup.name;
+                tracing::warn!("{name}: the host has no space left for its image: writes wait");
+            }
             return;
         }
         let Some(request) = self.in_flight.get_mut(token).and_then(Option::take) else {
             return;
         };
         self.free.push(token);
+        if request.waits_for_space
+            && self
+                .counters
+                .waiting_for_space
+                .fetch_sub(1, Ordering::Relaxed)
+                == 1
+        {
+            tracing::warn!("{}: no write waits for space any more", self.setup.name);
+        }
         let (id, op) = (request.id, request.op);
         let mut status = match &completion.result {
             Ok(()) => Status::Okay,
@@ -359,7 +380,6 @@ impl Queue {
         for token in std::mem::take(&mut self.no_space) {
             self.submit(token);
         }
-        self.disk.flush_submissions();
     }
 
     /// Whether the disk has requests, or some wait for space.
@@ -381,9 +401,14 @@ impl Queue {
         self.ring.sleep()
     }
 
-    /// Readable when the disk has done something.
-    pub(super) fn event(&self) -> BorrowedFd<'_> {
-        self.disk.event()
+    /// Has the disk begin what it was given.
+    pub(super) fn begin_submitted(&mut self) {
+        self.disk.flush_submissions();
+    }
+
+    /// The same, and waits for the disk or for `wake`; see [`blanket_disk::Queue::wait`].
+    pub(super) fn wait(&mut self, wake: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
+        self.disk.wait(wake, timeout)
     }
 }
 

@@ -213,11 +213,11 @@ fn a_full_host_delays_writes_until_there_is_space() {
     front.push();
     assert_eq!(front.answer(read), (op::READ, 0));
     assert!(!front.answered(write));
-    assert!(w.vbd.counters().waits_for_space.load(Relaxed));
+    assert_eq!(w.vbd.counters().waiting_for_space.load(Relaxed), 1);
     w.disk.full.store(false, Relaxed);
     assert_eq!(front.answer(write), (op::WRITE, 0));
     assert_eq!(w.disk.bytes()[..4096], [9; 4096]);
-    assert!(!w.vbd.counters().waits_for_space.load(Relaxed));
+    assert_eq!(w.vbd.counters().waiting_for_space.load(Relaxed), 0);
 
     let config = Config {
         when_full: WhenFull::Fail,

@@ -5,8 +5,6 @@ use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
 use super::queue;
 use crate::bus::Fault;
 use crate::sync::lock;
@@ -30,11 +28,14 @@ pub(super) struct Worker {
 impl Worker {
     /// The life of the thread.
     pub(super) fn run(mut self) {
+        let mut kicked = true;
         loop {
             if self.kick.stopped() {
                 break;
             }
-            self.kick.clear();
+            if kicked {
+                self.kick.clear();
+            }
             let wait = match self.work() {
                 Ok(wait) => wait,
                 Err(overrun) => {
@@ -42,7 +43,7 @@ impl Worker {
                     break;
                 }
             };
-            self.wait(wait);
+            kicked = self.queue.wait(Some(self.kick.as_fd()), wait);
         }
         self.drain();
     }
@@ -58,11 +59,14 @@ impl Worker {
                 let mut limiter = lock(&self.limiter);
                 limiter.take(now, bytes)
             })?;
+            // Those that were refused as well.
             self.complete();
             let space = self.queue.waits_for_space().then_some(SPACE_AGAIN);
             if limited.is_some() || self.queue.is_full() || !self.queue.sleep()? {
                 return Ok(limited.into_iter().chain(space).min());
             }
+            // The guest makes requests as fast as they are taken: the disk is not to wait for it.
+            self.queue.begin_submitted();
         }
     }
 
@@ -85,25 +89,13 @@ impl Worker {
         }
     }
 
-    fn wait(&self, timeout: Option<Duration>) {
-        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-        let event = self.queue.event();
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.kick.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(event, PollFlags::IN),
-        ];
-        // A signal is as good as a descriptor: the loop looks at everything.
-        let _ = poll(&mut fds, timeout.as_ref());
-    }
-
     /// Carries out what was begun, and answers it.
     fn drain(&mut self) {
         self.queue.give_up_space();
         while self.queue.busy() {
             self.complete();
             if self.queue.busy() {
-                let mut fds = [PollFd::from_borrowed_fd(self.queue.event(), PollFlags::IN)];
-                let _ = poll(&mut fds, None);
+                self.queue.wait(None, None);
             }
         }
         self.complete();

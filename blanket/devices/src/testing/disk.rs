@@ -4,8 +4,11 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use blanket_disk::{Completion, Disk, Failure, Operation, Queue, Request};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::Kick;
 
@@ -145,12 +148,20 @@ impl Queue for MemoryQueue {
 
     fn flush_submissions(&mut self) {}
 
-    fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+    fn wait(&mut self, wake: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let fds = [Some(self.event.as_fd()), wake];
+        let mut fds: Vec<PollFd<'_>> = fds
+            .iter()
+            .flatten()
+            .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
+            .collect();
+        let _ = poll(&mut fds, timeout.as_ref());
+        self.event.clear();
+        true
     }
 
     fn collect(&mut self, into: &mut Vec<Completion>) {
-        self.event.clear();
         // The last one first: a frontend must bear any order.
         for request in self.waiting.drain(..).rev() {
             into.push(Completion {

@@ -1,5 +1,6 @@
 //! Raw images: files and block devices that hold the guest's bytes as they are.
 
+mod direct;
 mod transfer;
 mod uring;
 
@@ -7,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,7 +19,7 @@ use crate::lock::ImageFile;
 use crate::reader::{Source, length};
 use crate::request::{check, host};
 use crate::workers::{Engine, WorkerQueue};
-use crate::{DataPath, Failure, Operation, Queue, Request, SECTOR};
+use crate::{Cache, DataPath, Failure, Operation, Queue, Request, SECTOR};
 use transfer::Transfer;
 
 /// Takes bytes out of a file without a change of its size (fallocate(2)).
@@ -27,6 +29,8 @@ const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::K
 #[derive(Debug)]
 pub(crate) struct Raw {
     file: ImageFile,
+    /// The same past the host's page cache, if data goes there.
+    direct: Option<File>,
     size: AtomicU64,
     read_only: bool,
     /// 0 once the host has said that it cannot.
@@ -36,21 +40,42 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
-    pub(crate) fn new(file: ImageFile, read_only: bool, data_path: DataPath) -> io::Result<Self> {
+    /// Of the file that was opened at `path`. With [`Cache::None`] it is opened once more.
+    pub(crate) fn new(
+        file: ImageFile,
+        path: &Path,
+        read_only: bool,
+        data_path: DataPath,
+        cache: Option<Cache>,
+    ) -> io::Result<Self> {
         let size = length(&file)?;
         let granularity = if read_only {
             0
         } else {
             hole_granularity(&file, size)?
         };
+        let direct = direct_file(&file, path, read_only, size, cache)?;
         Ok(Self {
             file,
+            direct,
             size: AtomicU64::new(size),
             read_only,
             discard_granularity: AtomicU32::new(granularity),
             data_path,
             resizing: Mutex::new(()),
         })
+    }
+
+    pub(crate) fn cache(&self) -> Cache {
+        match self.direct {
+            Some(_) => Cache::None,
+            None => Cache::Writeback,
+        }
+    }
+
+    /// What data is read from and written to.
+    fn data(&self) -> &File {
+        self.direct.as_ref().unwrap_or(&self.file)
     }
 
     pub(crate) fn read_only(&self) -> bool {
@@ -112,14 +137,14 @@ impl Raw {
     }
 
     fn transfer(&self, request: &Request) -> io::Result<()> {
-        let mut transfer = Transfer::new(request);
+        let mut transfer = Transfer::new(request, self.direct.is_some());
         while let Some((iovecs, offset)) = transfer.rest() {
             let moved = match request.operation {
                 // SAFETY: the iovecs name memory that the request keeps mapped, and that no
                 // reference of Rust's leads to.
                 Operation::Read => unsafe {
                     libc::preadv64(
-                        self.file.as_raw_fd(),
+                        self.data().as_raw_fd(),
                         iovecs.as_ptr(),
                         transfer::count(iovecs),
                         transfer::signed(offset)?,
@@ -128,7 +153,7 @@ impl Raw {
                 // SAFETY: as above.
                 _ => unsafe {
                     libc::pwritev64(
-                        self.file.as_raw_fd(),
+                        self.data().as_raw_fd(),
                         iovecs.as_ptr(),
                         transfer::count(iovecs),
                         transfer::signed(offset)?,
@@ -146,6 +171,7 @@ impl Raw {
                 }
             }
         }
+        transfer.end(request);
         Ok(())
     }
 }
@@ -187,6 +213,34 @@ impl Engine for Raw {
             }
         };
         result.map_err(|error| self.failure(request.operation, error))
+    }
+}
+
+/// The file past the host's page cache, if data is to go there and can: on a block device unless
+/// somebody says otherwise, on a file only if somebody says so.
+fn direct_file(
+    file: &File,
+    path: &Path,
+    read_only: bool,
+    size: u64,
+    cache: Option<Cache>,
+) -> io::Result<Option<File>> {
+    let device = file.metadata()?.file_type().is_block_device();
+    let wanted = cache.unwrap_or(if device {
+        Cache::None
+    } else {
+        Cache::Writeback
+    });
+    if wanted == Cache::Writeback {
+        return Ok(None);
+    }
+    match direct::open(path, file, read_only, size) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) => {
+            let path = path.display();
+            tracing::warn!("{path} goes through the host's page cache: no cache=none: {error}");
+            Ok(None)
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::direct::Bounce;
 use crate::{Operation, Request};
 
 /// Buffers that the kernel takes at once (UIO_MAXIOV, linux/uio.h).
@@ -12,23 +13,40 @@ pub(super) struct Transfer {
     iovecs: Vec<libc::iovec>,
     first: usize,
     offset: u64,
+    /// Memory in place of the request's own.
+    bounce: Option<Bounce>,
 }
 
-// SAFETY: the addresses are those of a request's buffers, which any thread may use.
+// SAFETY: the addresses are those of a request's buffers, which any thread may use, or of memory
+// that this owns.
 unsafe impl Send for Transfer {}
 
 impl Transfer {
-    pub(super) fn new(request: &Request) -> Self {
-        let iovecs = request.buffers.iter().filter(|buffer| buffer.length() > 0);
-        Self {
-            iovecs: iovecs
+    /// Past the host's page cache if it is `direct`.
+    pub(super) fn new(request: &Request, direct: bool) -> Self {
+        let buffers = request.buffers.iter().filter(|buffer| buffer.length() > 0);
+        let mut bounce = direct.then(|| Bounce::of(request)).flatten();
+        let iovecs = match &mut bounce {
+            Some(bounce) => vec![bounce.iovec()],
+            None => buffers
                 .map(|buffer| libc::iovec {
                     iov_base: buffer.start().as_ptr().cast(),
                     iov_len: buffer.length(),
                 })
                 .collect(),
+        };
+        Self {
+            iovecs,
             first: 0,
             offset: request.offset,
+            bounce,
+        }
+    }
+
+    /// All of `request` is done, for which this is.
+    pub(super) fn end(&self, request: &Request) {
+        if let (Operation::Read, Some(bounce)) = (request.operation, &self.bounce) {
+            bounce.give(request);
         }
     }
 
@@ -92,13 +110,16 @@ mod tests {
             // SAFETY: never read or written in this test.
             unsafe { Buffer::new(base, length) }
         };
-        let mut transfer = Transfer::new(&Request {
-            token: 0,
-            operation: Operation::Read,
-            offset: 100,
-            buffers: vec![buffer(10), buffer(0), buffer(20)],
-            memory: Arc::new(()),
-        });
+        let mut transfer = Transfer::new(
+            &Request {
+                token: 0,
+                operation: Operation::Read,
+                offset: 100,
+                buffers: vec![buffer(10), buffer(0), buffer(20)],
+                memory: Arc::new(()),
+            },
+            false,
+        );
         let lengths = |transfer: &Transfer| {
             let (rest, offset) = transfer.rest()?;
             Some((

@@ -4,18 +4,21 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
-use io_uring::types::{Fd, FsyncFlags};
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode, squeue};
 
 use super::transfer::{Transfer, cut_short};
 use super::{PUNCH, Raw};
-use crate::event::Event;
 use crate::workers::Engine as _;
 use crate::{Completion, Failure, Operation, Queue, Request};
 
 /// Most requests that the kernel has at a time; what is submitted beyond waits here.
 const DEEPEST: u32 = 1024;
+
+/// The number of the poll that is no slot's.
+const WAKE: u64 = u64::MAX;
 
 struct Slot {
     request: Request,
@@ -28,7 +31,10 @@ pub(super) struct UringQueue {
     // Dropped before the slots.
     ring: IoUring,
     raw: Arc<Raw>,
-    event: Event,
+    /// The kernel polls the descriptor that wakes us.
+    armed: bool,
+    /// It was readable, and nobody was told yet.
+    woken: bool,
     /// Requests that the kernel has, by the number that it knows them under.
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
@@ -50,21 +56,22 @@ impl UringQueue {
             opcode::Writev::CODE,
             opcode::Fsync::CODE,
             opcode::Fallocate::CODE,
+            opcode::PollAdd::CODE,
         ];
-        if !needed.iter().all(|&code| probe.is_supported(code)) {
+        // To wait no longer than for some time: Linux 5.11.
+        let timed = ring.params().is_feature_ext_arg();
+        if !timed || !needed.iter().all(|&code| probe.is_supported(code)) {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
                 "the kernel's io_uring is too old",
             ));
         }
-        let event = Event::new()?;
-        ring.submitter()
-            .register_eventfd(event.as_fd().as_raw_fd())?;
         let slots = entries as usize;
         Ok(Self {
             ring,
             raw,
-            event,
+            armed: false,
+            woken: false,
             slots: (0..slots).map(|_| None).collect(),
             free: (0..slots).rev().collect(),
             backlog: VecDeque::new(),
@@ -80,7 +87,7 @@ impl UringQueue {
             self.backlog.push_back(request);
             return;
         };
-        let transfer = Transfer::new(&request);
+        let transfer = Transfer::new(&request, self.raw.direct.is_some());
         let nothing = match request.operation {
             Operation::Read | Operation::Write => transfer.rest().is_none(),
             Operation::Discard { length } => length == 0,
@@ -128,7 +135,21 @@ impl UringQueue {
             token: request.token,
             result,
         });
-        self.event.signal();
+    }
+
+    /// Has the kernel poll what wakes us, once.
+    fn arm(&mut self, wake: BorrowedFd<'_>) {
+        // linux/poll.h: POLLIN.
+        let poll = opcode::PollAdd::new(Fd(wake.as_raw_fd()), libc::POLLIN as u32);
+        let entry = poll.build().user_data(WAKE);
+        // SAFETY: the entry names no memory.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_ok() {
+            self.armed = true;
+        } else {
+            // The ring is full of requests: look again when the kernel has them.
+            self.woken = true;
+        }
     }
 
     /// Takes what the kernel has completed, and gives it what is left.
@@ -137,6 +158,11 @@ impl UringQueue {
         let entries = self.ring.completion();
         completed.extend(entries.map(|entry| (entry.user_data(), entry.result())));
         for (number, result) in completed.drain(..) {
+            if number == WAKE {
+                self.armed = false;
+                self.woken = true;
+                continue;
+            }
             let index = usize::try_from(number).unwrap_or(usize::MAX);
             let Some(Some(slot)) = self.slots.get_mut(index) else {
                 tracing::error!(index, "the kernel completed what it was not given");
@@ -153,6 +179,7 @@ impl UringQueue {
                             self.push(index);
                             continue;
                         }
+                        slot.transfer.end(&slot.request);
                         Ok(())
                     }
                 }
@@ -206,22 +233,42 @@ impl Queue for UringQueue {
                     {
                         tracing::error!(%error, "the kernel does not take requests");
                     }
-                    // Short of memory: the caller comes back, for the descriptor is readable.
-                    self.event.signal();
+                    // Short of memory: it is asked again when somebody waits.
                     return;
                 }
             }
         }
     }
 
-    fn event(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+    /// In one call of the kernel that takes what was submitted as well.
+    fn wait(&mut self, wake: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
+        if let Some(wake) = wake
+            && !self.armed
+            && !self.woken
+        {
+            self.arm(wake);
+        }
+        if self.woken || !self.done.is_empty() {
+            self.flush_submissions();
+        } else {
+            let submitter = self.ring.submitter();
+            let waited = match timeout.map(Timespec::from) {
+                None => submitter.submit_and_wait(1),
+                Some(time) => submitter.submit_with_args(1, &SubmitArgs::new().timespec(&time)),
+            };
+            if let Err(error) = waited
+                && !again(&error)
+                && error.raw_os_error() != Some(libc::ETIME)
+            {
+                tracing::error!(%error, "the kernel does not take requests");
+            }
+        }
+        self.reap();
+        std::mem::take(&mut self.woken)
     }
 
     fn collect(&mut self, into: &mut Vec<Completion>) {
-        self.event.clear();
         self.reap();
-        self.flush_submissions();
         self.in_flight -= self.done.len();
         into.append(&mut self.done);
     }
@@ -266,6 +313,7 @@ fn again(error: &io::Error) -> bool {
 
 fn entry(raw: &Raw, slot: &Slot) -> squeue::Entry {
     let file = Fd(raw.as_fd().as_raw_fd());
+    let data = Fd(raw.data().as_raw_fd());
     let request = &slot.request;
     match request.operation {
         Operation::Flush => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
@@ -279,11 +327,11 @@ fn entry(raw: &Raw, slot: &Slot) -> squeue::Entry {
             #[allow(clippy::cast_possible_truncation)]
             let count = iovecs.len() as u32;
             if request.operation == Operation::Read {
-                opcode::Readv::new(file, iovecs.as_ptr(), count)
+                opcode::Readv::new(data, iovecs.as_ptr(), count)
                     .offset(offset)
                     .build()
             } else {
-                opcode::Writev::new(file, iovecs.as_ptr(), count)
+                opcode::Writev::new(data, iovecs.as_ptr(), count)
                     .offset(offset)
                     .build()
             }

@@ -10,7 +10,6 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use blanket_disk::{Buffer, Completion, Disk, Failure, Operation, Queue, Request};
-use rustix::event::{PollFd, PollFlags, poll};
 
 pub const SECTOR: usize = 512;
 
@@ -48,10 +47,19 @@ impl Memory {
         bytes
     }
 
+    pub fn fill(&self, byte: u8) {
+        // SAFETY: all of the allocation.
+        unsafe { self.base.as_ptr().write_bytes(byte, self.length) };
+    }
+
     /// All of it, in pieces of these many sectors, again and again.
     pub fn buffers(&self, pieces: &[usize]) -> Vec<Buffer> {
+        self.buffers_from(0, pieces)
+    }
+
+    /// The same from byte `at` on.
+    pub fn buffers_from(&self, mut at: usize, pieces: &[usize]) -> Vec<Buffer> {
         let mut buffers = Vec::new();
-        let mut at = 0;
         for piece in pieces.iter().cycle() {
             if at == self.length {
                 break;
@@ -91,13 +99,8 @@ pub fn request(
 /// Waits until all that is in flight is complete.
 pub fn drain(queue: &mut dyn Queue) -> Vec<Completion> {
     let mut all = Vec::new();
-    queue.flush_submissions();
     while queue.in_flight() > 0 {
-        let mut polled = [PollFd::from_borrowed_fd(queue.event(), PollFlags::IN)];
-        match poll(&mut polled, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => panic!("{error}"),
-        }
+        queue.wait(None, None);
         queue.collect(&mut all);
     }
     all
