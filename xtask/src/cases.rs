@@ -8,11 +8,10 @@ use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 use crate::scripts::{
-    BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, HOST_CPUS,
-    HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG,
-    LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM,
-    SIGNED_ONLY,
-    SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
+    DISKS, HOST_CPUS, HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM,
+    KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10,
+    SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 /// One boot of an instance.
@@ -44,6 +43,8 @@ pub struct Case {
     pub isolate: bool,
     /// Whether instance and VM have stress-ng.
     pub stress_ng: bool,
+    /// Whether the VM has fio.
+    pub fio: bool,
     /// The instance has a disk of this image at /dev/vdb.
     pub image: Option<Variant>,
     /// The instance has Debian's ssh, passt and iperf3.
@@ -127,6 +128,7 @@ impl Default for Case {
             modules: &[],
             isolate: false,
             stress_ng: false,
+            fio: false,
             image: None,
             network: false,
             timeout: 180,
@@ -365,6 +367,8 @@ fn single() -> Vec<Case> {
             stress_ng: true,
             ..guest("stress-ng-long", 7200, 4, "sh /tests/stress-ng.sh all")
         },
+        disks("disks", 600, DISKS),
+        disks("disk-full", 420, DISK_FULL),
         guest("storm", 300, 4, STORM),
         long(kvm(guest("kvm-storm", 600, 4, STORM))),
         guest("hotplug", 300, 4, "abi-test hotplug"),
@@ -511,6 +515,16 @@ fn hard_times(name: &str, timeout: u64, script: &'static str) -> Case {
         },
         expect: vec![Expect::Line("-OK")],
         ..Case::default()
+    }
+}
+
+/// A VM with fio, and a machine with small file systems and block devices.
+fn disks(name: &str, timeout: u64, script: &'static str) -> Case {
+    Case {
+        fio: true,
+        // zram's blocks are pages.
+        modules: &["loop", "zram", "lzo_rle", "lz4"],
+        ..hard_times(name, timeout, script)
     }
 }
 

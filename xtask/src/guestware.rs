@@ -81,6 +81,68 @@ const STRESS_NG: &[&str] = &[
     "zlib1g",
 ];
 
+/// Packages that fio of Debian 12 loads libraries from, and its own: it knows many kinds of storage.
+const FIO: &[&str] = &[
+    "fio",
+    "libacl1",
+    "libaio1",
+    "libargon2-1",
+    "libblkid1",
+    "libboost-iostreams1.74.0",
+    "libboost-thread1.74.0",
+    "libbz2-1.0",
+    "libc6",
+    "libcom-err2",
+    "libcryptsetup12",
+    "libdaxctl1",
+    "libdevmapper1.02.1",
+    "libffi8",
+    "libfmt9",
+    "libgcc-s1",
+    "libgfapi0",
+    "libgfrpc0",
+    "libgfxdr0",
+    "libglusterfs0",
+    "libgmp10",
+    "libgnutls30",
+    "libgssapi-krb5-2",
+    "libhogweed6",
+    "libibverbs1",
+    "libicu72",
+    "libidn2-0",
+    "libjson-c5",
+    "libk5crypto3",
+    "libkeyutils1",
+    "libkmod2",
+    "libkrb5-3",
+    "libkrb5support0",
+    "liblzma5",
+    "libnbd0",
+    "libndctl6",
+    "libnettle8",
+    "libnl-3-200",
+    "libnl-route-3-200",
+    "libnuma1",
+    "libp11-kit0",
+    "libpcre2-8-0",
+    "libpmem1",
+    "libpmemblk1",
+    "librados2",
+    "librbd1",
+    "librdmacm1",
+    "libselinux1",
+    "libssl3",
+    "libstdc++6",
+    "libtasn1-6",
+    "libtirpc3",
+    "libudev1",
+    "libunistring2",
+    "libuuid1",
+    "libxml2",
+    "libzstd1",
+    "zlib1g",
+];
+
 /// What logs in, and what a VM's user-mode network is, with where their libraries are.
 const NETWORK_TOOLS: &[&str] = &[
     "iperf3",
@@ -104,6 +166,11 @@ const NETWORK_TOOLS: &[&str] = &[
 /// Debian's stress-ng, in /bin, with the libraries that it loads.
 pub fn stress_ng(project: &Project) -> Result<Files> {
     debian_programs(project, "stress-ng", STRESS_NG, &["stress-ng"])
+}
+
+/// Debian's fio, in /bin, with the libraries that it loads.
+pub fn fio(project: &Project) -> Result<Files> {
+    debian_programs(project, "fio", FIO, &["fio"])
 }
 
 /// Debian's ssh, passt and iperf3, in /bin, with the libraries that they load.
@@ -131,6 +198,8 @@ fn debian_programs(
     let libraries = [
         root.join("lib/x86_64-linux-gnu"),
         root.join("usr/lib/x86_64-linux-gnu"),
+        // Where librados has a part of its own.
+        root.join("usr/lib/x86_64-linux-gnu/ceph"),
     ];
     let path = libraries
         .each_ref()
@@ -151,7 +220,7 @@ fn debian_programs(
             };
             let from = PathBuf::from(rest.split(" (").next().unwrap_or_default());
             ensure!(
-                from.is_file(),
+                from.starts_with(&root) && from.is_file(),
                 "{name} wants {library}, which is in none of its packages"
             );
             if !library.starts_with('/') {

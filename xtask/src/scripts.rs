@@ -29,6 +29,9 @@ pub const HOSTILE_MOVES: &str = with_common!(
     "hostile.sh"
 );
 
+pub const DISKS: &str = with_common!("disks.sh");
+pub const DISK_FULL: &str = with_common!("disk-full.sh");
+
 pub const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
 pub const BALLOON: &str = with_common!("balloon.sh");
 pub const MEMORY_GROWS: &str = with_common!("memory-grows.sh");

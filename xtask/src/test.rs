@@ -357,6 +357,8 @@ struct Bench<'a> {
     files: Files,
     /// The same with stress-ng, if a case wants it.
     stressed: Files,
+    /// Debian's fio, if a case wants it.
+    fio: Files,
     /// Debian's ssh and what goes with it, if a case wants it.
     network_tools: Files,
 }
@@ -372,6 +374,11 @@ impl<'a> Bench<'a> {
         if cases.iter().any(|case| case.stress_ng) {
             stressed.extend(guestware::stress_ng(project)?);
         }
+        let fio = if cases.iter().any(|case| case.fio) {
+            guestware::fio(project)?
+        } else {
+            Files::new()
+        };
         let network_tools = if cases.iter().any(|case| case.network) {
             guestware::network_tools(project)?
         } else {
@@ -397,6 +404,7 @@ impl<'a> Bench<'a> {
             instance_files,
             files,
             stressed,
+            fio,
             network_tools,
         })
     }
@@ -498,7 +506,18 @@ impl<'a> Bench<'a> {
             payload.network_tools(&self.network_tools);
         }
         payload.archive.text("bin/guest", 0o755, GUEST);
-        payload.guest_initrd(&initramfs::guest(project, None, files)?)?;
+        let mut guest_files = files.clone();
+        if case.fio {
+            guest_files.extend(self.fio.clone());
+        }
+        let mut guest = initramfs::guest(project, None, &guest_files)?;
+        if case.fio
+            && let Some(flavour) = guests(case).first()
+        {
+            let kernel = kernels::fetch(project, *flavour)?;
+            guest.modules(project, &kernel, &["xen_blkfront"])?;
+        }
+        payload.guest_initrd(&guest)?;
         for flavour in guests(case) {
             payload.guest_kernel(&kernels::fetch(project, flavour)?);
         }
