@@ -22,6 +22,7 @@ use blanket_abi::xen::domid;
 use blanket_xenstore::{DeviceId, Errno, Path};
 
 use crate::Guest;
+use crate::limit::Seldom;
 use crate::sync::lock;
 
 /// Names and values of nodes in a directory.
@@ -225,6 +226,20 @@ struct Slot {
     connection: Option<Box<dyn Connection>>,
     leaving: bool,
     fault: Option<String>,
+    words: Seldom,
+}
+
+impl Slot {
+    /// Says why the frontend was closed: to who asks, and to the log, where the guest
+    /// does not have it said as often as it likes.
+    fn fail(&mut self, key: Key, what: &str, why: String) {
+        if self.words.may_speak(Instant::now()) {
+            tracing::warn!("{} {}: {what}: {why}", key.0, key.1);
+        } else {
+            tracing::debug!("{} {}: {what}: {why}", key.0, key.1);
+        }
+        self.fault = Some(why);
+    }
 }
 
 /// Why a device was not attached or detached.
@@ -354,6 +369,7 @@ impl Bus {
             connection: None,
             leaving: false,
             fault: None,
+            words: Seldom::default(),
         };
         slots.insert((class, number), slot);
         drop(slots);
@@ -473,8 +489,7 @@ impl Shared {
             let mut slots = self.lock();
             for (key, why) in faults {
                 if let Some(slot) = slots.get_mut(&key) {
-                    tracing::warn!("{} {}: closed: {why}", key.0, key.1);
-                    slot.fault = Some(why);
+                    slot.fail(key, "closed", why);
                 }
             }
             slots.retain(|&key, slot| self.step(key, slot));
@@ -548,8 +563,7 @@ impl Shared {
                 self.go(key, slot, State::Connected);
             }
             Err(error) => {
-                tracing::warn!("{} {}: cannot connect: {error}", key.0, key.1);
-                slot.fault = Some(error.to_string());
+                slot.fail(key, "cannot connect", error.to_string());
                 self.go(key, slot, State::Closing);
             }
         }

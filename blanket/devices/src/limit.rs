@@ -84,6 +84,27 @@ impl Bucket {
     }
 }
 
+/// Keeps what a guest can bring about at any rate out of the log, but for one word in a
+/// second.
+#[derive(Clone, Debug)]
+pub(crate) struct Seldom(Limiter);
+
+impl Default for Seldom {
+    fn default() -> Self {
+        Self(Limiter::new(Limits {
+            bytes: None,
+            operations: Some(1),
+        }))
+    }
+}
+
+impl Seldom {
+    /// Whether something may be said now.
+    pub(crate) fn may_speak(&mut self, now: Instant) -> bool {
+        self.0.take(now, 0).is_ok()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -150,5 +171,15 @@ mod tests {
         assert_eq!(limiter.take(now + Duration::from_millis(100), 0), Ok(()));
         let mut free = Limiter::new(Limits::default());
         assert!((0..1000).all(|_| free.take(now, u64::MAX).is_ok()));
+    }
+
+    #[test]
+    fn a_guest_that_fails_all_the_time_is_spoken_of_seldom() {
+        let mut seldom = Seldom::default();
+        let begin = Instant::now();
+        let words = (0..10_000)
+            .filter(|ms| seldom.may_speak(begin + Duration::from_millis(*ms)))
+            .count();
+        assert!((10..=11).contains(&words), "{words} words in ten seconds");
     }
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blanket_abi::PAGE_SIZE;
 use blanket_disk::{Buffer, Completion, Failure, Operation};
@@ -14,6 +14,7 @@ use super::protocol::{self, Ask, Bad, Request, SECTOR, SLOT, Segment, Segments, 
 use super::{Counters, WhenFull, count};
 use crate::Guest;
 use crate::grant::{self, Mapping};
+use crate::limit::Seldom;
 use crate::ring::{Overrun, Ring};
 
 /// Most pages that a queue keeps mapped for a frontend with persistent grants, beyond
@@ -45,6 +46,7 @@ pub(super) struct Queue {
     kept: HashMap<u32, Arc<Mapping>>,
     done: Vec<Completion>,
     failed: bool,
+    words: Seldom,
 }
 
 /// A request that the disk has, or that waits for space.
@@ -95,18 +97,22 @@ impl Queue {
             kept: HashMap::new(),
             done: Vec::with_capacity(slots),
             failed: false,
+            words: Seldom::default(),
         }
     }
 
-    /// Gives waiting requests to the disk, as long as `allow` allows their bytes. The
-    /// time after which it allows more, if it did not.
+    /// Gives waiting requests to the disk, as long as `allow` allows their bytes, and no
+    /// more than the ring has slots: a guest can see to it that there is always one more.
+    /// The time after which it allows more, if it did not.
     pub(super) fn accept(
         &mut self,
         mut allow: impl FnMut(u64) -> Result<(), Duration>,
     ) -> Result<Option<Duration>, Overrun> {
         let mut limited = None;
         let mut waiting = self.ring.waiting()?;
-        while waiting > 0 && !self.is_full() {
+        let mut turn = self.ring.slots();
+        while waiting > 0 && turn > 0 && !self.is_full() {
+            turn -= 1;
             let request = Request::decode(&self.ring.peek(0));
             if let Err(wait) = allow(bytes(&request)) {
                 limited = Some(wait);
@@ -349,7 +355,7 @@ impl Queue {
             Ok(()) => Status::Okay,
             Err(Failure::Unsupported) => Status::Unsupported,
             Err(failure) => {
-                tracing::warn!("a disk request fails: {failure}");
+                self.speak_of(failure);
                 count(&self.counters.errors, 1);
                 Status::Error
             }
@@ -367,6 +373,15 @@ impl Queue {
         // Before the guest hears that it is done: it takes its grants back then.
         drop(request);
         self.ring.respond(&Request::response(id, op, status));
+    }
+
+    /// The guest asks for what fails as often as it likes, and the log is the host's.
+    fn speak_of(&mut self, failure: &Failure) {
+        if matches!(failure, Failure::Host(_)) && self.words.may_speak(Instant::now()) {
+            tracing::warn!("a disk request fails: {failure}");
+        } else {
+            tracing::debug!("a disk request fails: {failure}");
+        }
     }
 
     /// Requests that find no space fail from now on.

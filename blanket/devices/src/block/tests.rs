@@ -87,6 +87,39 @@ fn written_and_read_again() {
 }
 
 #[test]
+fn a_turn_ends_however_fast_the_guest_asks() {
+    let guest = FakeGuest::new(1);
+    let frame = filled(&guest, 0);
+    for slot in 0..32 {
+        // No operation, which is answered at once.
+        guest.write((frame << 12) + 64 + slot * SLOT as u64, &[99]);
+    }
+    let page = guest.grants().map(guest.grant(frame, false), true);
+    let ring = Ring::new(vec![page.expect("granted")]).expect("a ring");
+    let disk = Shared(MemoryDisk::new(SIZE)).queue(32).expect("a queue");
+    let setup = queue::Setup {
+        persistent: false,
+        read_only: false,
+        when_full: WhenFull::Wait,
+    };
+    let mut queue = queue::Queue::new(guest.clone(), ring, disk, setup, Arc::default());
+    let mut asked = 0u32;
+    let mut ask = || {
+        asked += 1;
+        guest.write(frame << 12, &asked.to_le_bytes());
+        asked
+    };
+    ask();
+    let accepted = queue.accept(|_| {
+        // One more for each that is looked at.
+        assert!(ask() < 1000, "the guest has the thread for ever");
+        Ok(())
+    });
+    assert_eq!(accepted, Ok(None));
+    assert_eq!(asked, 33);
+}
+
+#[test]
 fn a_flush_with_data_flushes_first() {
     let w = plain();
     let mut front = Blkfront::connect(&w.guest, 0, 0);

@@ -52,6 +52,10 @@ impl Worker {
     /// besides what the descriptors tell.
     fn work(&mut self) -> Result<Option<Duration>, crate::ring::Overrun> {
         loop {
+            // Asked each time round: a guest can see to it that there is always more.
+            if self.kick.stopped() {
+                return Ok(None);
+            }
             self.complete();
             let now = Instant::now();
             self.try_space_again(now);
