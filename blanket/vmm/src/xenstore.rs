@@ -1,7 +1,7 @@
 //! The xenstore as a guest reaches it: a ring page, and the store behind it.
 
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use blanket_abi::xen::io::xenstore as page;
 use blanket_devices::bus::Changed;
@@ -22,11 +22,17 @@ mod ring_error {
     pub const PROTOCOL: u32 = 3;
 }
 
+/// Times that requests are taken from the ring before whoever else wants the store has
+/// it: other vCPUs of the guest may write and read as fast as they are served.
+const ROUNDS: u32 = 64;
+
 /// A domain's store and its ring.
 pub struct Xenstore {
     domain: DomId,
     machine: Arc<dyn Machine>,
     inner: Mutex<Inner>,
+    /// How many of the host's threads want it.
+    waiting: AtomicU32,
 }
 
 struct Inner {
@@ -77,6 +83,7 @@ impl Xenstore {
         Ok(Self {
             domain: spec.domain,
             machine,
+            waiting: AtomicU32::new(0),
             inner: Mutex::new(Inner {
                 store,
                 host,
@@ -104,7 +111,7 @@ impl Xenstore {
     /// `EINVAL` for the path.
     pub fn write(&self, path: &str, value: &[u8]) -> Result<(), Errno> {
         let path = Path::parse(path, self.domain)?;
-        let mut inner = lock(&self.inner);
+        let mut inner = self.for_host();
         let host = inner.host;
         inner.store.write(host, None, &path, value)?;
         self.pump(&mut inner);
@@ -117,32 +124,45 @@ impl Xenstore {
     /// `ENOENT`; `EINVAL` for the path.
     pub fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
         let path = Path::parse(path, self.domain)?;
-        let mut inner = lock(&self.inner);
+        let mut inner = self.for_host();
         let host = inner.host;
         inner.store.read(host, None, &path)
     }
 
     /// Sets what is told of changes in the guest's device directories.
     pub fn set_bus(&self, bus: Changed) {
-        lock(&self.inner).bus = Some(bus);
+        self.for_host().bus = Some(bus);
+    }
+
+    /// The store, for one of the host's threads: the guest's stand back for it.
+    fn for_host(&self) -> MutexGuard<'_, Inner> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let inner = lock(&self.inner);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        inner
     }
 
     /// Uses the store as domain 0.
     pub fn with_store(&self, act: &mut dyn FnMut(&mut Store, ConnId)) {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.for_host();
         let host = inner.host;
         act(&mut inner.store, host);
         self.pump(&mut inner);
     }
 
-    /// Moves bytes both ways until nothing moves, and tells the guest if any did.
-    fn pump(&self, inner: &mut Inner) {
+    /// Moves bytes both ways until nothing moves or the guest has had its turn, and tells
+    /// the guest if any did. Whether requests may be left: those of which the guest has
+    /// notified are for [`Backend::notified`], which is still at it then or about to come.
+    fn pump(&self, inner: &mut Inner) -> bool {
+        let mut left = false;
         match inner.pump() {
-            Ok(false) => {}
-            Ok(true) => {
-                if let Err(error) = self.machine.raise(STORE_PORT) {
+            Ok(moved) => {
+                if moved.any
+                    && let Err(error) = self.machine.raise(STORE_PORT)
+                {
                     tracing::warn!(%error, "cannot signal the xenstore ring");
                 }
+                left = moved.requests_left;
             }
             Err((code, text)) => {
                 if let Some((memory, at)) = inner.error.take() {
@@ -153,7 +173,14 @@ impl Xenstore {
             }
         }
         inner.tell_bus();
+        left
     }
+}
+
+/// What [`Inner::pump`] did.
+struct Moved {
+    any: bool,
+    requests_left: bool,
 }
 
 impl Inner {
@@ -168,14 +195,19 @@ impl Inner {
         }
     }
 
-    fn pump(&mut self) -> Result<bool, (u32, String)> {
+    fn pump(&mut self) -> Result<Moved, (u32, String)> {
+        let mut moved = Moved {
+            any: false,
+            requests_left: false,
+        };
         if self.error.is_none() {
-            return Ok(false);
+            return Ok(moved);
         }
-        let mut moved = false;
+        let mut rounds = 0;
         loop {
             self.guest.collect_events(&mut self.store);
             let mut progress = false;
+            // To its end, which comes: a guest that has not read notifies when it does.
             while !self.guest.output().is_empty() {
                 let sent = self
                     .replies
@@ -187,29 +219,45 @@ impl Inner {
                 self.guest.sent(sent);
                 progress = true;
             }
-            if self.unread.is_empty() && self.guest.ready() {
-                self.unread = self
-                    .requests
-                    .consume(page::RING_SIZE as usize)
-                    .map_err(|e| (ring_error::INDEX, e.to_string()))?;
-                progress |= !self.unread.is_empty();
+            if rounds < ROUNDS {
+                progress |= self.take_requests()?;
+                rounds += 1;
+            } else {
+                moved.requests_left = true;
             }
-            let taken = self
-                .guest
-                .receive(&mut self.store, &self.unread)
-                .map_err(|e| (ring_error::PROTOCOL, e.to_string()))?;
-            self.unread.drain(..taken);
-            progress |= taken > 0;
             if !progress {
                 return Ok(moved);
             }
-            moved = true;
+            moved.any = true;
         }
+    }
+
+    /// Takes what is in the ring of requests, and carries it out. Whether there was any.
+    fn take_requests(&mut self) -> Result<bool, (u32, String)> {
+        let mut progress = false;
+        if self.unread.is_empty() && self.guest.ready() {
+            self.unread = self
+                .requests
+                .consume(page::RING_SIZE as usize)
+                .map_err(|e| (ring_error::INDEX, e.to_string()))?;
+            progress |= !self.unread.is_empty();
+        }
+        let taken = self
+            .guest
+            .receive(&mut self.store, &self.unread)
+            .map_err(|e| (ring_error::PROTOCOL, e.to_string()))?;
+        self.unread.drain(..taken);
+        Ok(progress || taken > 0)
     }
 }
 
 impl Backend for Xenstore {
     fn notified(&self) {
-        self.pump(&mut lock(&self.inner));
+        while self.pump(&mut lock(&self.inner)) {
+            // Whoever gives the lock back would have it again before others wake.
+            while self.waiting.load(Ordering::SeqCst) > 0 {
+                std::thread::yield_now();
+            }
+        }
     }
 }

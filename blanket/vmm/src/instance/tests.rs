@@ -416,6 +416,70 @@ fn a_deaf_guest_is_reported_and_killed() {
     assert!(matches!(instance.run(vm), Ok(End::Killed)));
 }
 
+/// A vCPU that asks the store, reads its answers and asks again for as long as it may,
+/// and one that only notifies: the store is never without work.
+fn insatiable(vcpu: u32) -> Program {
+    Box::new(move |guest: &Guest| {
+        if vcpu == 0 {
+            return Ok(Exit::Send(STORE_PORT));
+        }
+        let mut rings = Rings::new(guest);
+        let request = Header {
+            kind: Kind::Directory as u32,
+            request: 1,
+            transaction: 0,
+            length: 2,
+        };
+        let mut message = request.encode().to_vec();
+        message.extend(b"/\0");
+        let mut rest: Vec<u8> = Vec::new();
+        while !guest.stops() {
+            if rest.is_empty() {
+                rest = message.repeat(40);
+            }
+            let sent = rings.requests.produce(&rest).expect("sane indices");
+            rest.drain(..sent);
+            rings.replies.consume(1024).expect("sane indices");
+        }
+        Ok(Exit::Interrupted)
+    })
+}
+
+#[test]
+fn a_guest_that_never_lets_the_store_rest_keeps_nobody_from_it() {
+    let kernel = kernel_file();
+    let spec = Spec {
+        vcpus: 2,
+        ..spec(kernel.path())
+    };
+    let fake = Fake::new(|_, vcpu| insatiable(vcpu));
+    let instance = Instance::new(spec, fake, Console::new().expect("console")).expect("new");
+    let vm = instance.boot().expect("boots");
+    let (tell, told) = std::sync::mpsc::channel();
+    let stopper = {
+        let instance = Arc::clone(&instance);
+        std::thread::spawn(move || {
+            for _ in 0..20 {
+                let stop = instance.stop(Duration::from_millis(20));
+                assert!(matches!(stop, Err(StopError::Timeout { .. })));
+            }
+            tell.send(()).expect("somebody waits");
+        })
+    };
+    let killer = {
+        let instance = Arc::clone(&instance);
+        std::thread::spawn(move || {
+            let answered = told.recv_timeout(Duration::from_secs(60));
+            instance.kill();
+            answered
+        })
+    };
+    assert!(matches!(instance.run(vm), Ok(End::Killed)));
+    let answered = killer.join().expect("no panic");
+    assert!(answered.is_ok(), "the store does not answer the host");
+    stopper.join().expect("no panic");
+}
+
 #[test]
 fn typing_reaches_the_guest_and_a_client_sees_the_answer() {
     let kernel = kernel_file();

@@ -51,6 +51,14 @@ impl Guest {
         lock(&self.events).target
     }
 
+    /// Whether the vCPU is to leave.
+    ///
+    /// # Panics
+    /// If another thread of the test panicked.
+    pub fn stops(&self) -> bool {
+        lock(&self.events).stop
+    }
+
     /// Waits for an event; `None` when the vCPU is to leave.
     ///
     /// # Panics
