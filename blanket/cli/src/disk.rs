@@ -232,7 +232,7 @@ pub enum DiskCommand {
 }
 
 /// A VM's disk, as it is told.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskInfo {
     /// The guest's name for it.
     pub name: String,
@@ -497,7 +497,18 @@ fn listing(disks: &[DiskInfo]) -> String {
             },
         ]
     }));
-    table(&rows)
+    let reasons = disks.iter().map(|disk| (&disk.name, &disk.fault));
+    table(&rows) + &with_reasons(reasons)
+}
+
+/// Why devices are in the state that they are in, below their table.
+pub fn with_reasons<'a>(
+    devices: impl IntoIterator<Item = (&'a String, &'a Option<String>)>,
+) -> String {
+    let reasons = devices
+        .into_iter()
+        .filter_map(|(name, fault)| Some(format!("{name}: {}\n", fault.as_ref()?)));
+    reasons.collect()
 }
 
 /// Bytes for people.
@@ -585,6 +596,19 @@ mod tests {
             let error = wrong.parse::<DiskSpec>().expect_err(wrong);
             assert!(!error.is_empty());
         }
+    }
+
+    #[test]
+    fn the_list_says_why_a_disk_is_closed() {
+        let disk = |name: &str, fault: Option<&str>| DiskInfo {
+            name: name.into(),
+            fault: fault.map(Into::into),
+            ..DiskInfo::default()
+        };
+        let text = listing(&[disk("xvda", Some("its ring is wrong")), disk("xvdb", None)]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 4);
+        assert_eq!(lines[3], "xvda: its ring is wrong");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::args::{seconds, size};
 use crate::control::{Answer, Info, Request, ask_vm, ask_vm_with};
-use crate::disk::{mib, state_word};
+use crate::disk::{mib, state_word, with_reasons};
 use crate::exit::{output, show};
 use crate::table::table;
 
@@ -439,7 +439,8 @@ fn listing(nets: &[NetInfo]) -> String {
             net.link.clone(),
         ]
     }));
-    table(&rows)
+    let reasons = nets.iter().map(|net| (&net.name, &net.fault));
+    table(&rows) + &with_reasons(reasons)
 }
 
 #[cfg(test)]
