@@ -9,8 +9,9 @@ use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 use crate::scripts::{
     BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
-    DISKS, HOST_CPUS, HOSTILE, HOSTILE_MOVES, HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM,
-    KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10,
+    DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
+    KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
+    MEMORY_SHORT_INSTANCE, MERGED_10,
     SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
@@ -421,6 +422,12 @@ fn single() -> Vec<Case> {
             ..memory_moves("memory-moves")
         },
         long(hard_times("hostile-memory-moves", 1200, HOSTILE_MOVES)),
+        hostile_devices("hostile-devices", 600, HOSTILE_DEVICES),
+        long(hostile_devices(
+            "hostile-devices-long",
+            4 * 3600,
+            HOSTILE_DEVICES_LONG,
+        )),
         long(hard_times("hostile-soak", 4 * 3600, HOSTILE_SOAK)),
         memory_taken("memory-taken", TAKEN_SAMPLE),
         Case {
@@ -633,6 +640,14 @@ fn machine_checks() -> Case {
 /// A kernel that attacks the core, beside a VM that works.
 fn hostile(name: &str) -> Case {
     hard_times(name, 600, HOSTILE)
+}
+
+/// A kernel that attacks its devices' backends, beside a VM that works.
+fn hostile_devices(name: &str, timeout: u64, script: &'static str) -> Case {
+    Case {
+        modules: &["tun"],
+        ..hard_times(name, timeout, script)
+    }
 }
 
 impl Case {

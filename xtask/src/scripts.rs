@@ -31,6 +31,9 @@ pub const HOSTILE_MOVES: &str = with_common!(
 
 pub const DISKS: &str = with_common!("disks.sh");
 pub const DISK_FULL: &str = with_common!("disk-full.sh");
+pub const HOSTILE_DEVICES: &str = with_common!("hostile-devices.sh");
+pub const HOSTILE_DEVICES_LONG: &str =
+    with_common!("SEEDS=40 FIRST=5 STEPS=60\n", "hostile-devices.sh");
 
 pub const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
 pub const BALLOON: &str = with_common!("balloon.sh");

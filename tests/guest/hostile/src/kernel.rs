@@ -4,17 +4,20 @@ use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
 use core::fmt::Write;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{
+    AtomicU32, AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 
 use blanket_abi::device::inject;
 use blanket_abi::xen::event;
 use blanket_abi::xen::hypercall::{self as nr, callback, mmuext, sched, vcpu, vgcf};
-use blanket_abi::xen::shared::{guest_context as gc, shared_info};
+use blanket_abi::xen::shared::{guest_context as gc, shared_info, vcpu_info};
 
 use crate::rng::Rng;
 use crate::{
-    descriptors, events, grants, hypercalls, instructions, memory, preemption, races, shapes,
-    storm, tables, user,
+    descriptors, devices, events, grants, hypercalls, instructions, memory, preemption, races,
+    shapes, storm, tables, user,
 };
 
 /// Where frame 0 is mapped.
@@ -287,7 +290,8 @@ pub fn attempt<F: FnMut()>(k: &Kernel, mut f: F) -> bool {
     !faulted
 }
 
-struct Console;
+/// What `console_io` writes.
+pub struct Console;
 impl Write for Console {
     fn write_str(&mut self, s: &str) -> core::fmt::Result {
         hypercall(nr::CONSOLE_IO, [0, s.len() as u64, s.as_ptr() as u64, 0, 0]);
@@ -337,6 +341,51 @@ fn map_shared_info(k: &Kernel) {
     let entry = k.shared_info << 12 | 0x67;
     let at = (&raw const SHARED) as u64;
     hypercall(nr::UPDATE_VA_MAPPING, [at, entry, 2, 0, 0]);
+}
+
+/// A word of 32 bits of shared info, which [`map_shared_info`] has mapped.
+fn shared_word(at: u64) -> &'static AtomicU32 {
+    let base = (&raw const SHARED) as u64;
+    // SAFETY: within the page, which is never unmapped.
+    unsafe { AtomicU32::from_ptr((base + at) as *mut u32) }
+}
+
+/// No event interrupts this kernel from now on: it looks for them.
+fn mask_events() {
+    shared_word(vcpu_info::PENDING).store(0xff00, Relaxed);
+}
+
+/// Forgets that a port is pending.
+pub fn clear_pending(port: u32) {
+    let word = shared_word(shared_info::EVTCHN_PENDING + u64::from(port / 32 % 128) * 4);
+    word.fetch_and(!(1 << (port % 32)), SeqCst);
+}
+
+/// ns since the VM was made (`struct vcpu_time_info` of vCPU 0).
+pub fn system_time() -> u64 {
+    let word = |at: u64| shared_word(vcpu_info::TIME + at).load(SeqCst);
+    let long = |at: u64| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+    loop {
+        let version = word(0);
+        let (stamp, then, mul) = (long(8), long(16), word(24));
+        let shift = word(28) as i8;
+        // SAFETY: an instruction that any program may use.
+        let ticks = unsafe { core::arch::x86_64::_rdtsc() }.wrapping_sub(stamp);
+        let ticks = if shift < 0 {
+            ticks >> -shift
+        } else {
+            ticks << shift
+        };
+        let passed = (u128::from(ticks) * u128::from(mul)) >> 32;
+        if version.is_multiple_of(2) && version == word(0) {
+            return then.wrapping_add(passed as u64);
+        }
+    }
+}
+
+/// Ends the VM, as it was asked to.
+pub fn power_off() -> ! {
+    end(sched::SHUTDOWN_POWEROFF)
 }
 
 /// Forgets whatever events attacks have pending or masked, so that the next one comes.
@@ -401,6 +450,11 @@ extern "C" fn hostile_main(info: *const u8) -> ! {
     let _ = writeln!(Console, "HOSTILE begins: seed={seed} steps={steps}");
     map_shared_info(&k);
     tables::prepare(&k);
+    if number(&info.cmd_line, b"devices=") == Some(1) {
+        mask_events();
+        let (page, port) = (info.store[0], info.store[1] as u32);
+        devices::run(&k, (page, port), seed, steps)
+    }
     if number(&info.cmd_line, b"alone=") != Some(1) {
         start_second(&k, seed, steps);
     }

@@ -9,6 +9,9 @@
 //! Command line: `seed=N steps=N`; `deadly=1` lets it attack its own image and stack too,
 //! `alone=1` leaves the second vCPU asleep. Last line of its console, if it gets there:
 //! `HOSTILE seed=N steps=N hypercalls=N faults=N`.
+//!
+//! With `devices=1` it attacks what is behind the VM's devices instead, of which it needs
+//! two disks of 4 MiB and a network: families of [`devices`], `steps` of them.
 #![cfg_attr(target_os = "none", no_std, no_main)]
 #![allow(
     clippy::cast_possible_truncation,
@@ -19,6 +22,8 @@
 
 #[cfg(target_os = "none")]
 mod descriptors;
+#[cfg(target_os = "none")]
+mod devices;
 #[cfg(target_os = "none")]
 mod events;
 #[cfg(target_os = "none")]
