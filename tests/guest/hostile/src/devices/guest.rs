@@ -15,7 +15,7 @@ pub const PAGE: usize = 4096;
 /// Pages that can be granted.
 const PAGES: usize = 104;
 /// How long a backend may take, ns. Only an instance that stands still needs as much.
-pub const PATIENCE: u64 = 30_000_000_000;
+pub const PATIENCE: u64 = 120_000_000_000;
 
 #[repr(C, align(4096))]
 struct Pool([[AtomicU32; PAGE / 4]; PAGES]);
