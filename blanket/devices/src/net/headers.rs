@@ -117,14 +117,18 @@ impl Transport {
         self.start + self.protocol.checksum()
     }
 
+    /// The addresses of layer 3, the source's first.
+    #[must_use]
+    pub fn addresses<'a>(&self, head: &'a [u8]) -> &'a [u8] {
+        head.get(self.addresses..self.addresses + self.addresses_length())
+            .unwrap_or(&[])
+    }
+
     /// The sum of the pseudo header, which a blank checksum holds.
     #[must_use]
     pub fn pseudo(&self, head: &[u8]) -> u16 {
         let mut sum = Sum::default();
-        sum.add(
-            head.get(self.addresses..self.addresses + self.addresses_length())
-                .unwrap_or(&[]),
-        );
+        sum.add(self.addresses(head));
         sum.add(&[0, self.protocol.number()]);
         // Less than 64 KiB for anything that a ring can carry.
         let length = u32::try_from(self.end - self.start).unwrap_or(u32::MAX);

@@ -14,6 +14,7 @@ pub mod protocol;
 mod rx;
 mod scratch;
 mod tx;
+mod windows;
 mod worker;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -290,6 +291,7 @@ impl Device for Vif {
                 Arc::clone(&self.shared),
                 Arc::clone(&groups),
                 self.link.takes(),
+                self.link.room(),
             );
             let rx = rx::Rx::new(
                 Arc::clone(guest),

@@ -10,6 +10,7 @@ use super::link::{NotSent, Port};
 use super::offload::{Offloads, Undone};
 use super::protocol::{self, Ask, Bad, Chain, Status, TX_SLOT};
 use super::scratch::Scratch;
+use super::windows::Windows;
 use super::{Groups, Mac, Shared, count};
 use crate::grant::{self, Mapping};
 use crate::ring::{Overrun, Ring};
@@ -70,6 +71,7 @@ pub(super) struct Tx {
     shared: Arc<Shared>,
     groups: Arc<Groups>,
     takes: Offloads,
+    windows: Option<Windows>,
     /// The packet at hand; `pages` and `parts` are empty between two.
     chain: Chain,
     pages: Vec<Mapping>,
@@ -87,6 +89,7 @@ impl Tx {
         shared: Arc<Shared>,
         groups: Arc<Groups>,
         takes: Offloads,
+        room: Option<u32>,
     ) -> Self {
         Self {
             chain: Chain::new(ring.slots()),
@@ -99,6 +102,7 @@ impl Tx {
             shared,
             groups,
             takes,
+            windows: room.map(Windows::new),
         }
     }
 
@@ -198,6 +202,11 @@ impl Tx {
         let takes = self.takes;
         if gso.is_some_and(|gso| !takes.cut(gso.kind)) {
             return Err(Bad::Headers.into());
+        }
+        if let Some(windows) = &mut self.windows
+            && let Some(found) = found.or_else(|| Transport::find(head, length))
+        {
+            windows.limit(head, &found, undone.blank.is_none());
         }
         if let Some(found) = found
             && !takes.csum(found.family)

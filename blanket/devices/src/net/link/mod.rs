@@ -34,6 +34,12 @@ pub trait Link: Send + Sync + fmt::Debug {
     /// What may be left undone in packets that it is given.
     fn takes(&self) -> Offloads;
 
+    /// Most bytes of one TCP stream that may be on their way to the guest: a link that drops
+    /// what it has no room for would lose more. `None` if the host's kernel sees to that.
+    fn room(&self) -> Option<u32> {
+        None
+    }
+
     /// Its ends for a guest that connects: one for each of `queues` queues, at most
     /// [`Link::max_queues`]. Packets that they give leave at most `offloads` undone. The
     /// ends of the last time are no longer used.

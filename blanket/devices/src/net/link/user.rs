@@ -18,7 +18,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, socketpair};
+use rustix::net::{
+    AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, socketpair, sockopt,
+};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::stream::Stream;
@@ -32,6 +34,9 @@ use crate::sync::lock;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Lines that are kept of what it says.
 const KEPT_LINES: usize = 8;
+/// Bytes that its socket holds where this process may ask for so much: more than a Linux
+/// guest's largest window (`net.ipv4.tcp_rmem`).
+const SOCKET: usize = 4 << 20;
 /// The program.
 const PROGRAM: &str = "passt";
 
@@ -127,6 +132,8 @@ pub struct User {
     port: Arc<Mutex<Stream>>,
     /// For the last word to passt.
     socket: OwnedFd,
+    /// Most bytes of a stream that are on their way to the guest.
+    room: u32,
     health: Health,
     lines: Arc<Mutex<VecDeque<String>>>,
     stopping: Arc<AtomicBool>,
@@ -151,7 +158,7 @@ impl Outside {
     /// # Errors
     /// It is not there, or says why it cannot.
     pub fn start(config: &Config, mac: Mac) -> Result<Self, Error> {
-        let (ours, theirs) = sockets()?;
+        let (ours, theirs) = sockets(SOCKET)?;
         let mut command = command(PROGRAM, config, &theirs);
         // SAFETY: between fork and exec there are two system calls, and nothing else.
         unsafe {
@@ -231,11 +238,17 @@ impl User {
     /// # Errors
     /// It is not there, or says why it cannot.
     pub fn start(config: Config, mac: Mac) -> Result<Self, Error> {
-        Self::start_program(PROGRAM, config, mac)
+        Self::start_program(PROGRAM, SOCKET, config, mac)
     }
 
-    fn start_program(program: &str, config: Config, mac: Mac) -> Result<Self, Error> {
-        let mut user = Self::spawn(program, config)?;
+    /// The same with another program and another length of its socket, in bytes.
+    fn start_program(
+        program: &str,
+        socket: usize,
+        config: Config,
+        mac: Mac,
+    ) -> Result<Self, Error> {
+        let mut user = Self::spawn(program, socket, config)?;
         if let Err(how) = answers(&user.socket, mac) {
             // Its thread has its last words when it has ended.
             user.end();
@@ -246,8 +259,8 @@ impl User {
         Ok(user)
     }
 
-    fn spawn(program: &str, config: Config) -> Result<Self, Error> {
-        let (ours, theirs) = sockets()?;
+    fn spawn(program: &str, length: usize, config: Config) -> Result<Self, Error> {
+        let (ours, theirs) = sockets(length)?;
         let mut command = command(program, &config, &theirs);
         // SAFETY: between fork and exec there are two system calls, and nothing else.
         unsafe {
@@ -303,6 +316,7 @@ impl User {
         thread: JoinHandle<()>,
     ) -> Result<Self, Error> {
         let socket = ours.try_clone().map_err(host("a socket"))?;
+        let room = room(&ours).map_err(|error| host("a socket")(error.into()))?;
         let name = "user-mode network".to_owned();
         rustix::io::ioctl_fionbio(&ours, true).map_err(|error| host("a socket")(error.into()))?;
         let stream = Stream::new(ours, name, watch.health.clone());
@@ -310,6 +324,7 @@ impl User {
             config,
             port: Arc::new(Mutex::new(stream)),
             socket,
+            room,
             health: watch.health,
             lines: watch.lines,
             stopping: watch.stopping,
@@ -371,6 +386,10 @@ impl Link for User {
         }
     }
 
+    fn room(&self) -> Option<u32> {
+        Some(self.room)
+    }
+
     fn open(&self, _queues: u32, _offloads: Offloads) -> io::Result<Vec<SharedPort>> {
         Ok(vec![Arc::clone(&self.port) as SharedPort])
     }
@@ -386,15 +405,21 @@ impl Drop for User {
     }
 }
 
-/// A pair of connected sockets: ours, and passt's.
-fn sockets() -> Result<(OwnedFd, OwnedFd), Error> {
-    socketpair(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(|error| host("a socket")(error.into()))
+/// A pair of connected sockets, ours and passt's, whose queues hold `length` bytes if this
+/// process may ask for so much.
+fn sockets(length: usize) -> Result<(OwnedFd, OwnedFd), Error> {
+    let pair = || {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        widen(&ours, length)?;
+        widen(&theirs, length)?;
+        Ok((ours, theirs))
+    };
+    pair().map_err(|error: rustix::io::Errno| host("a socket")(error.into()))
 }
 
 /// How passt is started; its socket is still to be left open for it.
@@ -542,6 +567,24 @@ impl Watch {
 fn is_news(line: &str) -> bool {
     let line = line.trim();
     !(line.is_empty() || (line.starts_with("Failed to send ") && line.ends_with("syslog")))
+}
+
+/// Makes the queue of a socket long: passt drops what does not fit, and does not notice
+/// before two seconds have passed. It widens sockets that it accepts, not one that it is
+/// given.
+fn widen(socket: &OwnedFd, length: usize) -> rustix::io::Result<()> {
+    // The first needs a privilege; the second is cut off at net.core.wmem_max.
+    sockopt::set_socket_send_buffer_size_force(socket, length)
+        .or_else(|_| sockopt::set_socket_send_buffer_size(socket, length))
+}
+
+/// The room for one stream in the queue that leads to the other end: both were made by
+/// [`sockets`], with the same length.
+fn room(ours: &OwnedFd) -> rustix::io::Result<u32> {
+    // The kernel says twice what was asked for, since it counts its bookkeeping (socket(7)).
+    // Two streams fit, and that.
+    let holds = sockopt::socket_send_buffer_size(ours)?;
+    Ok(u32::try_from(holds / 8 * 3).unwrap_or(u32::MAX))
 }
 
 fn pidfd(child: &Child) -> io::Result<OwnedFd> {

@@ -16,6 +16,8 @@ pub struct Build {
     pub target: ([u8; 4], u16),
     /// Of TCP.
     pub flags: u8,
+    /// Of TCP, in whole words.
+    pub options: &'static [u8],
     pub sequence: u32,
     pub acknowledge: u32,
 }
@@ -33,6 +35,7 @@ impl Build {
             source: ([10, 0, 0, 2], 4000),
             target: ([10, 0, 0, 1], 80),
             flags: 0x10,
+            options: &[],
             sequence: 1,
             acknowledge: 1,
         }
@@ -76,7 +79,9 @@ impl Build {
         } else {
             l4.extend(self.sequence.to_be_bytes());
             l4.extend(self.acknowledge.to_be_bytes());
-            l4.extend([0x50, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+            let words = u8::try_from(5 + self.options.len() / 4).expect("short");
+            l4.extend([words << 4, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+            l4.extend(self.options);
         }
         l4.extend(payload);
         let protocol = if self.udp { 17 } else { 6 };

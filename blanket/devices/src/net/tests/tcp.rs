@@ -16,6 +16,8 @@ pub struct Connection<'a> {
     build: Build,
     /// All that came.
     pub received: Vec<u8>,
+    /// How often a segment was missing before one that came.
+    pub gaps: usize,
     /// Packets that came, without their bytes.
     pub packets: Vec<(usize, u16, Option<Gso>)>,
 }
@@ -40,6 +42,7 @@ impl<'a> Connection<'a> {
             queue,
             build,
             received: Vec::new(),
+            gaps: 0,
             packets: Vec::new(),
         };
         it.send(&[], None);
@@ -52,19 +55,21 @@ impl<'a> Connection<'a> {
         it
     }
 
-    /// Waits for somebody to connect to the port, and accepts.
-    pub fn accept(queue: &'a mut NetQueue, port: u16) -> Self {
+    /// Waits for somebody to connect to the port, and accepts, with options of TCP.
+    pub fn accept(queue: &'a mut NetQueue, port: u16, options: &'static [u8]) -> Self {
         let build = Build {
             source: ([0; 4], port),
             target: ([0; 4], 0),
             sequence: 5000,
             flags: SYN_ACK,
+            options,
             ..Build::tcp4()
         };
         let mut it = Self {
             queue,
             build,
             received: Vec::new(),
+            gaps: 0,
             packets: Vec::new(),
         };
         let (asked, bytes) = it.segment();
@@ -77,6 +82,7 @@ impl<'a> Connection<'a> {
         it.send(&[], None);
         it.build.sequence += 1;
         it.build.flags = ACK;
+        it.build.options = &[];
         it
     }
 
@@ -93,7 +99,10 @@ impl<'a> Connection<'a> {
     pub fn receive(&mut self, length: usize) {
         while self.received.len() < length {
             let (segment, _) = self.segment();
-            if segment.payload.is_empty() || segment.sequence != self.build.acknowledge {
+            // Whether it lies behind what is awaited, in numbers that go round.
+            let ahead = segment.sequence.wrapping_sub(self.build.acknowledge);
+            if segment.payload.is_empty() || ahead != 0 {
+                self.gaps += usize::from((1..1 << 31).contains(&ahead));
                 continue;
             }
             let came = u32::try_from(segment.payload.len()).expect("short");

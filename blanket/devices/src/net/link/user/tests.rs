@@ -35,7 +35,10 @@ fn forward(host: u16, guest: u16) -> Config {
 }
 
 fn connect(config: Config) -> (Setup, Netfront, OwnedFd) {
-    let user = User::start(config, OURS).expect("passt runs");
+    connect_to(User::start(config, OURS).expect("passt runs"))
+}
+
+fn connect_to(user: User) -> (Setup, Netfront, OwnedFd) {
     let process = user
         .process()
         .and_then(|fd| fd.try_clone().ok())
@@ -84,7 +87,7 @@ fn a_forwarded_port_leads_to_the_guest() {
     with_a_host(|| {
         let (_setup, mut front, _) = connect(forward(2222, 22));
         let mut socket = TcpStream::connect("127.0.0.1:2222").expect("passt listens");
-        let mut connection = Connection::accept(&mut front.queues[0], 22);
+        let mut connection = Connection::accept(&mut front.queues[0], 22, &[]);
         let to_guest = pattern(10_000, 3);
         socket.write_all(&to_guest).expect("written");
         connection.receive(to_guest.len());
@@ -101,6 +104,32 @@ fn a_forwarded_port_leads_to_the_guest() {
         assert!(arrived == to_host);
         front.close();
     });
+}
+
+/// passt drops what its socket does not hold, and stands still for two seconds then. So it
+/// must never be allowed that much, whatever the guest's window: not where its socket can be
+/// made large, and not for a user without that right.
+#[test]
+fn a_large_window_loses_nothing() {
+    // Segments of 65480 bytes, windows of up to 8 MiB.
+    const OPTIONS: &[u8] = &[2, 4, 0xff, 0xc8, 1, 3, 3, 7];
+    // The second is net.core.wmem_max as kernels have it.
+    for socket in [SOCKET, 212_992] {
+        with_a_host(move || {
+            let user = User::start_program(PROGRAM, socket, forward(2222, 22), OURS);
+            let (_setup, mut front, _) = connect_to(user.expect("passt runs"));
+            let mut socket = TcpStream::connect("127.0.0.1:2222").expect("passt listens");
+            let mut connection = Connection::accept(&mut front.queues[0], 22, OPTIONS);
+            let bytes = pattern(8 << 20, 5);
+            let copy = bytes.clone();
+            let writer = std::thread::spawn(move || socket.write_all(&copy));
+            connection.receive(bytes.len());
+            assert!(connection.received == bytes);
+            assert_eq!(connection.gaps, 0);
+            writer.join().expect("no panic").expect("written");
+            front.close();
+        });
+    }
 }
 
 #[test]
@@ -156,7 +185,7 @@ fn one_that_somebody_else_started_serves_and_ends() {
         let setup = Setup::new(Box::new(user), crate::net::Config::new(0, OURS), 1);
         let mut front = Netfront::connect(&setup.guest, 0, Features::LINUX);
         let mut client = TcpStream::connect("127.0.0.1:2222").expect("passt listens");
-        let mut connection = Connection::accept(&mut front.queues[0], 22);
+        let mut connection = Connection::accept(&mut front.queues[0], 22, &[]);
         let to_guest = pattern(10_000, 3);
         client.write_all(&to_guest).expect("written");
         connection.receive(to_guest.len());
@@ -190,7 +219,7 @@ fn one_that_nobody_takes_is_ended() {
 
 #[test]
 fn errors_say_what_mends_them() {
-    let missing = User::start_program("no-such-passt", Config::default(), OURS);
+    let missing = User::start_program("no-such-passt", SOCKET, Config::default(), OURS);
     let error = missing.expect_err("no passt").to_string();
     assert!(error.contains("apt-get install passt"), "{error}");
     with_a_host(|| {
