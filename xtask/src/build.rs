@@ -108,6 +108,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             guest_programs(project)?,
             instance_programs(project)?,
             io_cost(project)?,
+            net_check(project)?,
         ]
         .concat()
         {
@@ -367,6 +368,11 @@ pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
 /// Builds what measures disks and networks.
 pub fn io_cost(project: &Project) -> Result<Vec<PathBuf>> {
     static_binaries(project, &["-p", "io-cost"], &["io-cost"], LEAN, None)
+}
+
+/// Builds what compares what goes through networks.
+pub fn net_check(project: &Project) -> Result<Vec<PathBuf>> {
+    static_binaries(project, &["-p", "net-check"], &["net-check"], LEAN, None)
 }
 
 /// Builds what runs in instances only.

@@ -11,8 +11,8 @@ use crate::scripts::{
     BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
     DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
     KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
-    MEMORY_SHORT_INSTANCE, MERGED_10, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE,
-    TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    MEMORY_SHORT_INSTANCE, MERGED_10, NETWORK, NETWORK_4, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND,
+    TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 /// One boot of an instance.
@@ -46,6 +46,8 @@ pub struct Case {
     pub stress_ng: bool,
     /// Whether the VM has fio.
     pub fio: bool,
+    /// VMs have the driver of networks, and net-check instead of the other programs.
+    pub net_check: bool,
     /// The instance has a disk of this image at /dev/vdb.
     pub image: Option<Variant>,
     /// The instance has Debian's ssh, passt and iperf3.
@@ -130,6 +132,7 @@ impl Default for Case {
             isolate: false,
             stress_ng: false,
             fio: false,
+            net_check: false,
             image: None,
             network: false,
             timeout: 180,
@@ -347,6 +350,8 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
+        network("network", NETWORK, 600),
+        long(kvm(network("kvm-network", NETWORK_4, 900))),
         debian("debian", Variant::Base, 2700, DEBIAN),
         long(debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)),
         long(debian(
@@ -568,6 +573,17 @@ fn ioctl_fuzz(name: &str, script: &'static str) -> Case {
         expect: vec![Expect::Line("IOCTL-FUZZ-OK")],
         ..Case::default()
     }
+}
+
+/// Two VMs and their networks.
+fn network(name: &str, script: &'static str, timeout: u64) -> Case {
+    Case {
+        net_check: true,
+        network: true,
+        modules: &["tun", "bridge"],
+        ..hard_times(name, timeout, script)
+    }
+    .expecting("NETWORK-OK")
 }
 
 /// A whole Debian as a VM, in an instance that has its image.

@@ -27,6 +27,11 @@ pub fn io_cost(project: &Project) -> Result<Files> {
     in_bin(build::io_cost(project)?)
 }
 
+/// What compares what goes through networks.
+pub fn net_check(project: &Project) -> Result<Files> {
+    in_bin(build::net_check(project)?)
+}
+
 fn in_bin(programs: Vec<PathBuf>) -> Result<Files> {
     let mut files = Files::new();
     for program in programs {

@@ -95,6 +95,14 @@ pub const MERGED_10: &str = concat!(
     include_str!("../../tests/lab-scripts/density.sh")
 );
 
+/// Networks of two VMs.
+pub const NETWORK: &str = include_str!("../../tests/lab-scripts/network.sh");
+/// The same with four vCPUs.
+pub const NETWORK_4: &str = concat!(
+    "CPUS=4\n",
+    include_str!("../../tests/lab-scripts/network.sh")
+);
+
 /// The same, shown.
 pub const DEBIAN_DEMO: &str = concat!(
     include_str!("../../tests/lab-scripts/debian-common.sh"),

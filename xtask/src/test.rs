@@ -361,6 +361,8 @@ struct Bench<'a> {
     fio: Files,
     /// Debian's ssh and what goes with it, if a case wants it.
     network_tools: Files,
+    /// What compares what goes through networks, if a case wants it.
+    net_check: Files,
 }
 
 impl<'a> Bench<'a> {
@@ -374,16 +376,16 @@ impl<'a> Bench<'a> {
         if cases.iter().any(|case| case.stress_ng) {
             stressed.extend(guestware::stress_ng(project)?);
         }
-        let fio = if cases.iter().any(|case| case.fio) {
-            guestware::fio(project)?
-        } else {
-            Files::new()
+        let wanted = |wants: fn(&Case) -> bool, files: fn(&Project) -> Result<Files>| {
+            if cases.iter().any(wants) {
+                files(project)
+            } else {
+                Ok(Files::new())
+            }
         };
-        let network_tools = if cases.iter().any(|case| case.network) {
-            guestware::network_tools(project)?
-        } else {
-            Files::new()
-        };
+        let fio = wanted(|case| case.fio, guestware::fio)?;
+        let network_tools = wanted(|case| case.network, guestware::network_tools)?;
+        let net_check = wanted(|case| case.net_check, guestware::net_check)?;
         for case in cases {
             // An image that cannot be made fails its own cases only, which say why.
             if let Some(variant) = case.image
@@ -406,6 +408,7 @@ impl<'a> Bench<'a> {
             stressed,
             fio,
             network_tools,
+            net_check,
         })
     }
 
@@ -495,10 +498,14 @@ impl<'a> Bench<'a> {
             payload.archive.copy("root/blanket.ko", 0o644, &built);
         }
         payload.program(&self.command)?;
-        let files = if case.stress_ng {
-            &self.stressed
-        } else {
-            &self.files
+        let files = match case {
+            Case {
+                net_check: true, ..
+            } => &self.net_check,
+            Case {
+                stress_ng: true, ..
+            } => &self.stressed,
+            _ => &self.files,
         };
         payload.archive.add(files);
         payload.archive.add(&self.instance_files);
@@ -510,12 +517,16 @@ impl<'a> Bench<'a> {
         if case.fio {
             guest_files.extend(self.fio.clone());
         }
+        let drivers: Vec<&str> = [(case.fio, "xen_blkfront"), (case.net_check, "xen_netfront")]
+            .into_iter()
+            .filter_map(|(wanted, driver)| wanted.then_some(driver))
+            .collect();
         let mut guest = initramfs::guest(project, None, &guest_files)?;
-        if case.fio
+        if !drivers.is_empty()
             && let Some(flavour) = guests(case).first()
         {
             let kernel = kernels::fetch(project, *flavour)?;
-            guest.modules(project, &kernel, &["xen_blkfront"])?;
+            guest.modules(project, &kernel, &drivers)?;
         }
         payload.guest_initrd(&guest)?;
         for flavour in guests(case) {
