@@ -312,7 +312,7 @@ fn single() -> Vec<Case> {
         Case {
             network: true,
             modules: &["tun"],
-            ..hard_times("confined", 300, CONFINED)
+            ..hard_times("confined", 600, CONFINED)
         },
         hard_times("memory-short", 420, MEMORY_SHORT),
         long(hard_times(
