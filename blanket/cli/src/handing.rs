@@ -38,7 +38,7 @@ pub fn send(stream: &UnixStream, line: &[u8], descriptors: &[BorrowedFd<'_>]) ->
     Ok(())
 }
 
-/// Receives a line of at most `most` bytes, without its end, and the descriptors that came
+/// Receives a line of at most `most` bytes, with its end, and the descriptors that came
 /// with it. Empty if nothing came.
 pub fn receive(stream: &UnixStream, most: usize) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut line = Vec::new();
@@ -66,7 +66,7 @@ pub fn receive(stream: &UnixStream, most: usize) -> Result<(Vec<u8>, Vec<OwnedFd
         }
         let part = &bytes[..got];
         if let Some(end) = part.iter().position(|byte| *byte == b'\n') {
-            line.extend(&part[..end]);
+            line.extend(&part[..=end]);
             return Ok((line, descriptors));
         }
         line.extend(part);
@@ -91,7 +91,7 @@ mod tests {
         send(&ours, b"take this\n", &[writer.as_fd(), writer.as_fd()]).expect("sent");
         drop(writer);
         let (line, mut descriptors) = receive(&theirs, 100).expect("received");
-        assert_eq!((&*line, descriptors.len()), (&b"take this"[..], 2));
+        assert_eq!((&*line, descriptors.len()), (&b"take this\n"[..], 2));
         let mut end = std::io::PipeWriter::from(descriptors.pop().expect("one"));
         end.write_all(b"through").expect("written");
         drop((end, descriptors));

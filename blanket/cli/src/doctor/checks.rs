@@ -525,6 +525,7 @@ mod tests {
             available_kib: 1 << 20,
             clocksource: Some("tsc".into()),
             lockdown: Some("none".into()),
+            limits: Some("VMs get scopes of systemd's".into()),
             ..Facts::default()
         }
     }
