@@ -38,7 +38,7 @@ Exit codes of `blanket run`:
 /// The exit code for the way a VM ended.
 pub fn code(end: &End) -> u8 {
     match end {
-        End::Poweroff => 0,
+        End::Poweroff | End::Saved => 0,
         End::Reboot => REBOOT,
         End::Panic => CRASH,
         End::Watchdog => WATCHDOG,
@@ -67,6 +67,7 @@ pub fn word(end: &End) -> &'static str {
             CrashKind::Other(_) => "crash",
         },
         End::Killed => "killed",
+        End::Saved => "saved",
         End::Failed(_) => "failed",
     }
 }
@@ -74,7 +75,7 @@ pub fn word(end: &End) -> &'static str {
 /// What to say on standard error, if there is more to say than the code does.
 pub fn sentence(end: &End) -> Option<String> {
     Some(match end {
-        End::Poweroff | End::Reboot | End::Killed => return None,
+        End::Poweroff | End::Reboot | End::Killed | End::Saved => return None,
         End::Panic => "the guest reported a crash (its kernel's panic message is above)".into(),
         End::Watchdog => "the guest's watchdog expired".into(),
         End::Unsupported(2) => "the guest asked to be suspended, which is not supported".into(),

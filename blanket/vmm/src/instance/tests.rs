@@ -597,6 +597,7 @@ fn the_layout_is_what_the_rings_of_this_test_assume() {
     let kernel = Synthetic::default().kernel();
     let config = builder::Config {
         memory: 64 << 20,
+        vcpus: 1,
         max_memory: 0,
         cmdline: String::new(),
         verbose: false,
