@@ -14,8 +14,9 @@ use rustix::io::Errno;
 use crate::layer::Cursor;
 use crate::{Request, SECTOR};
 
-/// Bytes of [`SECTOR`].
-pub(super) const LEAST: usize = SECTOR as usize;
+/// [`SECTOR`], of memory.
+const LEAST: usize = 512;
+const _: () = assert!(LEAST as u64 == SECTOR);
 
 /// Opens the image at `path`, which is open as `image`, again.
 ///
