@@ -29,8 +29,9 @@ pub struct Vm {
     pub mmu_holder: core::sync::atomic::AtomicU32,
     /// Who has reloaded CR3 since when.
     pub epochs: Epochs,
-    /// Event channels.
-    pub ports: Ports,
+    /// Event channels; not in here, since they would be half of it and the core's stack
+    /// is small.
+    pub ports: &'static Ports,
     /// Serialises changes of `ports`.
     pub ports_lock: Mutex<()>,
     /// Grant table.
@@ -66,16 +67,16 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM whose vCPUs have not started. `vcpus` has an entry for each.
+    /// A VM whose vCPUs have not started. `vcpus` has an entry for each; no port is bound.
     #[must_use]
     pub fn new(
         boot: Boot,
         nr_frames: u64,
         nr_vcpus: u32,
         mmu: Mmu,
+        ports: &'static Ports,
         vcpus: &'static [Mutex<Vcpu>],
     ) -> Self {
-        let ports = Ports::new();
         ports.set_vcpus(nr_vcpus);
         let mmu = match boot.start_frames {
             0 => mmu,

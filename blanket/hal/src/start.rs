@@ -8,6 +8,7 @@ use crate::report::{At, die};
 use blanket_abi::device::{WATCH_LIMIT, boot_flags, exit, pause, pending};
 use blanket_abi::layout::{IMAGE, MAX_VCPUS, VCPU, VCPU_STRIDE, vcpu as area};
 use blanket_core::context::Context;
+use blanket_core::evtchn::Ports;
 use blanket_core::machine::Host;
 use blanket_core::mmu::Mmu;
 use blanket_core::vcpu::{NEVER, State, TrapFrame, Vcpu, entry as reason};
@@ -19,6 +20,7 @@ use spin::{Mutex, Once};
 const FIRST_INTERRUPT: u64 = 32;
 
 static VM: Once<Vm> = Once::new();
+static PORTS: Ports = Ports::new();
 static CLAIMED: AtomicBool = AtomicBool::new(false);
 
 static VCPUS: [Mutex<Vcpu>; MAX_VCPUS as usize] = {
@@ -108,7 +110,7 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
             // SAFETY: CLAIMED makes this the only call in this VM.
             let (gfns, pool) = unsafe { hal.metadata(page.pool_limit) };
             let mmu = Mmu::new(gfns, pool, page.hole, page.la57 != 0, page.nr_vcpus);
-            Vm::new(page.boot, page.nr_frames, page.nr_vcpus, mmu, &VCPUS)
+            Vm::new(page.boot, page.nr_frames, page.nr_vcpus, mmu, &PORTS, &VCPUS)
         });
     }
     set_syscall_msrs(&hal);

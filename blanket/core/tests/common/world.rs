@@ -4,6 +4,7 @@ use super::{ARGS, ARGS_SIZE, Crash, FakeMachine, Setup, hole};
 use blanket_abi::Va;
 use blanket_abi::device::{Boot, counter, exit};
 use blanket_core::context::Context;
+use blanket_core::evtchn::Ports;
 use blanket_core::machine::Host;
 use blanket_core::mmu::{AuditReport, Broken, GfnInfo, Mmu, PoolInfo};
 use blanket_core::vcpu::{Fast, TrapFrame, Vcpu};
@@ -48,6 +49,7 @@ impl World {
             setup.frames(),
             setup.vcpus,
             mmu,
+            Box::leak(Box::new(Ports::new())),
             vcpus.leak(),
         )));
         assert!(m.vm.set(vm).is_ok());
