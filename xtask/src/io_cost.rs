@@ -34,7 +34,7 @@ ip link set eth1 up
 {
     $IO_COST disk 10.99.0.1 disk /dev/xvda disk-persistent /dev/xvdb raw /dev/xvdc \
         raw-persistent /dev/xvdd qcow2 /dev/xvde qcow2-persistent /dev/xvdf &&
-    $IO_COST net 10.99.0.1 tap && $IO_COST net 10.77.0.254 user
+    $IO_COST net 10.99.0.1 tap && $IO_COST net 10.77.0.254 user tcp-receive
 } >rows
 code=$?
 cat rows
@@ -65,6 +65,9 @@ const NET_ROWS: &[(&str, &str)] = &[
         "UDP packet of 64 bytes from the instance, 32 at once",
     ),
 ];
+
+/// What is not measured: in user mode the stream from the instance stood still at times.
+const LEFT_OUT: (&str, &str) = ("user", "tcp-receive");
 
 /// Runs it, prints the section of the page, and writes it there.
 pub fn run(project: &Project, scale: f64, reps: u32, kvm: bool) -> Result<()> {
@@ -236,7 +239,7 @@ fn section(costs: &Costs, release: &str, command: &str, reps: u32) -> Result<Str
     }
     text.push_str(
         "\nNetworks: natively, two network namespaces of the instance (veth); a VM and its instance over a tap, and in user \
-         mode (passt). Both ends are counted:\n\n",
+         mode (passt), where the stream from the instance is left out, since it stood still at times. Both ends are counted:\n\n",
     );
     let columns = [
         ("native", "native", "veth"),
@@ -280,20 +283,25 @@ fn table(
         for (_, place, device) in &columns {
             let key = ((*place).to_owned(), (*device).to_owned(), (*row).to_owned());
             let cost = costs.get(&key);
-            let cost = cost.with_context(|| format!("{place} {device} {row} is missing"))?;
-            found.push(*cost);
+            ensure!(
+                cost.is_some() || (*device, *row) == LEFT_OUT,
+                "{place} {device} {row} is missing"
+            );
+            found.push(cost.copied());
         }
-        let native = found[0];
+        let native = found[0].context("nothing to compare with")?;
         for (sum, cost) in ratios.iter_mut().zip(&found) {
-            sum.push(cost.instructions / native.instructions);
+            sum.extend(cost.map(|cost| cost.instructions / native.instructions));
         }
         let mut line = |unit: &str, figure: &dyn Fn(&Cost) -> String| {
             let _ = write!(text, "| {title} | {unit} |");
             for (n, cost) in found.iter().enumerate() {
-                let _ = write!(text, " {} |", figure(cost));
+                let cell = cost.as_ref().map_or("-".into(), figure);
+                let _ = write!(text, " {cell} |");
                 if n > 0 {
-                    let ratio = cost.instructions / native.instructions;
-                    let _ = write!(text, " {ratio:.2} |");
+                    let ratio = cost.map(|cost| cost.instructions / native.instructions);
+                    let ratio = ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+                    let _ = write!(text, " {ratio} |");
                 }
             }
             text.push('\n');
@@ -344,7 +352,7 @@ mod tests {
             let _ = writeln!(text, "IO-COST-PLACE {place}");
             let mut rows = |devices: &[&str], rows: &[(&str, &str)]| {
                 for device in devices {
-                    for (row, _) in rows {
+                    for (row, _) in rows.iter().filter(|(row, _)| (*device, *row) != LEFT_OUT) {
                         let (operations, bytes) = if row.starts_with("tcp-") {
                             (1, 1_000_000)
                         } else {
@@ -379,8 +387,7 @@ mod tests {
         assert!(text.starts_with(TITLE) && text.contains("within 1.0 % of theirs"));
         let wanted = "| read 128 KiB, one after the other | operation | 50000 | 100000 | 2.00 | 100000 | 2.00 |";
         assert!(text.contains(wanted), "{text}");
-        let wanted =
-            "| TCP stream from the instance | byte | 0.500 | 1.000 | 2.00 | 1.000 | 2.00 |";
+        let wanted = "| TCP stream from the instance | byte | 0.500 | 1.000 | 2.00 | - | - |";
         assert!(text.contains(wanted), "{text}");
         assert!(text.contains("| **mean** | | | | **2.00** | | **2.00** |"));
     }

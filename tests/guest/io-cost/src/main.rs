@@ -23,7 +23,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: io-cost serve\n\
                      \x20      io-cost [--scale F] [--reps N] disk SERVER NAME DEVICE [NAME DEVICE]...\n\
-                     \x20      io-cost [--scale F] [--reps N] net SERVER NAME";
+                     \x20      io-cost [--scale F] [--reps N] net SERVER NAME [tcp-receive, to leave it out]";
 
 /// What goes wrong: in words.
 type Result<T> = std::result::Result<T, String>;
@@ -62,7 +62,9 @@ fn run() -> Result<()> {
                 .chunks(2)
                 .try_for_each(|disk| disk::rows(&meter, disk[0], disk[1], &mut rows))
         }
-        ["net", server, name] => net::rows(&meter(server)?, name, &mut rows),
+        ["net", server, name, ref without @ ..] => {
+            net::rows(&meter(server)?, name, without, &mut rows)
+        }
         _ => return Err(USAGE.into()),
     };
     // Not before: a console that is written to costs something, too.

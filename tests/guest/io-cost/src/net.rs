@@ -24,18 +24,20 @@ fn open(meter: &Meter, what: u8, count: u64) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// All rows of one network.
-pub fn rows(meter: &Meter, name: &str, rows: &mut Vec<Row>) -> Result<()> {
+/// All rows of one network; `without` may name the stream from the server.
+pub fn rows(meter: &Meter, name: &str, without: &[&str], rows: &mut Vec<Row>) -> Result<()> {
     let bytes = meter.scaled(STREAM);
     rows.push(meter.row(name, "tcp-send", 1, bytes, |_| {
         let mut stream = open(meter, SINK, bytes)?;
         give(&mut stream, bytes).map_err(failed("send"))?;
         take(&mut stream, 1).map_err(failed("receive"))
     })?);
-    rows.push(meter.row(name, "tcp-receive", 1, bytes, |_| {
-        let mut stream = open(meter, SOURCE, bytes)?;
-        take(&mut stream, bytes).map_err(failed("receive"))
-    })?);
+    if !without.contains(&"tcp-receive") {
+        rows.push(meter.row(name, "tcp-receive", 1, bytes, |_| {
+            let mut stream = open(meter, SOURCE, bytes)?;
+            take(&mut stream, bytes).map_err(failed("receive"))
+        })?);
+    }
 
     let count = meter.scaled(1000);
     rows.push(meter.row(name, "tcp-round-trip", count, count, |_| {
