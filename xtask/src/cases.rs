@@ -350,7 +350,7 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
-        network("network", NETWORK, 600),
+        long(network("network", NETWORK, 900)),
         long(kvm(network("kvm-network", NETWORK_4, 900))),
         debian("debian", Variant::Base, 2700, DEBIAN),
         long(debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)),
