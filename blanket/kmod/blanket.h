@@ -177,6 +177,7 @@ struct blanket_info {
 
 #define BLANKET_BOOT_VERBOSE	(1ULL << 0)
 #define BLANKET_BOOT_INJECT	(1ULL << 1)
+#define BLANKET_BOOT_RESTORE	(1ULL << 2)
 
 struct blanket_boot {
 	__u64 ram_frames;

@@ -110,7 +110,14 @@ extern "C" fn blanket_start_vcpu(f: *mut TrapFrame) {
             // SAFETY: CLAIMED makes this the only call in this VM.
             let (gfns, pool) = unsafe { hal.metadata(page.pool_limit) };
             let mmu = Mmu::new(gfns, pool, page.hole, page.la57 != 0, page.nr_vcpus);
-            Vm::new(page.boot, page.nr_frames, page.nr_vcpus, mmu, &PORTS, &VCPUS)
+            Vm::new(
+                page.boot,
+                page.nr_frames,
+                page.nr_vcpus,
+                mmu,
+                &PORTS,
+                &VCPUS,
+            )
         });
     }
     set_syscall_msrs(&hal);

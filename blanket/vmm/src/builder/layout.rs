@@ -112,7 +112,7 @@ impl Layout {
     /// Plans a domain with this much RAM.
     pub(super) fn plan(kernel: &Kernel, initrd: u64, ram: Ram) -> Result<Self, Error> {
         check_addresses(kernel)?;
-        if ram.most > MAX_FRAMES - 1 - GRANT_FRAMES {
+        if ram.most > super::MOST_RAM {
             return Err(super::too_large(ram.most));
         }
 

@@ -21,7 +21,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use blanket_abi::device::{Boot, boot_flags};
-use blanket_abi::layout::MAX_FRAMES;
+use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS};
 use blanket_abi::state;
 use blanket_abi::xen::domid;
 use blanket_abi::xen::grant;
@@ -163,9 +163,6 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     let state_base = layout.grants.end();
     let state_frames = state::frames(config.vcpus, ram.most);
     let frames = state_base + state_frames;
-    if frames > MAX_FRAMES {
-        return Err(too_large(ram.most));
-    }
     let memory = allocate(frames * PAGE_SIZE, config.mergeable)?;
 
     for segment in kernel.segments() {
@@ -217,11 +214,14 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     })
 }
 
+/// Frames of RAM that a VM with as many vCPUs as there can be may have.
+const MOST_RAM: u64 = MAX_FRAMES - 1 - GRANT_FRAMES - state::frames(MAX_VCPUS, MAX_FRAMES);
+
 fn too_large(ram_frames: u64) -> Error {
     Error::TooLarge(format!(
-        "{} MiB of memory are too much: a VM has less than {} MiB",
+        "{} MiB of memory are too much: a VM has at most {} MiB",
         ram_frames.saturating_mul(PAGE_SIZE) >> 20,
-        (MAX_FRAMES * PAGE_SIZE) >> 20
+        (MOST_RAM * PAGE_SIZE) >> 20
     ))
 }
 
