@@ -173,6 +173,7 @@ struct blanket_info {
 	__u8 build_id[32];
 	__u64 features;
 	__u64 tsc_khz;
+	__u64 xcr0_mask;
 };
 
 #define BLANKET_BOOT_VERBOSE	(1ULL << 0)

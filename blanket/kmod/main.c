@@ -274,6 +274,7 @@ static long get_info(void __user *to)
 		.max_frames = BLANKET_MAX_FRAMES,
 		.build_id = BLANKET_BUILD_ID,
 		.tsc_khz = tsc_khz,
+		.xcr0_mask = blanket_host.xcr0_mask,
 	};
 
 	if (!check_tsc_unstable())

@@ -11,8 +11,8 @@ use crate::scripts::{
     BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
     DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
     KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
-    MEMORY_SHORT_INSTANCE, MERGED_10, NETWORK, NETWORK_4, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND,
-    TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    MEMORY_SHORT_INSTANCE, MERGED_10, NETWORK, NETWORK_4, SAVE, SAVE_BETWEEN, SHADOW_RECLAIM,
+    SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 /// One boot of an instance.
@@ -350,7 +350,12 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
-        long(network("network", NETWORK, 900)),
+        hard_times("save", 420, SAVE),
+        Case {
+            cpu: "EPYC",
+            ..hard_times("save-between-hosts", 600, SAVE_BETWEEN)
+        },
+        network("network", NETWORK, 900),
         long(kvm(network("kvm-network", NETWORK_4, 900))),
         debian("debian", Variant::Base, 2700, DEBIAN),
         long(debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)),

@@ -70,6 +70,8 @@ pub struct Info {
     pub features: u64,
     /// Frequency of the TSC, kHz.
     pub tsc_khz: u64,
+    /// Mask of XCR0 bits that guests may use; 0 without XSAVE.
+    pub xcr0_mask: u64,
 }
 
 /// Bits of [`Info::features`].

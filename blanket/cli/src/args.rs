@@ -74,7 +74,7 @@ pub enum Command {
     /// Run a VM in this process
     #[command(
         after_help = exit::TABLE,
-        group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk"]).required(true).multiple(true)
+        group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk", "restore"]).required(true).multiple(true)
     )]
     Run(Box<Run>),
     /// List running VMs
@@ -102,6 +102,19 @@ pub enum Command {
         /// How they are written
         #[arg(long, value_enum, value_name = "FORMAT")]
         format: Option<Format>,
+    },
+    /// Write a running VM to a file, from which `blanket run --restore` lets it go on, and end it
+    Save {
+        /// The VM
+        name: String,
+        /// The file; it must not be there
+        file: PathBuf,
+        /// Let the VM go on here afterwards
+        #[arg(long)]
+        keep_running: bool,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Ask a VM's guest to have so much memory, and wait until it has
     #[command(long_about = BALLOON)]
@@ -266,6 +279,10 @@ pub struct Run {
     /// Most threads and processes [default: 1024]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub pids_max: Option<u64>,
+    /// Go on where a VM was when `blanket save` wrote this file, instead of a boot. Its memory,
+    /// vCPUs and identity come from the file; give its disks and networks as at its start
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "max_memory", "cpus", "balloon", "cloud_init"])]
+    pub restore: Option<PathBuf>,
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,

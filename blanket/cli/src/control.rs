@@ -19,6 +19,7 @@ use crate::disk::{self, DiskInfo};
 use crate::handing;
 use crate::net::{self, NetInfo};
 use crate::registry::Registry;
+use crate::saved;
 use crate::setting::Confinement;
 use crate::stats::Stats;
 
@@ -43,6 +44,11 @@ pub enum Request {
         bytes: u64,
         /// Milliseconds to wait for it.
         timeout_ms: u64,
+    },
+    /// Write it to the file whose descriptor comes along.
+    Save {
+        /// End it then.
+        end: bool,
     },
     /// Its disks.
     Disks,
@@ -116,6 +122,15 @@ pub enum Answer {
     Audit(Report),
     /// How far its guest came with its memory.
     Balloon(Memory),
+    /// It was written.
+    Saved {
+        /// Bytes of the file.
+        bytes: u64,
+        /// Pages in it.
+        pages: u64,
+        /// Milliseconds for which it stood still.
+        stood_ms: u64,
+    },
     /// Its disks.
     Disks(Vec<DiskInfo>),
     /// Its networks.
@@ -285,6 +300,7 @@ fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> 
                 Err(error) => Answer::Error(error.to_string()),
             }
         }
+        Ok(Request::Save { end }) => saved::answer(instance, handed, *end),
         Ok(Request::Disks) => Answer::Disks(disk::list(instance)),
         Ok(Request::AttachDisk { spec }) => match disk::attach(instance, spec) {
             Ok(name) => Answer::Name(name),

@@ -1,7 +1,7 @@
 //! The report of a VM that the hypervisor ended: printed, and kept in a file.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,8 +13,48 @@ use blanket_vmm::vm::End;
 
 use crate::exit;
 
-/// Opens the file for a report, for a process that cannot later.
-pub fn open(path: &Path) -> io::Result<File> {
+/// What the report of a VM says whose process could not write one.
+const KILLED: &str = "The VM's process was killed.\n";
+
+/// The file for a report of a process that cannot open it later. It says that the process
+/// was killed until that ends in another way, when it is empty or holds the report.
+#[derive(Debug)]
+pub struct Report(File);
+
+impl Report {
+    /// Opens it.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        let mut file = open(path)?;
+        file.write_all(KILLED.as_bytes())?;
+        Ok(Self(file))
+    }
+
+    fn replace(&mut self, text: &str) -> io::Result<()> {
+        self.0.set_len(0)?;
+        self.0.rewind()?;
+        self.0.write_all(text.as_bytes())
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        // An orderly end; one with a report has written more.
+        let killed = self
+            .0
+            .metadata()
+            .is_ok_and(|file| file.len() == KILLED.len() as u64);
+        if killed && let Err(error) = self.0.set_len(0) {
+            tracing::warn!(%error, "the file for a report is not empty");
+        }
+    }
+}
+
+/// Whether the report at `path` is that of a process that was killed.
+pub fn tells_of_a_kill(path: &Path) -> bool {
+    std::fs::read_to_string(path).is_ok_and(|text| text == KILLED)
+}
+
+fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .write(true)
         .create(true)
@@ -27,7 +67,7 @@ pub fn open(path: &Path) -> io::Result<File> {
 /// until the name is used again. `None` if the VM did not end by a crash.
 pub fn keep(
     path: &Path,
-    opened: Option<File>,
+    opened: Option<Report>,
     instance: &Instance,
     end: &End,
 ) -> Result<Option<PathBuf>> {
@@ -35,10 +75,11 @@ pub fn keep(
         return Ok(None);
     }
     let text = text(instance, end);
-    opened
-        .map_or_else(|| open(path), Ok)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .with_context(|| format!("cannot keep the report in {}", path.display()))?;
+    let written = match opened {
+        Some(mut report) => report.replace(&text),
+        None => open(path).and_then(|mut file| file.write_all(text.as_bytes())),
+    };
+    written.with_context(|| format!("cannot keep the report in {}", path.display()))?;
     Ok(Some(path.to_owned()))
 }
 

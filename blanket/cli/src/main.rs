@@ -19,6 +19,7 @@ mod net;
 mod prometheus;
 mod registry;
 mod run;
+mod saved;
 mod setting;
 mod stats;
 mod table;
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
             force,
             kernel,
         } => doctor::command(json, force, kernel.as_deref()),
-        Command::Run(run) => run::command(&run),
+        Command::Run(mut run) => run::command(&mut run),
         Command::Ps { json } => client::ps(json),
         Command::Console { name } => client::console(&name),
         Command::Stats { name, json, format } => {
@@ -61,6 +62,12 @@ fn main() -> ExitCode {
             timeout,
             json,
         } => client::balloon(&name, size, timeout, json),
+        Command::Save {
+            name,
+            file,
+            keep_running,
+            json,
+        } => saved::save(&name, &file, keep_running, json),
         Command::Upgrade { name } => client::upgrade(&name),
         Command::Disk { command } => disk::command(&command),
         Command::Net { command } => net::command(&command),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
+use crate::crash;
 use crate::exit::hint;
 use crate::keeper;
 
@@ -149,10 +150,9 @@ impl Registry {
     pub fn connect(&self, name: &str) -> Result<UnixStream> {
         UnixStream::connect(self.socket(name)).map_err(|error| match error.kind() {
             // Its socket is there, and nobody listens.
-            io::ErrorKind::ConnectionRefused => hint(
-                &anyhow!("the VM {name} is gone without a word: its process was killed"),
-                "sudo dmesg | grep -i 'killed process' tells if the kernel did it for want of memory",
-            ),
+            io::ErrorKind::ConnectionRefused => killed(name),
+            // Its socket was cleared away after it.
+            io::ErrorKind::NotFound if crash::tells_of_a_kill(&self.crash(name)) => killed(name),
             io::ErrorKind::NotFound => hint(
                 &anyhow!("no VM named {name} is running"),
                 "`blanket ps` lists the VMs that are",
@@ -189,6 +189,13 @@ impl Registry {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused
         )
     }
+}
+
+fn killed(name: &str) -> anyhow::Error {
+    hint(
+        &anyhow!("the VM {name} is gone without a word: its process was killed"),
+        "sudo dmesg | grep -i 'killed process' tells if the kernel did it for want of memory",
+    )
 }
 
 fn remove(path: &Path) -> Result<()> {

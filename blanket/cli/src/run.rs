@@ -27,7 +27,7 @@ use crate::exit;
 use crate::registry::{Entry, Registry};
 use crate::setting::Setting;
 use crate::stats::Stats;
-use crate::{confine, control, crash, host, limits};
+use crate::{confine, control, crash, host, limits, saved};
 
 /// Set in the environment of the process that `--detach` leaves behind.
 const DETACHED: &str = "BLANKET_DETACHED";
@@ -41,7 +41,9 @@ const LINUX_GROWS: u64 = 1 + EXTRA_MEM_RATIO;
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
 /// Runs a VM to its end.
-pub fn command(run: &Run) -> Result<ExitCode> {
+pub fn command(run: &mut Run) -> Result<ExitCode> {
+    let saved = saved::open(run)?;
+    let run = &*run;
     let detached = std::env::var_os(DETACHED).is_some();
     if run.detach && !detached {
         return detach(run);
@@ -88,6 +90,7 @@ pub fn command(run: &Run) -> Result<ExitCode> {
         mergeable: run.mergeable,
         trace: run.trace,
         inject: run.inject,
+        uuid: saved.as_ref().map(|(machine, _)| machine.uuid.clone()),
         pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
         isolation: match run.isolate {
             args::Isolate::Auto => Isolation::Auto,
@@ -111,7 +114,8 @@ pub fn command(run: &Run) -> Result<ExitCode> {
     }
     let kept_at = registry.crash(&entry.name);
     let report = setting.crash.take();
-    let end = live(run, &registry, (entry, listener), &instance, setting)?;
+    let saved = saved.map(|(_, file)| file);
+    let end = live(run, &registry, (entry, listener), &instance, setting, saved)?;
     let counters = instance.stats().ok().flatten();
     let kept = match crash::keep(&kept_at, report, &instance, &end) {
         Ok(kept) => kept,
@@ -136,6 +140,7 @@ fn live(
     (entry, listener): (Entry, UnixListener),
     instance: &Arc<Instance>,
     setting: Setting,
+    saved: Option<File>,
 ) -> Result<End> {
     let confinement = setting.confinement(run);
     let Setting {
@@ -172,7 +177,10 @@ fn live(
         },
     )?;
     watch_signals(instance)?;
-    let vm = instance.boot().map_err(boot_hint)?;
+    let vm = match saved {
+        None => instance.boot().map_err(boot_hint)?,
+        Some(file) => instance.resume(BufReader::new(file))?,
+    };
 
     if let Some(log) = log {
         become_background(&log, &entry, &place, instance.host())?;

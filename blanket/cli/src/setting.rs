@@ -26,7 +26,7 @@ pub struct Setting {
     /// Its log, if it runs in the background.
     pub log: Option<File>,
     /// The file for the report of a crash, if it has a user of its own.
-    pub crash: Option<File>,
+    pub crash: Option<crash::Report>,
     /// Kernel and initrd, if it has a user of its own.
     pub files: Opened,
     /// Its user, if it gets one; held as long as the VM lives.
@@ -62,7 +62,7 @@ impl Setting {
         let mut crash = None;
         let mut files = Opened::default();
         if user.is_some() {
-            let made = crash::open(&report);
+            let made = crash::Report::new(&report);
             crash = Some(made.with_context(|| format!("cannot create {}", report.display()))?);
             files.kernel = run.kernel.as_ref().map(opened).transpose()?;
             files.initrd = run.initrd.as_ref().map(opened).transpose()?;

@@ -14,6 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -304,6 +305,8 @@ struct Shared {
     slots: Mutex<BTreeMap<Key, Slot>>,
     /// A device is gone.
     gone: Condvar,
+    /// Nothing is led anywhere.
+    held: AtomicBool,
 }
 
 /// Told of changes in the guest's device directories.
@@ -330,6 +333,7 @@ impl Bus {
             signal: Arc::default(),
             slots: Mutex::default(),
             gone: Condvar::new(),
+            held: AtomicBool::new(false),
         });
         let run = Arc::clone(&shared);
         let thread = crate::thread::named("bus").spawn(move || run.run())?;
@@ -375,6 +379,50 @@ impl Bus {
         drop(slots);
         self.changed().notify();
         Ok(())
+    }
+
+    /// Takes over a device whose nodes are in the store already, with a frontend that may
+    /// be connected: it finds a backend that goes on where the last one stopped.
+    ///
+    /// # Errors
+    /// There is one with its class and number.
+    pub fn adopt(&self, device: Arc<dyn Device>) -> Result<(), Error> {
+        let key @ (class, number) = (device.class(), device.number());
+        let mut slots = self.shared.lock();
+        if slots.contains_key(&key) {
+            return Err(Error::Exists { class, number });
+        }
+        let slot = Slot {
+            device,
+            backend: self.shared.unconnected(key),
+            frontend: State::Unknown,
+            connection: None,
+            leaving: false,
+            fault: None,
+            words: Seldom::default(),
+        };
+        slots.insert(key, slot);
+        drop(slots);
+        self.changed().notify();
+        Ok(())
+    }
+
+    /// Ends all backends as [`Self::end`] does, and connects none, until [`Self::go_on`].
+    /// The guest is not told.
+    pub fn hold(&self) {
+        let mut slots = self.shared.lock();
+        self.shared.held.store(true, Ordering::SeqCst);
+        for (key, slot) in slots.iter_mut() {
+            if slot.connection.take().is_some() {
+                slot.backend = self.shared.unconnected(*key);
+            }
+        }
+    }
+
+    /// Connects the backends again that were connected before [`Self::hold`].
+    pub fn go_on(&self) {
+        self.shared.held.store(false, Ordering::SeqCst);
+        self.changed().notify();
     }
 
     /// Asks the guest to let go of a device, and waits until it has.
@@ -492,7 +540,9 @@ impl Shared {
                     slot.fail(key, "closed", why);
                 }
             }
-            slots.retain(|&key, slot| self.step(key, slot));
+            if !self.held.load(Ordering::SeqCst) {
+                slots.retain(|&key, slot| self.step(key, slot));
+            }
             drop(slots);
             self.gone.notify_all();
         }
@@ -542,6 +592,16 @@ impl Shared {
             }
         }
         true
+    }
+
+    /// The backend's state by the store, for one that is not connected: a frontend that
+    /// believes it to be waits for one.
+    fn unconnected(&self, key: Key) -> State {
+        let state = read(&*self.guest, &format!("{}/state", id(key).backend()));
+        match state.map_or(State::Unknown, |value| State::parse(&value)) {
+            State::Connected => State::InitWait,
+            other => other,
+        }
     }
 
     fn connect(&self, key: Key, slot: &mut Slot) {

@@ -66,6 +66,15 @@ impl Devices {
         });
     }
 
+    /// Class and number of each.
+    pub(crate) fn numbers(&self) -> Vec<(String, u32)> {
+        let each = |device: &AnyDevice| {
+            let device = device.as_device();
+            (device.class().to_owned(), device.number())
+        };
+        self.iter().map(each).collect()
+    }
+
     /// All of them, in the order in which they were added.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &AnyDevice> {
         self.0.iter().map(|slot| &slot.device)

@@ -25,6 +25,7 @@ use crate::generation::Generation;
 use crate::hub::Hub;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine};
 use crate::kernel;
+use crate::saved::{self, Resumed};
 use crate::sync::lock;
 use crate::trace;
 use crate::vm::{self, Backends, EarlyConsole, End, Ports, Vm};
@@ -68,6 +69,8 @@ pub struct Spec {
     pub isolation: Isolation,
     /// Trace it from the start.
     pub trace: bool,
+    /// Its identity, if it has one already: one that goes on from a file keeps it.
+    pub uuid: Option<String>,
 }
 
 impl Default for Spec {
@@ -92,6 +95,7 @@ impl Default for Spec {
             pool_limit: 0,
             isolation: Isolation::Auto,
             trace: false,
+            uuid: None,
         }
     }
 }
@@ -181,6 +185,9 @@ pub enum Error {
     /// A device.
     #[error(transparent)]
     Attach(#[from] bus::Error),
+    /// What it should go on from.
+    #[error(transparent)]
+    Resume(#[from] saved::ResumeError),
     /// The first nodes of the store.
     #[error("cannot describe the VM in its xenstore: {0}")]
     Xenstore(Errno),
@@ -255,11 +262,11 @@ pub struct Instance {
     uuid: String,
     generation: Generation,
     hypervisor: Arc<dyn Hypervisor>,
-    console: Arc<Console>,
+    pub(crate) console: Arc<Console>,
     /// Kept over reboots.
     pub(crate) devices: Mutex<Devices>,
     started: Instant,
-    now: Mutex<Now>,
+    pub(crate) now: Mutex<Now>,
 }
 
 /// What a VM has counted.
@@ -275,8 +282,8 @@ pub struct Counters {
 
 /// What runs at the moment.
 #[derive(Default)]
-struct Now {
-    running: Option<Running>,
+pub(crate) struct Now {
+    pub(crate) running: Option<Running>,
     boots: u32,
     killed: bool,
     /// Somebody waits for the guest to end: a reboot ends it too.
@@ -284,19 +291,20 @@ struct Now {
     /// The trace is on, also over reboots.
     traced: bool,
     /// What the guest is asked to have, bytes, also over reboots.
-    target: u64,
+    pub(crate) target: u64,
     last_stats: Option<Counters>,
     /// Which kernel runs, or ran last.
-    booted: String,
+    pub(crate) booted: String,
 }
 
 #[derive(Clone)]
-struct Running {
+pub(crate) struct Running {
     machine: Arc<dyn Machine>,
-    handle: vm::Handle,
-    xenstore: Arc<Xenstore>,
+    pub(crate) handle: vm::Handle,
+    pub(crate) domain: Arc<builder::Domain>,
+    pub(crate) xenstore: Arc<Xenstore>,
     balloon: Arc<Balloon>,
-    bus: Arc<Bus>,
+    pub(crate) bus: Arc<Bus>,
 }
 
 impl Instance {
@@ -319,9 +327,13 @@ impl Instance {
             });
         }
         target_fits(target, most)?;
+        let uuid = match &spec.uuid {
+            Some(uuid) => uuid.clone(),
+            None => uuid().map_err(Error::Identity)?,
+        };
         Ok(Arc::new(Self {
             spec,
-            uuid: uuid().map_err(Error::Identity)?,
+            uuid,
             generation: Generation::fresh().map_err(Error::Identity)?,
             hypervisor,
             console,
@@ -358,7 +370,19 @@ impl Instance {
             builder::build(&start.kernel, start.initrd.as_deref(), &config)?
         };
         tracing::info!(elapsed = ?begun.elapsed(), "domain built");
+        let vm = self.launch(domain, None)?;
+        tracing::info!(elapsed = ?begun.elapsed(), "vCPUs started");
+        Ok(vm)
+    }
 
+    /// Starts the vCPUs of a domain: from its beginning, or from a state that was saved.
+    pub(crate) fn launch(
+        &self,
+        domain: builder::Domain,
+        saved: Option<Resumed>,
+    ) -> Result<Vm, Error> {
+        let spec = &self.spec;
+        let domain = Arc::new(domain);
         let machine =
             self.hypervisor
                 .create(&domain, spec.vcpus, spec.pool_limit, spec.isolation)?;
@@ -372,13 +396,35 @@ impl Instance {
             memory_kib: target >> 10,
             max_memory_kib: spec.most_memory() >> 10,
             vcpus: spec.vcpus,
-            store_ring: (domain.layout.store.0, STORE_PORT),
-            console_ring: (domain.layout.console.0, CONSOLE_PORT),
+            store_ring: (domain.store.0, STORE_PORT),
+            console_ring: (domain.console.0, CONSOLE_PORT),
         };
-        let xenstore =
-            Xenstore::new(&domain, &description, Arc::clone(&machine)).map_err(Error::Xenstore)?;
+        let goes_on = saved.is_some();
+        let (xenstore, console) = match saved {
+            None => {
+                let fresh = Xenstore::new(&domain, &description, Arc::clone(&machine));
+                (fresh.map_err(Error::Xenstore)?, [0; 2])
+            }
+            Some(Resumed {
+                machine: from,
+                state,
+            }) => {
+                state.lay(&domain, machine.system_time()?, from.away())?;
+                let (store, console) = state.backends(&domain, &machine)?;
+                // What is another one's now, as its guest finds it.
+                for (node, value) in [
+                    ("name", &description.name),
+                    ("platform/generation-id", &description.generation),
+                ] {
+                    store
+                        .write(node, value.as_bytes())
+                        .map_err(Error::Xenstore)?;
+                }
+                (store, console)
+            }
+        };
         let xenstore = Arc::new(xenstore);
-        self.console.connect(&domain, Arc::clone(&machine));
+        self.console.connect(&domain, Arc::clone(&machine), console);
 
         if lock(&self.now).traced {
             machine.trace(true)?;
@@ -389,7 +435,7 @@ impl Instance {
         // Until the bus is known: nobody attaches or detaches one in between.
         let mut devices = lock(&self.devices);
         devices.prune(None);
-        let bus = self.bus(&devices, &domain, &machine, &ports, &xenstore)?;
+        let bus = self.bus(&devices, &domain, &machine, &ports, &xenstore, goes_on)?;
         let balloon = Balloon::new(Arc::clone(&domain.memory), domain.boot.start_frames);
         let balloon = Arc::new(balloon);
         let backends = Backends {
@@ -400,8 +446,6 @@ impl Instance {
         let vm = Vm::start(Arc::clone(&machine), spec.vcpus, backends)?;
 
         give_back();
-        tracing::info!(elapsed = ?begun.elapsed(), "vCPUs started");
-
         let mut now = lock(&self.now);
         now.boots += 1;
         if now.killed {
@@ -410,6 +454,7 @@ impl Instance {
         now.running = Some(Running {
             machine,
             handle: vm.handle(),
+            domain,
             xenstore,
             balloon,
             bus,
@@ -440,6 +485,7 @@ impl Instance {
         machine: &Arc<dyn Machine>,
         ports: &Arc<Ports>,
         xenstore: &Arc<Xenstore>,
+        goes_on: bool,
     ) -> Result<Arc<Bus>, Error> {
         let hub = Hub::new(
             domain,
@@ -452,9 +498,25 @@ impl Instance {
         let bus = Bus::new(Arc::new(hub)).map_err(Error::Bus)?;
         xenstore.set_bus(bus.changed());
         for device in devices.iter() {
-            bus.attach(device.as_device())?;
+            if goes_on {
+                bus.adopt(device.as_device())?;
+            } else {
+                bus.attach(device.as_device())?;
+            }
         }
         Ok(Arc::new(bus))
+    }
+
+    /// What its guest is asked to have, bytes.
+    #[must_use]
+    pub(crate) fn target(&self) -> u64 {
+        lock(&self.now).target
+    }
+
+    /// The components of XCR0 that its guests may have on this host.
+    #[must_use]
+    pub(crate) fn xcr0_mask(&self) -> u64 {
+        self.hypervisor.info().xcr0_mask
     }
 
     /// Waits for the end of a VM, starting it again when it reboots.

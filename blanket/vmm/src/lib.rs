@@ -21,6 +21,7 @@ pub mod kernel;
 pub mod kvm;
 mod pressure;
 pub mod ring;
+pub mod saved;
 mod shared_page;
 pub mod trace;
 pub mod vm;

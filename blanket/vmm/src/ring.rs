@@ -45,15 +45,21 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// A ring of a fresh page: both indices are 0.
+    /// A ring in which our index is `index`: 0 in a fresh page.
     #[must_use]
-    pub fn new(memory: Arc<GuestMemory>, page: Gfn, place: Place) -> Self {
+    pub fn new(memory: Arc<GuestMemory>, page: Gfn, place: Place, index: u32) -> Self {
         Self {
             memory,
             page: GuestAddress(page.base()),
             place,
-            index: 0,
+            index,
         }
+    }
+
+    /// Our index.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
     }
 
     /// Takes at most `max` bytes that the guest has produced, and tells the guest.
@@ -170,9 +176,9 @@ mod tests {
         fn bytes_come_out_as_they_went_in(steps in proptest::collection::vec((any::<bool>(), 0usize..50), 1..200)) {
             let memory = memory();
             // The same code plays the guest: producer here, consumer there.
-            let mut producer = Ring::new(Arc::clone(&memory), Gfn(1), PLACE);
-            let mut consumer = Ring::new(memory, Gfn(1), PLACE);
-            let mut model = VecDeque::new();
+            let mut producer = Ring::new(Arc::clone(&memory), Gfn(1), PLACE, 0);
+            let mut consumer = Ring::new(memory, Gfn(1), PLACE, 0);
+            let mut model: VecDeque<u8> = VecDeque::new();
             let mut next = 0u8;
             for (produce, count) in steps {
                 if produce {
@@ -194,11 +200,12 @@ mod tests {
             indices in proptest::collection::vec((any::<u32>(), any::<u32>()), 1..50),
         ) {
             let memory = memory();
-            let mut out = Ring::new(Arc::clone(&memory), Gfn(1), PLACE);
+            let mut out = Ring::new(Arc::clone(&memory), Gfn(1), PLACE, 0);
             let mut ring_in = Ring::new(
                 Arc::clone(&memory),
                 Gfn(1),
                 Place { data: 128, producer: 8, consumer: 12, ..PLACE },
+                0,
             );
             for (a, b) in indices {
                 memory.write_obj(a, GuestAddress(4096)).expect("inside");

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use blanket_abi::xen::io::xenstore as page;
 use blanket_devices::bus::Changed;
-use blanket_xenstore::{ConnId, Connection, DomId, DomainSpec, Errno, Path, Store, wire};
+use blanket_xenstore::state::{ConnectionState, RestoreError, StoreState};
+use blanket_xenstore::{ConnId, Connection, DomId, DomainSpec, Errno, Path, Quotas, Store, wire};
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::builder::{Domain, STORE_PORT};
@@ -33,6 +35,22 @@ pub struct Xenstore {
     inner: Mutex<Inner>,
     /// How many of the host's threads want it.
     waiting: AtomicU32,
+}
+
+/// A store and its ring as plain data (`docs/formats.md`, "A saved VM").
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    store: StoreState,
+    connection: ConnectionState,
+    /// Number of the host's client.
+    host: u32,
+    /// Our indices: of the requests, of the replies.
+    indices: [u32; 2],
+    /// Taken from the ring, and not carried out.
+    unread: Vec<u8>,
+    /// The guest has broken its ring.
+    closed: bool,
 }
 
 struct Inner {
@@ -64,17 +82,7 @@ impl Xenstore {
         store.introduce(host, spec)?;
         store.watch(host, &format!("{}/device", Path::home(spec.domain)), b"bus")?;
         let guest = Connection::new(&mut store, spec.domain);
-        let ring = |data, producer, consumer| {
-            let place = Place {
-                data,
-                size: page::RING_SIZE,
-                producer,
-                consumer,
-            };
-            Ring::new(Arc::clone(&domain.memory), domain.layout.store, place)
-        };
-        let error = GuestAddress(domain.layout.store.base() + page::ERROR as u64);
-        let features = GuestAddress(domain.layout.store.base() + page::SERVER_FEATURES as u64);
+        let features = GuestAddress(domain.store.base() + page::SERVER_FEATURES as u64);
         // A page of the domain's own RAM; a guest that does not read them has the oldest
         // protocol.
         let _ = domain
@@ -84,17 +92,51 @@ impl Xenstore {
             domain: spec.domain,
             machine,
             waiting: AtomicU32::new(0),
-            inner: Mutex::new(Inner {
-                store,
-                host,
-                guest,
-                requests: ring(page::REQ, page::REQ_PROD, page::REQ_CONS),
-                replies: ring(page::RSP, page::RSP_PROD, page::RSP_CONS),
-                unread: Vec::new(),
-                error: Some((Arc::clone(&domain.memory), error)),
-                bus: None,
-            }),
+            inner: Mutex::new(Inner::new(domain, store, host, guest, [0; 2])),
         })
+    }
+
+    /// The store of a domain that was saved, which may hold what another program than
+    /// this one wrote: all of it is checked.
+    ///
+    /// # Errors
+    /// Which part of it cannot be.
+    pub fn restore(
+        domain: &Domain,
+        id: DomId,
+        state: State,
+        machine: Arc<dyn Machine>,
+    ) -> Result<Self, RestoreError> {
+        let store = Store::restore(state.store, Quotas::default())?;
+        let guest = Connection::restore(state.connection, &store)?;
+        let host = store
+            .client_by_number(state.host)
+            .ok_or(RestoreError::Client(state.host))?;
+        let mut inner = Inner::new(domain, store, host, guest, state.indices);
+        inner.unread = state.unread;
+        if state.closed {
+            inner.error = None;
+        }
+        Ok(Self {
+            domain: id,
+            machine,
+            waiting: AtomicU32::new(0),
+            inner: Mutex::new(inner),
+        })
+    }
+
+    /// Does `work` with the state of store and ring, which stay as they are meanwhile.
+    pub(crate) fn standing_still<T>(&self, work: impl FnOnce(State) -> T) -> T {
+        let inner = self.for_host();
+        let state = State {
+            store: inner.store.save(),
+            connection: inner.guest.save(),
+            host: inner.host.number(),
+            indices: [inner.requests.index(), inner.replies.index()],
+            unread: inner.unread.clone(),
+            closed: inner.error.is_none(),
+        };
+        work(state)
     }
 
     /// Asks the guest to end itself: `poweroff` or `reboot`.
@@ -184,6 +226,37 @@ struct Moved {
 }
 
 impl Inner {
+    /// A store, whose clients are `host` and `guest`, and a ring in which our indices are
+    /// the requests' and the replies'.
+    fn new(
+        domain: &Domain,
+        store: Store,
+        host: ConnId,
+        guest: Connection,
+        [requests, replies]: [u32; 2],
+    ) -> Self {
+        let ring = |data, producer, consumer, index| {
+            let place = Place {
+                data,
+                size: page::RING_SIZE,
+                producer,
+                consumer,
+            };
+            Ring::new(Arc::clone(&domain.memory), domain.store, place, index)
+        };
+        let error = GuestAddress(domain.store.base() + page::ERROR as u64);
+        Self {
+            store,
+            host,
+            guest,
+            requests: ring(page::REQ, page::REQ_PROD, page::REQ_CONS, requests),
+            replies: ring(page::RSP, page::RSP_PROD, page::RSP_CONS, replies),
+            unread: Vec::new(),
+            error: Some((Arc::clone(&domain.memory), error)),
+            bus: None,
+        }
+    }
+
     /// Tells the bus if domain 0's watch fired.
     fn tell_bus(&mut self) {
         let mut fired = false;

@@ -68,6 +68,15 @@ pub struct Config {
     pub inject: bool,
 }
 
+impl Config {
+    fn ram(&self) -> Ram {
+        Ram {
+            start: self.memory / PAGE_SIZE,
+            most: self.max_memory.max(self.memory) / PAGE_SIZE,
+        }
+    }
+}
+
 /// A domain in memory, ready to be given to the hypervisor.
 #[derive(Debug)]
 pub struct Domain {
@@ -77,8 +86,10 @@ pub struct Domain {
     pub frames: u64,
     /// What the hypervisor must know.
     pub boot: Boot,
-    /// Where everything is.
-    pub layout: Layout,
+    /// The frame of the xenstore's ring.
+    pub store: Gfn,
+    /// The frame of the console's ring.
+    pub console: Gfn,
 }
 
 /// Why a domain cannot be built.
@@ -136,11 +147,11 @@ pub enum Error {
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
-/// Builds a domain.
+/// Where everything of a domain is to be.
 ///
 /// # Errors
-/// Says what does not fit and how much would; nothing is left behind.
-pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<Domain, Error> {
+/// As for [`build`].
+pub fn plan(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<Layout, Error> {
     for size in [config.memory, config.max_memory.max(config.memory)] {
         if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
             return Err(Error::MemorySize(size));
@@ -152,13 +163,19 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     if config.cmdline.contains('\0') {
         return Err(Error::CmdlineNul);
     }
-    let ram = Ram {
-        start: config.memory / PAGE_SIZE,
-        most: config.max_memory.max(config.memory) / PAGE_SIZE,
-    };
+    let initrd_len = initrd.map_or(0, |bytes| bytes.len() as u64);
+    Layout::plan(kernel, initrd_len, config.ram())
+}
+
+/// Builds a domain.
+///
+/// # Errors
+/// Says what does not fit and how much would; nothing is left behind.
+pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<Domain, Error> {
+    let layout = plan(kernel, initrd, config)?;
+    let ram = config.ram();
     let initrd = initrd.filter(|bytes| !bytes.is_empty());
     let initrd_len = initrd.map_or(0, |bytes| bytes.len() as u64);
-    let layout = Layout::plan(kernel, initrd_len, ram)?;
 
     let state_base = layout.grants.end();
     let state_frames = state::frames(config.vcpus, ram.most);
@@ -210,7 +227,8 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
         memory: Arc::new(memory),
         frames,
         boot,
-        layout,
+        store: layout.store,
+        console: layout.console,
     })
 }
 
@@ -230,7 +248,8 @@ pub(crate) fn address(frame: Gfn) -> GuestAddress {
     GuestAddress(frame.base())
 }
 
-fn allocate(size: u64, mergeable: bool) -> Result<GuestMemory, Error> {
+/// Memory for a VM, all zero.
+pub(crate) fn allocate(size: u64, mergeable: bool) -> Result<GuestMemory, Error> {
     let size = size.next_multiple_of(FILE_ALIGN);
     let failed = |source| Error::HostMemory { size, source };
     let length = usize::try_from(size).map_err(|e| failed(io::Error::other(e)))?;

@@ -82,7 +82,8 @@ fn an_older_kernel_gets_its_hypercall_page() {
     }
     .kernel();
     let domain = built(&kernel, b"initrd", 64 * MIB, "");
-    let page = domain.layout.hypercall_page.expect("asked for");
+    let layout = plan(&kernel, Some(b"initrd"), &config(64 * MIB, "")).expect("it fits");
+    let page = layout.hypercall_page.expect("asked for");
     let mut stub = [0; 5];
     domain
         .memory
@@ -148,9 +149,10 @@ fn what_may_come_later_lies_above() {
     check_grows(&domain, &kernel, b"initrd", memory, most, "quiet");
     assert_eq!(domain.boot.shared_info * PAGE_SIZE, most);
     // Beside that, and the numbers in start info, it is the domain without.
-    let without = built(&kernel, b"initrd", memory, "quiet");
-    assert_eq!(domain.layout.p2m, without.layout.p2m);
-    assert_eq!(domain.layout.tables, without.layout.tables);
+    let layout = |config| plan(&kernel, Some(b"initrd"), &config).expect("it fits");
+    let (with, without) = (layout(grows), layout(config(memory, "quiet")));
+    assert_eq!(with.p2m, without.p2m);
+    assert_eq!(with.tables, without.tables);
 }
 
 #[test]

@@ -87,25 +87,52 @@ impl Console {
         }))
     }
 
-    /// Connects the ring of a VM that is about to start.
-    pub fn connect(&self, domain: &Domain, machine: Arc<dyn Machine>) {
-        let ring = |data, size, producer, consumer| {
+    /// Connects the ring of a VM that is about to start or to go on, with our indices in
+    /// it: of what comes from the guest, and of what goes to it.
+    pub fn connect(
+        &self,
+        domain: &Domain,
+        machine: Arc<dyn Machine>,
+        [from_guest, to_guest]: [u32; 2],
+    ) {
+        let ring = |data, size, producer, consumer, index| {
             let place = Place {
                 data,
                 size,
                 producer,
                 consumer,
             };
-            Ring::new(Arc::clone(&domain.memory), domain.layout.console, place)
+            Ring::new(Arc::clone(&domain.memory), domain.console, place, index)
         };
         let link = Link {
             machine,
-            from_guest: ring(page::OUT, page::OUT_SIZE, page::OUT_PROD, page::OUT_CONS),
-            to_guest: ring(page::IN, page::IN_SIZE, page::IN_PROD, page::IN_CONS),
+            from_guest: ring(
+                page::OUT,
+                page::OUT_SIZE,
+                page::OUT_PROD,
+                page::OUT_CONS,
+                from_guest,
+            ),
+            to_guest: ring(
+                page::IN,
+                page::IN_SIZE,
+                page::IN_PROD,
+                page::IN_CONS,
+                to_guest,
+            ),
             broken: false,
             reported: false,
         };
         lock(&self.state).link = Some(link);
+    }
+
+    /// Does `work` with our indices in the ring, which stay as they are meanwhile.
+    pub(crate) fn standing_still<T>(&self, work: impl FnOnce([u32; 2]) -> T) -> T {
+        let state = lock(&self.state);
+        let link = state.link.as_ref();
+        work(link.map_or([0; 2], |link| {
+            [link.from_guest.index(), link.to_guest.index()]
+        }))
     }
 
     /// Takes what a VM has still written, and forgets its ring.

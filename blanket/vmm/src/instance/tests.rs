@@ -68,6 +68,7 @@ impl Rings {
                     producer,
                     consumer,
                 },
+                0,
             )
         };
         use console_page as c;
@@ -609,9 +610,7 @@ fn the_layout_is_what_the_rings_of_this_test_assume() {
         store,
         console,
         ..
-    } = builder::build(&kernel, None, &config)
-        .expect("built")
-        .layout;
+    } = builder::plan(&kernel, None, &config).expect("it fits");
     assert_eq!((store.0, console.0), (start_info.0 + 1, start_info.0 + 2));
 }
 

@@ -209,6 +209,7 @@ impl Kvm {
             build_id: BUILD_ID,
             features: xsave | features::CPUID_PROFILE | isolates,
             tsc_khz,
+            xcr0_mask: cpuid.xcr0_mask.into(),
         };
         Ok(Self {
             kvm,

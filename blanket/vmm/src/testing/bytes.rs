@@ -108,7 +108,7 @@ pub fn ring(data: &[u8]) {
     let memory = Arc::new(memory);
     // Beyond the memory now and then: a page that is not there.
     let page = Gfn(u64::from(take.byte() % 4));
-    let mut ring = Ring::new(Arc::clone(&memory), page, place);
+    let mut ring = Ring::new(Arc::clone(&memory), page, place, 0);
     while !take.0.is_empty() {
         match take.byte() % 4 {
             0 => {

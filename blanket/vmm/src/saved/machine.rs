@@ -1,0 +1,170 @@
+//! What a saved VM is made of, and what of it a host must have.
+
+use std::collections::BTreeMap;
+
+use blanket_abi::device::{Boot, boot_flags};
+use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS};
+use blanket_abi::{Gfn, PAGE_SIZE, state};
+use serde::{Deserialize, Serialize};
+
+use super::{ResumeError, now_ns};
+use crate::builder::{self, Domain};
+use crate::devices::Devices;
+use crate::instance::{Instance, Running};
+use crate::sync::lock;
+
+/// What a saved VM is made of: the first chunk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Its name when it was saved.
+    pub name: String,
+    /// Its identity.
+    pub uuid: String,
+    /// RAM at the start, bytes.
+    pub memory: u64,
+    /// RAM that it can have at most, bytes.
+    pub max_memory: u64,
+    /// What its guest is asked to have, bytes.
+    pub target: u64,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Which kernel runs in it.
+    pub kernel: String,
+    /// Class and number of each of its devices, in the order in which they were added.
+    pub devices: Vec<(String, u32)>,
+    /// The components of XCR0 that it may have found.
+    pub xcr0_mask: u64,
+    /// Version of its core's state.
+    pub core: u64,
+    /// The boot record's words that its core and its backends still go by.
+    pub boot: BTreeMap<String, u64>,
+    /// Frames of its rings: the xenstore's, the console's.
+    pub rings: [u64; 2],
+    /// When it was stopped, ns since 1970 by the clock of its host.
+    pub stopped_at: u64,
+}
+
+/// The boot record as names and numbers; how it started is of no use any more.
+fn words(boot: &Boot) -> [(&'static str, u64); 8] {
+    [
+        ("ram_frames", boot.ram_frames),
+        ("start_frames", boot.start_frames),
+        ("shared_info", boot.shared_info),
+        ("grant_base", boot.grant_base),
+        ("grant_frames", boot.grant_frames),
+        ("state_base", boot.state_base),
+        ("state_frames", boot.state_frames),
+        ("flags", boot.flags),
+    ]
+}
+
+impl Machine {
+    pub(super) fn of(instance: &Instance, running: &Running, devices: &Devices) -> Self {
+        let spec = instance.spec();
+        let domain = &running.domain;
+        let named = |(name, word): (&str, u64)| (name.to_owned(), word);
+        Self {
+            name: spec.name.clone(),
+            uuid: instance.uuid().to_owned(),
+            memory: spec.memory,
+            max_memory: spec.most_memory(),
+            target: instance.target(),
+            vcpus: spec.vcpus,
+            kernel: instance.booted(),
+            devices: devices.numbers(),
+            xcr0_mask: instance.xcr0_mask(),
+            core: state::VERSION,
+            boot: words(&domain.boot).map(named).into(),
+            rings: [domain.store.0, domain.console.0],
+            stopped_at: now_ns(),
+        }
+    }
+
+    /// Whether it can go on as `instance`, on its host and with its devices.
+    pub(super) fn fits(&self, instance: &Instance) -> Result<(), ResumeError> {
+        let impossible = |why: String| Err(ResumeError::Impossible(why));
+        let spec = instance.spec();
+        if self.core != state::VERSION {
+            return impossible(format!(
+                "its core's state has version {}, and this program has version {}",
+                self.core,
+                state::VERSION
+            ));
+        }
+        if (self.vcpus, self.memory, self.max_memory)
+            != (spec.vcpus, spec.memory, spec.most_memory())
+        {
+            return impossible("it has another size".into());
+        }
+        let here = instance.xcr0_mask();
+        if self.xcr0_mask & !here != 0 || (self.xcr0_mask == 0) != (here == 0) {
+            return impossible(format!(
+                "its guest has found the CPU's XSAVE components {:#x}, and this host has {here:#x}",
+                self.xcr0_mask
+            ));
+        }
+        let there = lock(&instance.devices).numbers();
+        let named = |(class, number): &(String, u32)| match class.as_str() {
+            "vif" => format!("network {number} (--net)"),
+            _ => format!("disk {number} (--disk)"),
+        };
+        if let Some(missing) = self.devices.iter().find(|it| !there.contains(it)) {
+            return impossible(format!(
+                "it had {}, which is to be given again, as at its start",
+                named(missing)
+            ));
+        }
+        if let Some(more) = there.iter().find(|it| !self.devices.contains(it)) {
+            return impossible(format!("it had no {}; add it when it runs", named(more)));
+        }
+        Ok(())
+    }
+
+    fn word(&self, name: &str) -> Result<u64, ResumeError> {
+        let missing = || ResumeError::Impossible(format!("its boot record has no {name}"));
+        self.boot.get(name).copied().ok_or_else(missing)
+    }
+
+    /// Its domain, with memory that is all zero.
+    pub(super) fn domain(&self, mergeable: bool) -> Result<Domain, ResumeError> {
+        let impossible = |why: &str| ResumeError::Impossible(why.to_owned());
+        let flags = boot_flags::VERBOSE | boot_flags::INJECT | boot_flags::RESTORE;
+        let boot = Boot {
+            ram_frames: self.word("ram_frames")?,
+            start_frames: self.word("start_frames")?,
+            shared_info: self.word("shared_info")?,
+            grant_base: self.word("grant_base")?,
+            grant_frames: self.word("grant_frames")?,
+            state_base: self.word("state_base")?,
+            state_frames: self.word("state_frames")?,
+            flags: self.word("flags")? & flags | boot_flags::RESTORE,
+            store_port: builder::STORE_PORT,
+            console_port: builder::CONSOLE_PORT,
+            ..Boot::default()
+        };
+        if self.boot.len() != words(&boot).len() {
+            return Err(impossible("its boot record has words that are not known"));
+        }
+        let end = boot.state_base.checked_add(boot.state_frames);
+        let frames = end
+            .filter(|end| *end <= MAX_FRAMES)
+            .ok_or_else(|| impossible("it has more frames than there can be"))?;
+        let fits = self.vcpus <= MAX_VCPUS
+            && boot.ram_frames == self.max_memory / PAGE_SIZE
+            && boot.state_base >= boot.ram_frames
+            && boot.state_frames >= state::frames(self.vcpus, boot.ram_frames)
+            && self.rings.iter().all(|frame| *frame < boot.ram_frames);
+        if !fits {
+            return Err(impossible("its boot record is none"));
+        }
+        let memory = builder::allocate(frames * PAGE_SIZE, mergeable)?;
+        Ok(Domain {
+            memory: std::sync::Arc::new(memory),
+            frames,
+            boot,
+            store: Gfn(self.rings[0]),
+            console: Gfn(self.rings[1]),
+        })
+    }
+}
