@@ -11,7 +11,17 @@ fail() {
     exit 1
 }
 
+tunctl -t vm0 >/dev/null || fail "no tap"
+ip addr add 192.168.77.1/24 dev vm0
+ip link set vm0 up
+# What the VM sends on one connection through all of it.
+nc -l -p 7000 >stream &
+blanket disk create --format raw --size 1M disk.raw >/dev/null || fail "no image"
+
 cat >script <<'S'
+until [ -b /dev/xvda ] && [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+ip addr add 192.168.77.2/24 dev eth0
+ip link set eth0 up
 check() {
     while [ ! -e /tmp/stop ]; do
         dd if=/dev/urandom bs=64k count=8 2>/dev/null | tee /tmp/$1 | md5sum >/tmp/$1.sum
@@ -20,12 +30,21 @@ check() {
 }
 check a & a=$!
 check b & b=$!
+mkfifo /tmp/out
 n=0
 until [ $n = 150 ]; do
     n=$((n + 1))
+    # Not before the copy, with which a connection would go back in time.
+    if [ $n = 40 ]; then
+        nc 192.168.77.1 7000 </tmp/out &
+        exec 3>/tmp/out
+    fi
+    printf '%-512s' "BLOCK $n" | dd of=/dev/xvda bs=512 seek=$n conv=notrunc,fsync 2>/dev/null || echo WRONG disk
+    [ $n -lt 40 ] || echo "LINE $n" >&3
     echo "COUNT $n"
     sleep 0.1
 done
+exec 3>&-
 touch /tmp/stop
 wait $a && wait $b
 S
@@ -35,7 +54,8 @@ lab-initrd script >initrd
 start() {
     log=$1
     shift
-    blanket run --name vm --console file:$log.log --detach "$@" >/dev/null || fail "$log does not start"
+    blanket run --name vm --console file:$log.log --detach --disk disk.raw --net tap=vm0 "$@" >/dev/null ||
+        fail "$log does not start"
 }
 last() { grep -h '^COUNT' *.log | tr -d '\r' | sed 's/COUNT //' | sort -n | tail -n 1; }
 # Until it has counted on by this much.
@@ -61,7 +81,9 @@ until ! blanket stats vm >/dev/null 2>&1; do sleep 0.2; done
 # What it counted since was another future.
 mv first.log first
 tr -d '\r' <first | grep '^COUNT' >past
-blanket run --restore copy.vm --console file:second.log --name vm --detach >/dev/null || fail "it does not go on"
+! blanket run --restore copy.vm --net tap=vm0 --name vm 2>err || fail "without its disk"
+grep -q 'disk 51712 (--disk)' err || fail "no word about its disk: $(cat err)"
+start second --restore copy.vm
 until grep -q '^COUNT' second.log; do blanket stats vm >/dev/null 2>&1 || fail "it does not go on"; sleep 0.2; done
 next=$(tr -d '\r' <second.log | grep -m 1 '^COUNT' | sed 's/COUNT //')
 grep -qx "COUNT $((next - 1))" past || fail "it goes on at $next"
@@ -69,14 +91,17 @@ grep -qx "COUNT $((next - 1))" past || fail "it goes on at $next"
 [ "$(blanket ps --json | grep '"generation_id"')" != "$generation" ] || fail "its generation is the old one"
 counted 5
 
+until [ "$(last)" -gt 45 ]; do blanket stats vm >/dev/null 2>&1 || fail "the VM is gone"; sleep 0.2; done
 hosts=${HOSTS:-module}
+moves=0
 for host in $hosts; do
-    blanket save vm $host.vm || fail "not saved for $host"
+    moves=$((moves + 1))
+    blanket save vm $moves.vm || fail "not saved for $host"
     ! blanket stats vm 2>/dev/null || fail "it runs on"
     before=$(last)
-    start on-$host --restore $host.vm --host $host
+    start on-$host-$moves --restore $moves.vm --host $host
     counted 5
-    first=$(tr -d '\r' <on-$host.log | grep -m 1 '^COUNT' | sed 's/COUNT //')
+    first=$(tr -d '\r' <on-$host-$moves.log | grep -m 1 '^COUNT' | sed 's/COUNT //')
     [ "$first" = $((before + 1)) ] || fail "it counts $first after $before"
     blanket ps --json | grep -q "\"host\": \"$host\"" || fail "it is not on $host"
     blanket audit vm || fail "audit on $host"
@@ -103,4 +128,11 @@ until tr -d '\r' <"$(ls -t on-*.log | head -n 1)" | grep -q '^GUEST-EXIT'; do
 done
 tr -d '\r' <"$(ls -t on-*.log | head -n 1)" | grep -qx 'GUEST-EXIT 0' || fail "it did not end well"
 ! grep -h WRONG *.log || fail "it computes wrong"
+n=1
+while [ $n -le 150 ]; do
+    block=$(dd if=disk.raw bs=512 skip=$n count=1 2>/dev/null)
+    [ "$block" = "$(printf '%-512s' "BLOCK $n")" ] || fail "block $n is $block"
+    n=$((n + 1))
+done
+seq 40 150 | sed 's/^/LINE /' | cmp - stream || fail "the connection broke: $(tail -n 1 stream)"
 echo SAVE-OK

@@ -46,8 +46,10 @@ pub struct Case {
     pub stress_ng: bool,
     /// Whether the VM has fio.
     pub fio: bool,
-    /// VMs have the driver of networks, and net-check instead of the other programs.
+    /// VMs have net-check instead of the other programs.
     pub net_check: bool,
+    /// Modules of the VM's kernel that its initrd loads.
+    pub drivers: &'static [&'static str],
     /// The instance has a disk of this image at /dev/vdb.
     pub image: Option<Variant>,
     /// The instance has Debian's ssh, passt and iperf3.
@@ -133,6 +135,7 @@ impl Default for Case {
             stress_ng: false,
             fio: false,
             net_check: false,
+            drivers: &[],
             image: None,
             network: false,
             timeout: 180,
@@ -350,10 +353,10 @@ fn single() -> Vec<Case> {
             },
             ..Case::default()
         },
-        hard_times("save", 420, SAVE),
+        save("save", SAVE),
         Case {
             cpu: "EPYC",
-            ..hard_times("save-between-hosts", 600, SAVE_BETWEEN)
+            ..save("save-between-hosts", SAVE_BETWEEN)
         },
         network("network", NETWORK, 900),
         long(kvm(network("kvm-network", NETWORK_4, 900))),
@@ -393,6 +396,7 @@ fn single() -> Vec<Case> {
         kvm(guest("kvm-hotplug", 300, 4, "abi-test hotplug")),
         kvm(Case {
             name: "kvm-abi-same-as-instance".into(),
+            long: true,
             timeout: 900,
             work: Work::Instance {
                 script: include_str!("../../tests/lab-scripts/compare-abi.sh"),
@@ -422,7 +426,7 @@ fn single() -> Vec<Case> {
         audit("audit"),
         kvm(audit("kvm-audit")),
         isolated(audit("audit")).expecting("isolated: the guest's roots show"),
-        isolated(kvm(audit("kvm-audit"))).expecting("isolated: the guest's roots show"),
+        long(isolated(kvm(audit("kvm-audit")))).expecting("isolated: the guest's roots show"),
         long(isolated(hostile("hostile"))),
         hostile("hostile"),
         kvm(hostile("kvm-hostile")),
@@ -467,6 +471,7 @@ fn single() -> Vec<Case> {
         kvm(long(memory_moves("kvm-memory-moves"))),
         kvm(Case {
             name: "kvm-shadow-paging".into(),
+            long: true,
             timeout: 900,
             work: Work::Instance {
                 script: include_str!("../../tests/lab-scripts/kvm-shadow-paging.sh"),
@@ -539,6 +544,7 @@ fn hard_times(name: &str, timeout: u64, script: &'static str) -> Case {
 fn disks(name: &str, timeout: u64, script: &'static str) -> Case {
     Case {
         fio: true,
+        drivers: &["xen_blkfront"],
         // zram's blocks are pages.
         modules: &["loop", "zram", "lzo_rle", "lz4"],
         ..hard_times(name, timeout, script)
@@ -580,10 +586,20 @@ fn ioctl_fuzz(name: &str, script: &'static str) -> Case {
     }
 }
 
+/// A VM with a disk and a network that is saved and goes on.
+fn save(name: &str, script: &'static str) -> Case {
+    Case {
+        drivers: &["xen_blkfront", "xen_netfront"],
+        modules: &["tun"],
+        ..hard_times(name, 600, script)
+    }
+}
+
 /// Two VMs and their networks.
 fn network(name: &str, script: &'static str, timeout: u64) -> Case {
     Case {
         net_check: true,
+        drivers: &["xen_netfront"],
         network: true,
         modules: &["tun", "bridge"],
         ..hard_times(name, timeout, script)

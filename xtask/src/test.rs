@@ -517,16 +517,12 @@ impl<'a> Bench<'a> {
         if case.fio {
             guest_files.extend(self.fio.clone());
         }
-        let drivers: Vec<&str> = [(case.fio, "xen_blkfront"), (case.net_check, "xen_netfront")]
-            .into_iter()
-            .filter_map(|(wanted, driver)| wanted.then_some(driver))
-            .collect();
         let mut guest = initramfs::guest(project, None, &guest_files)?;
-        if !drivers.is_empty()
+        if !case.drivers.is_empty()
             && let Some(flavour) = guests(case).first()
         {
             let kernel = kernels::fetch(project, *flavour)?;
-            guest.modules(project, &kernel, &drivers)?;
+            guest.modules(project, &kernel, case.drivers)?;
         }
         payload.guest_initrd(&guest)?;
         for flavour in guests(case) {
