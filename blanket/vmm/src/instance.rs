@@ -400,6 +400,7 @@ impl Instance {
             console_ring: (domain.console.0, CONSOLE_PORT),
         };
         let goes_on = saved.is_some();
+        let mut frames = domain.boot.start_frames;
         let (xenstore, console) = match saved {
             None => {
                 let fresh = Xenstore::new(&domain, &description, Arc::clone(&machine));
@@ -409,7 +410,7 @@ impl Instance {
                 machine: from,
                 state,
             }) => {
-                state.lay(&domain, machine.system_time()?, from.away())?;
+                frames = state.lay(&domain, machine.system_time()?, from.away())?;
                 let (store, console) = state.backends(&domain, &machine)?;
                 // What is another one's now, as its guest finds it.
                 for (node, value) in [
@@ -436,7 +437,7 @@ impl Instance {
         let mut devices = lock(&self.devices);
         devices.prune(None);
         let bus = self.bus(&devices, &domain, &machine, &ports, &xenstore, goes_on)?;
-        let balloon = Balloon::new(Arc::clone(&domain.memory), domain.boot.start_frames);
+        let balloon = Balloon::new(Arc::clone(&domain.memory), frames);
         let balloon = Arc::new(balloon);
         let backends = Backends {
             ports,

@@ -185,13 +185,13 @@ impl State {
     }
 
     /// Lays it where a core takes it up. `system_time` is the host's, ns, and the guest's
-    /// goes on as if `away` nanoseconds had passed.
+    /// goes on as if `away` nanoseconds had passed. How many frames of RAM the guest has.
     pub(crate) fn lay(
         &self,
         domain: &Domain,
         system_time: u64,
         away: u64,
-    ) -> Result<(), ResumeError> {
+    ) -> Result<u64, ResumeError> {
         let mut vm = self.vm()?;
         vm.time_offset = vm.system_time.wrapping_add(away).wrapping_sub(system_time);
         let laid = |result: Result<(), GuestMemoryError>| {
@@ -225,7 +225,8 @@ impl State {
             domain
                 .memory
                 .write_slice(&marks, at(domain, state::marks_at(vcpus))),
-        )
+        )?;
+        Ok(domain.boot.ram_frames.saturating_sub(vm.out))
     }
 }
 
