@@ -14,8 +14,9 @@ fail() {
 tunctl -t vm0 >/dev/null || fail "no tap"
 ip addr add 192.168.77.1/24 dev vm0
 ip link set vm0 up
-# What the VM sends on one connection through all of it.
-nc -l -p 7000 >stream &
+# What the VM sends on one connection through all of it. Its input stays open, or the other
+# end would take it for the end.
+tail -f /dev/null | nc -l -p 7000 >stream &
 blanket disk create --format raw --size 1M disk.raw >/dev/null || fail "no image"
 
 cat >script <<'S'
