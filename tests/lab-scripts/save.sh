@@ -110,18 +110,21 @@ for host in $hosts; do
 done
 
 # What is no saved VM, or is damaged, is refused in words.
+blanket disk create --format raw --size 1M spare.raw >/dev/null || fail "no image"
+tunctl -t vm1 >/dev/null || fail "no tap"
+spare="--name two --disk spare.raw --net tap=vm1"
 head -c 1000000 copy.vm >short.vm
-! blanket run --restore short.vm --name two 2>err || fail "half a file"
+! blanket run --restore short.vm $spare 2>err || fail "half a file"
 grep -q 'ends in the middle' err || fail "no word about half a file: $(cat err)"
 cp copy.vm flipped.vm
 printf 'X' | dd of=flipped.vm bs=1 seek=500000 conv=notrunc 2>/dev/null
-! blanket run --restore flipped.vm --name two 2>err || fail "a flipped byte"
+! blanket run --restore flipped.vm $spare 2>err || fail "a flipped byte"
 grep -q 'damaged' err || fail "no word about a flipped byte: $(cat err)"
-! blanket run --restore script --name two 2>err || fail "a script"
+! blanket run --restore script $spare 2>err || fail "a script"
 grep -q 'no saved VM' err || fail "no word about it: $(cat err)"
 ! blanket save vm copy.vm 2>err || fail "over another file"
 grep -q 'is there already' err || fail "no word about it: $(cat err)"
-! blanket run --restore copy.vm --memory 1G --name two 2>err || fail "another size"
+! blanket run --restore copy.vm --memory 1G $spare 2>err || fail "another size"
 
 until tr -d '\r' <"$(ls -t on-*.log | head -n 1)" | grep -q '^GUEST-EXIT'; do
     blanket stats vm >/dev/null 2>&1 || break
