@@ -590,7 +590,7 @@ mod tests {
             "a,bps=0K",
             "a,bps=5",
             "a,on-full=stop",
-            "a,cache=none",
+            "a,cache=much",
             "a,",
         ] {
             let error = wrong.parse::<DiskSpec>().expect_err(wrong);

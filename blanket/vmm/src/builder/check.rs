@@ -1,6 +1,7 @@
 //! Walks a built domain and verifies each promise of the boot protocol. It uses
 //! nothing of the builder but its result, and reads start info back by offset.
 
+use blanket_abi::state;
 use blanket_abi::{Gfn, PAGE_SIZE, Va};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -81,7 +82,9 @@ pub fn check_grows(
     assert_eq!(boot.ram_frames, most / PAGE_SIZE);
     assert_eq!(boot.rip, notes.entry);
     assert!(boot.shared_info >= boot.ram_frames && boot.grant_base > boot.shared_info);
-    assert_eq!(domain.frames, boot.grant_base + boot.grant_frames);
+    assert_eq!(boot.state_base, boot.grant_base + boot.grant_frames);
+    assert_eq!(boot.state_frames, state::frames(1, boot.ram_frames));
+    assert_eq!(domain.frames, boot.state_base + boot.state_frames);
 
     // start_info, found the way the guest finds it: through rsi.
     let (entry, _) = walk(domain, boot.start_info).expect("start_info is mapped");
