@@ -591,7 +591,7 @@ fn save(name: &str, script: &'static str) -> Case {
     Case {
         drivers: &["xen_blkfront", "xen_netfront"],
         modules: &["tun"],
-        ..hard_times(name, 600, script)
+        ..hard_times(name, 900, script)
     }
 }
 
