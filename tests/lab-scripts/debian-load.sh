@@ -57,6 +57,14 @@ until blanket ps --json | grep -q '"boots": 2'; do
 done
 login
 running
+# And one from outside.
+blanket reboot deb --timeout 600 || fail "it does not reboot"
+until blanket ps --json | grep -q '"boots": 3'; do
+    blanket stats deb >/dev/null 2>&1 || fail "deb is gone"
+    sleep 1
+done
+login
+running
 blanket stop deb --timeout 300 || fail "it does not power off"
 for image in one.raw two.qcow2; do blanket disk info $image || fail "$image"; done
 echo DEBIAN-OK

@@ -181,6 +181,14 @@ pub enum Command {
         #[arg(long, default_value = "60", value_parser = seconds)]
         timeout: Duration,
     },
+    /// Ask a VM's guest to reboot, and wait until it has ended for it
+    Reboot {
+        /// The VM
+        name: String,
+        /// Seconds that the guest has
+        #[arg(long, default_value = "60", value_parser = seconds)]
+        timeout: Duration,
+    },
     /// End a VM at once
     Kill {
         /// The VM

@@ -217,6 +217,16 @@ pub fn stop(name: &str, timeout: Duration) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// `blanket reboot`.
+pub fn reboot(name: &str, timeout: Duration) -> Result<ExitCode> {
+    let stream = Registry::open()?.connect(name)?;
+    let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+    ask(&stream, &Request::Reboot { timeout_ms })
+        .with_context(|| format!("{name} was not rebooted"))
+        .map_err(|error| hint(&error, "its guest may be hung: `blanket console` tells"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
 /// `blanket kill`.
 pub fn kill(name: &str) -> Result<ExitCode> {
     let registry = Registry::open()?;
@@ -229,7 +239,7 @@ pub fn kill(name: &str) -> Result<ExitCode> {
 
 /// Waits until the VM's process, which holds the connection, is gone, so that what
 /// the VM held is free again.
-fn wait_gone(mut stream: &UnixStream) {
+pub fn wait_gone(mut stream: &UnixStream) {
     // A connection that breaks says the same as one that ends.
     let _ = io::copy(&mut stream, &mut io::sink());
 }

@@ -90,6 +90,11 @@ pub enum Request {
         /// Milliseconds that it has.
         timeout_ms: u64,
     },
+    /// Ask its guest to reboot.
+    Reboot {
+        /// Milliseconds that it has to end.
+        timeout_ms: u64,
+    },
     /// End it.
     Kill,
     /// Attach to its console.
@@ -335,6 +340,12 @@ fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> 
                 Err(error) => Answer::Error(error.to_string()),
             }
         }
+        Ok(Request::Reboot { timeout_ms }) => {
+            match instance.reboot(Duration::from_millis(*timeout_ms)) {
+                Ok(()) => Answer::Done,
+                Err(error) => Answer::Error(error.to_string()),
+            }
+        }
         Ok(Request::Kill) => {
             instance.kill();
             Answer::Done
@@ -364,7 +375,9 @@ fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> 
         Ok(Request::Console) => instance.console().attach(stream.into()),
         // Held until this process, and with it the VM's memory and name, is gone,
         // or the client does not wait for that.
-        Ok(Request::Stop { .. } | Request::Kill) if matches!(answer, Answer::Done) => {
+        Ok(Request::Stop { .. } | Request::Kill | Request::Save { end: true })
+            if matches!(answer, Answer::Done | Answer::Saved { .. }) =>
+        {
             std::io::copy(&mut &stream, &mut std::io::sink())?;
         }
         _ => {}
@@ -405,7 +418,12 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
     ask_with(stream, request, &[])
 }
 
-fn ask_with(stream: &UnixStream, request: &Request, handed: &[BorrowedFd<'_>]) -> Result<Answer> {
+/// Asks a VM something, and hands it descriptors.
+pub fn ask_with(
+    stream: &UnixStream,
+    request: &Request,
+    handed: &[BorrowedFd<'_>],
+) -> Result<Answer> {
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     handing::send(stream, &line, handed).context("the VM does not listen")?;

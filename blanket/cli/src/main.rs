@@ -73,6 +73,7 @@ fn main() -> ExitCode {
         Command::Net { command } => net::command(&command),
         Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
+        Command::Reboot { name, timeout } => client::reboot(&name, timeout),
         Command::Kill { name } => client::kill(&name),
         Command::Keep(left) => keeper::command(&left),
         Command::Generate { what } => generate(&what),

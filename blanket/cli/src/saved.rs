@@ -1,11 +1,10 @@
 //! `blanket save`, and what `blanket run --restore` reads.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, ErrorKind, Read as _, Seek as _, Write};
+use std::io::{self, BufReader, BufWriter, ErrorKind, Seek as _, Write};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_vmm::instance::Instance;
@@ -13,12 +12,10 @@ use blanket_vmm::saved::{self, Machine};
 use serde::Serialize;
 
 use crate::args::Run;
-use crate::control::{Answer, Request, ask_vm_with};
+use crate::client::wait_gone;
+use crate::control::{Answer, Request, ask_with};
 use crate::exit::{hint, show};
 use crate::registry::Registry;
-
-/// How long the process of a VM that was saved may take to end.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is said of a VM that was saved.
 #[derive(Serialize)]
@@ -43,20 +40,21 @@ pub fn save(name: &str, file: &Path, keep_running: bool, json: bool) -> Result<E
     there()?;
     let part = Part::new(file)?;
     let request = Request::Save { end: !keep_running };
-    let answer = ask_vm_with(name, &request, &[part.file.as_fd()]);
-    let (bytes, pages, stood_ms) = match answer? {
+    let stream = Registry::open()?.connect(name)?;
+    let answer = ask_with(&stream, &request, &[part.file.as_fd()]);
+    let (bytes, pages, stood_ms) = match answer.with_context(|| name.to_owned())? {
         Answer::Saved {
             bytes,
             pages,
             stood_ms,
         } => (bytes, pages, stood_ms),
-        Answer::Error(why) => bail!("{name}: {why}"),
+        Answer::Gone => bail!("{name} ended before it was saved"),
         other => bail!("{name} answers {other:?}"),
     };
     there()?;
     part.keep(file)?;
     if !keep_running {
-        gone(name)?;
+        wait_gone(&stream);
     }
     let saved = Saved {
         bytes,
@@ -74,22 +72,6 @@ pub fn save(name: &str, file: &Path, keep_running: bool, json: bool) -> Result<E
         )
     })?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Waits until the process of a VM that ends is gone: then its name, images and networks are
-/// free.
-fn gone(name: &str) -> Result<()> {
-    let Ok(mut stream) = Registry::open()?.connect(name) else {
-        return Ok(());
-    };
-    stream.set_read_timeout(Some(PATIENCE))?;
-    // It asks nothing, and nobody answers: the socket is closed with the process.
-    match stream.read(&mut [0]) {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            bail!("{name} is saved, and its process does not end: `blanket kill {name}`")
-        }
-        _ => Ok(()),
-    }
 }
 
 /// A file that is not whole yet. It is removed unless it is kept.

@@ -562,28 +562,34 @@ impl Instance {
     /// # Errors
     /// It did not within the time.
     pub fn stop(&self, timeout: Duration) -> Result<(), StopError> {
-        let running = {
-            let now = lock(&self.now);
-            let none = if now.boots == 0 {
-                StopError::NotStarted
-            } else {
-                StopError::Ended
-            };
-            now.running.clone().ok_or(none)?
-        };
+        let running = self.present_run()?;
         lock(&self.now).stopping += 1;
-        let result = running.xenstore.request_shutdown("poweroff");
-        if result.is_ok() && running.handle.wait_ended(timeout) {
-            return Ok(());
+        let result = ask_to_end(&running, "poweroff", timeout);
+        if result.is_err() {
+            // From here on a reboot is a reboot again.
+            lock(&self.now).stopping -= 1;
         }
-        // From here on a reboot is a reboot again.
-        lock(&self.now).stopping -= 1;
-        result.map_err(StopError::Xenstore)?;
-        let listening = running
-            .xenstore
-            .read("control/feature-poweroff")
-            .is_ok_and(|value| value.starts_with(b"1"));
-        Err(StopError::Timeout { timeout, listening })
+        result
+    }
+
+    /// Asks the guest to reboot and waits until it has ended for it: it is started again
+    /// then, unless a reboot is to end the VM.
+    ///
+    /// # Errors
+    /// It did not within the time.
+    pub fn reboot(&self, timeout: Duration) -> Result<(), StopError> {
+        ask_to_end(&self.present_run()?, "reboot", timeout)
+    }
+
+    /// What runs now.
+    fn present_run(&self) -> Result<Running, StopError> {
+        let now = lock(&self.now);
+        let none = if now.boots == 0 {
+            StopError::NotStarted
+        } else {
+            StopError::Ended
+        };
+        now.running.clone().ok_or(none)
     }
 
     /// Ends the VM at once, also one that is just rebooting.
@@ -792,6 +798,22 @@ fn give_back() {
     unsafe {
         libc::malloc_trim(0);
     }
+}
+
+/// Asks a guest to end itself in this way, and waits until it has.
+fn ask_to_end(running: &Running, how: &str, timeout: Duration) -> Result<(), StopError> {
+    running
+        .xenstore
+        .request_shutdown(how)
+        .map_err(StopError::Xenstore)?;
+    if running.handle.wait_ended(timeout) {
+        return Ok(());
+    }
+    let listening = running
+        .xenstore
+        .read(&format!("control/feature-{how}"))
+        .is_ok_and(|value| value.starts_with(b"1"));
+    Err(StopError::Timeout { timeout, listening })
 }
 
 /// A random UUID (RFC 9562, version 4).
