@@ -126,6 +126,13 @@ until [ "$(boots)" -ge 2 ] 2>/dev/null; do
     sleep 0.2
 done
 blanket kill again
+# One that is asked for from outside.
+start asked
+ticking asked
+blanket reboot asked --timeout 120 || fail "asked does not reboot"
+until_true "asked does not boot again" '[ "$(boots)" = 2 ]'
+ticking asked
+blanket kill asked
 echo "ok: reboots"
 
 # The limit of memory holds.
