@@ -126,8 +126,16 @@ until [ "$(boots)" -ge 2 ] 2>/dev/null; do
     sleep 0.2
 done
 blanket kill again
-# One that is asked for from outside.
-start asked
+# One that is asked for from outside: the kernel runs what an init would listen to.
+{
+    echo 'rm /bin/reboot'
+    echo "printf '#!/bin/sh\\nexec /bin/busybox reboot -f\\n' >/bin/reboot"
+    echo 'chmod 755 /bin/reboot'
+    cat tick
+} >obeys
+lab-initrd obeys >obeys.img
+blanket run --detach --name asked --kernel /guest/vmlinuz --initrd obeys.img --memory 128M \
+    --cmdline "quiet panic=-1" --console file:asked.log >/dev/null || fail "asked: $?"
 ticking asked
 blanket reboot asked --timeout 120 || fail "asked does not reboot"
 until_true "asked does not boot again" '[ "$(boots)" = 2 ]'
