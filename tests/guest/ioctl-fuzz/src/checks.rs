@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use blanket_abi::device::{
-    AUDIT, Boot, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, Info, RAISE, RAISE_VIRQ,
-    RECLAIM, RUN, TARGET, TRACE, boot_flags, create,
+    AUDIT, Boot, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, Info, PAUSE, RAISE,
+    RAISE_VIRQ, RECLAIM, RUN, TARGET, TRACE, boot_flags, create,
 };
 
 use crate::device::{Answer, close, in_child, ioctl, memory, mmap, open, vm};
@@ -84,6 +84,7 @@ fn core_image(c: &mut Checks, device: i32, machine: i32, vcpu: i32) {
         AUDIT,
         TARGET,
         RECLAIM,
+        PAUSE,
     ];
     let image = vec![0xccu8; 1 << 20];
     for (name, fd) in [("device", device), ("VM", machine), ("vCPU", vcpu)] {

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::Relaxed};
 
 use blanket_abi::device::{
-    AUDIT, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, RAISE, RAISE_VIRQ, RECLAIM, RUN,
-    TARGET, TRACE,
+    AUDIT, CREATE_VCPU, CREATE_VM, CreateVm, GET_INFO, GET_STATS, PAUSE, RAISE, RAISE_VIRQ,
+    RECLAIM, RUN, TARGET, TRACE,
 };
 
 use crate::device::{close, discard, in_child, ioctl, memory, mmap, mprotect, munmap, open, vm};
@@ -224,7 +224,7 @@ fn step(pool: &Pool, rng: &mut Rng) {
             }
         }
         19..23 => {
-            let cmd = rng.pick(&[RAISE, RAISE_VIRQ, TRACE, TARGET, RECLAIM]);
+            let cmd = rng.pick(&[RAISE, RAISE_VIRQ, TRACE, TARGET, RECLAIM, PAUSE]);
             if ioctl(fd, cmd, odd(rng, pool)).is_ok() {
                 pool.count(5);
             }
