@@ -1,16 +1,6 @@
 # A VM that computes is saved, and goes on from the file: on the same host, on the other one
 # (KVM and the module), and here while its copy is kept. No number that it counts is missing,
 # and nothing that it computes is wrong.
-cd "$(mktemp -d)" || exit 1
-fail() {
-    echo "FAILED: $*"
-    for log in *.log; do
-        echo "-- $log"
-        tail -n 40 "$log" | tr -d '\r'
-    done
-    exit 1
-}
-
 tunctl -t vm0 >/dev/null || fail "no tap"
 ip addr add 192.168.77.1/24 dev vm0
 ip link set vm0 up
@@ -76,6 +66,8 @@ uuid=$(blanket ps --json | grep '"uuid"')
 generation=$(blanket ps --json | grep '"generation_id"')
 
 blanket save vm copy.vm --keep-running || fail "not saved"
+[ "$(stat -c %a copy.vm)" = 600 ] || fail "others may read it: $(stat -c %a copy.vm)"
+[ ! -e copy.vm.part ] || fail "its part is left"
 counted 5
 blanket kill vm
 until ! blanket stats vm >/dev/null 2>&1; do sleep 0.2; done

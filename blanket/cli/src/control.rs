@@ -113,6 +113,17 @@ pub enum Request {
     },
 }
 
+/// What is said of a VM that was saved.
+#[derive(Debug, Serialize, Deserialize, PartialEq)]
+pub struct Saved {
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Pages of memory in it; the others are zero.
+    pub pages: u64,
+    /// Milliseconds for which the VM stood still.
+    pub stood_ms: u64,
+}
+
 /// What is answered.
 #[derive(Debug, Serialize, Deserialize, PartialEq)]
 #[serde(rename_all = "kebab-case")]
@@ -128,14 +139,7 @@ pub enum Answer {
     /// How far its guest came with its memory.
     Balloon(Memory),
     /// It was written.
-    Saved {
-        /// Bytes of the file.
-        bytes: u64,
-        /// Pages in it.
-        pages: u64,
-        /// Milliseconds for which it stood still.
-        stood_ms: u64,
-    },
+    Saved(Saved),
     /// Its disks.
     Disks(Vec<DiskInfo>),
     /// Its networks.
@@ -376,7 +380,7 @@ fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> 
         // Held until this process, and with it the VM's memory and name, is gone,
         // or the client does not wait for that.
         Ok(Request::Stop { .. } | Request::Kill | Request::Save { end: true })
-            if matches!(answer, Answer::Done | Answer::Saved { .. }) =>
+            if matches!(answer, Answer::Done | Answer::Saved(_)) =>
         {
             std::io::copy(&mut &stream, &mut std::io::sink())?;
         }

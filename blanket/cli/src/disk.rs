@@ -30,7 +30,7 @@ pub const HELP: &str = "\
 Adds a disk: PATH[,OPTION]..., an image or a block device. A comma in the path is written twice. Options: \
 `ro` (refuse writes), `format=raw|qcow2|vmdk|vhd` (otherwise name and content must agree), `backing=DIR` \
 (a directory outside the image's own whose files it may stand on), `lock=off`, `queues=N`, \
-`cache=none|writeback` (a raw image past the instance'''s page cache or through it; past it by default if it is a block \
+`cache=none|writeback` (a raw image past the instance's page cache or through it; past it by default if it is a block \
 device), \
 `on-full=wait|fail` (what happens when the host has no space left; waits by default), `bps=SIZE` and \
 `iops=N` (limits for each second), `persistent` (offer persistent grants). The guest calls them xvda, xvdb, \

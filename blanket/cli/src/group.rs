@@ -87,9 +87,9 @@ fn beside(memory: u64, cpus: u32, shadow: Option<u64>) -> u64 {
 
 /// The limits that were asked for, or that a VM has anyhow.
 fn limits(run: &Run) -> Limits {
-    let most = run
-        .memory
-        .saturating_add(beside(run.memory, run.cpus, run.shadow_memory));
+    // As much as it may ever be given.
+    let memory = run.max_memory.unwrap_or(run.memory);
+    let most = memory.saturating_add(beside(memory, run.cpus, run.shadow_memory));
     Limits {
         memory: Some(run.memory_max.unwrap_or(most)),
         cpu: run.cpu_max,
@@ -97,10 +97,14 @@ fn limits(run: &Run) -> Limits {
     }
 }
 
+/// Whether a limit was asked for, without which the VM must not run.
+fn asked(run: &Run) -> bool {
+    run.memory_max.is_some() || run.cpu_max.is_some() || run.pids_max.is_some()
+}
+
 /// Chooses where the VM `name` is limited, and makes its group.
 pub fn prepare(run: &Run, name: &str) -> Result<Place> {
     let limits = limits(run);
-    let wanted = run.memory_max.is_some() || run.cpu_max.is_some() || run.pids_max.is_some();
     // A name that is never somebody else's.
     let unit = format!("blanket-{name}-{}", std::process::id());
     match &run.cgroup {
@@ -119,7 +123,7 @@ pub fn prepare(run: &Run, name: &str) -> Result<Place> {
             });
             match made {
                 Ok(group) => Ok(Place::Group(group)),
-                Err(error) if wanted => Err(next(error, run)),
+                Err(error) if asked(run) => Err(next(error, run)),
                 Err(error) => Ok(Place::Nowhere(error.to_string())),
             }
         }
@@ -137,7 +141,6 @@ impl Place {
 
     /// Moves this process there.
     pub fn enter(self, run: &Run) -> Result<Limited> {
-        let asked = run.memory_max.is_some() || run.cpu_max.is_some() || run.pids_max.is_some();
         let path = match self {
             Self::Nowhere(why) => return Ok(unlimited(why)),
             Self::Group(group) => {
@@ -146,7 +149,7 @@ impl Place {
             }
             Self::Scope(unit, limits) => match scope(&unit, &limits) {
                 Ok(path) => path,
-                Err(error) if asked => {
+                Err(error) if asked(run) => {
                     let next = "leave the limits out, or give --cgroup a group of yours";
                     return Err(hint(&error, next));
                 }
@@ -305,7 +308,10 @@ fn scope(unit: &str, limits: &Limits) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+    use crate::args::{Arguments, Command};
 
     #[test]
     fn choices() {
@@ -320,6 +326,22 @@ mod tests {
         let mib = |bytes: u64| bytes >> 20;
         assert_eq!(mib(beside(256 << 20, 1, None)), 64 + 1 + 30 + 1);
         assert_eq!(mib(beside(256 << 20, 4, Some(8 << 20))), 64 + 4 + 12 + 1);
+    }
+
+    #[test]
+    fn a_vm_that_may_grow_has_room_for_it() {
+        let limit = |more: &[&str]| {
+            let words = ["blanket", "run", "--kernel", "k", "--memory", "256M"];
+            let cli = Arguments::try_parse_from(words.iter().chain(more)).expect("arguments");
+            let Command::Run(run) = cli.command else {
+                panic!("not run");
+            };
+            limits(&run).memory.expect("a limit")
+        };
+        assert_eq!(limit(&[]), (256 << 20) + beside(256 << 20, 1, None));
+        let largest = (1 << 30) + beside(1 << 30, 1, None);
+        assert_eq!(limit(&["--max-memory", "1G"]), largest);
+        assert_eq!(limit(&["--memory-max", "300M"]), 300 << 20);
     }
 
     #[test]

@@ -106,8 +106,11 @@ impl Instance {
             },
         );
         let stood = begun.elapsed();
-        // One that has ended has no use for it, and is not hurt by it.
-        running.bus.go_on();
+        // What is written down is all that has happened: where the VM has ended, its
+        // devices do nothing more of what it asked for.
+        if !(end && matches!(outcome, Ok(Ok(_)))) {
+            running.bus.go_on();
+        }
         let (bytes, pages) = outcome??;
         tracing::info!(bytes, pages, ?stood, "the VM is written down");
         Ok(Saved {

@@ -470,20 +470,23 @@ impl Shared {
             self.write_shared()?;
             Ok(work())
         });
-        let done = match stood {
-            Ok((done, Then::End(end))) => {
+        let stood = stood.map(|(done, then)| match then {
+            Then::End(end) => {
                 // Before anything lets them go: not one instruction more.
                 self.end(end);
-                Ok(done)
+                (done, true)
             }
-            Ok((done, Then::GoOn)) => Ok(done),
-            Err(error) => Err(error),
-        };
+            Then::GoOn => (done, false),
+        });
         let went_on = self.machine.pause(pause::NONE);
         lock(&self.state).still = Still::No;
         self.changed.notify_all();
-        went_on?;
-        done
+        let (done, ended) = stood?;
+        // What has ended has nowhere to go on to, and its work is done all the same.
+        if !ended {
+            went_on?;
+        }
+        Ok(done)
     }
 
     /// Has all vCPUs stand still.
