@@ -150,9 +150,13 @@ impl Machine {
         let frames = end
             .filter(|end| *end <= MAX_FRAMES)
             .ok_or_else(|| impossible("it has more frames than there can be"))?;
-        let fits = self.vcpus <= MAX_VCPUS
+        let grants = boot.grant_base.checked_add(boot.grant_frames);
+        let fits = (1..=MAX_VCPUS).contains(&self.vcpus)
             && boot.ram_frames == self.max_memory / PAGE_SIZE
-            && boot.state_base >= boot.ram_frames
+            && boot.start_frames <= boot.ram_frames
+            && (boot.ram_frames..boot.state_base).contains(&boot.shared_info)
+            && boot.grant_base >= boot.ram_frames
+            && grants.is_some_and(|end| end <= boot.state_base)
             && boot.state_frames >= state::frames(self.vcpus, boot.ram_frames)
             && self.rings.iter().all(|frame| *frame < boot.ram_frames);
         if !fits {
@@ -166,5 +170,87 @@ impl Machine {
             store: Gfn(self.rings[0]),
             console: Gfn(self.rings[1]),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> Machine {
+        let (ram, grants) = (1024, 32);
+        let base = ram + 1 + grants;
+        let boot = Boot {
+            ram_frames: ram,
+            start_frames: ram,
+            shared_info: ram,
+            grant_base: ram + 1,
+            grant_frames: grants,
+            state_base: base,
+            state_frames: state::frames(1, ram),
+            ..Boot::default()
+        };
+        Machine {
+            name: "web".into(),
+            uuid: String::new(),
+            memory: ram * PAGE_SIZE,
+            max_memory: ram * PAGE_SIZE,
+            target: ram * PAGE_SIZE,
+            vcpus: 1,
+            kernel: "6.1".into(),
+            devices: Vec::new(),
+            xcr0_mask: 7,
+            core: state::VERSION,
+            boot: words(&boot)
+                .map(|(name, word)| (name.to_owned(), word))
+                .into(),
+            rings: [1, 2],
+            stopped_at: 0,
+        }
+    }
+
+    #[test]
+    fn a_domain_of_numbers_that_fit() {
+        let domain = machine().domain(false).expect("it fits");
+        assert_eq!(
+            domain.frames,
+            domain.boot.state_base + domain.boot.state_frames
+        );
+        assert_ne!(domain.boot.flags & boot_flags::RESTORE, 0);
+    }
+
+    #[test]
+    fn numbers_that_do_not_fit_are_refused() {
+        let refused = |what: &str, change: &dyn Fn(&mut Machine)| {
+            let mut machine = machine();
+            change(&mut machine);
+            assert!(machine.domain(false).is_err(), "{what}");
+        };
+        for (name, word) in [
+            ("ram_frames", 1023),
+            ("start_frames", 1025),
+            ("shared_info", 1023),
+            ("shared_info", u64::MAX),
+            ("grant_base", 1023),
+            ("grant_base", u64::MAX),
+            ("grant_frames", 33),
+            ("state_base", 1056),
+            ("state_base", u64::MAX),
+            ("state_frames", 1),
+            ("state_frames", MAX_FRAMES),
+        ] {
+            refused(name, &|machine| {
+                machine.boot.insert(name.into(), word);
+            });
+        }
+        refused("a word too few", &|machine| {
+            machine.boot.remove("flags");
+        });
+        refused("a word too many", &|machine| {
+            machine.boot.insert("more".into(), 1);
+        });
+        refused("no vCPU", &|machine| machine.vcpus = 0);
+        refused("too many vCPUs", &|machine| machine.vcpus = MAX_VCPUS + 1);
+        refused("a ring beyond its RAM", &|machine| machine.rings[1] = 1024);
     }
 }
