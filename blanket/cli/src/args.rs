@@ -278,7 +278,7 @@ pub struct Run {
     #[arg(long, value_name = "WHERE", default_value = "auto", long_help = group::HELP)]
     pub cgroup: group::Choice,
     /// Most memory of the VM's process, all in all
-    /// [default: --memory and what the VM may use beside it]
+    /// [default: its memory at its largest, and what it may use beside it]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub memory_max: Option<u64>,
     /// Most CPU time, per cent of one CPU, such as 150 [default: no limit]

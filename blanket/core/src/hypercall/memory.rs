@@ -132,9 +132,8 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// The guest gets frames that it has given up, or had not at the start, up to its
-    /// target. The answer is
-    /// how many; what is in them is zero, or what it was if the guest was so fast that
-    /// the host had not taken them.
+    /// target. The answer is how many; what is in them is zero, or what it was if the
+    /// guest was so fast that the host had not taken them.
     fn populate_physmap(&mut self, ptr: u64) -> Hyper {
         let (list, n) = self.extents(ptr)?;
         let ram = self.vm.boot.ram_frames;
