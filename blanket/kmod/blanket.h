@@ -262,6 +262,8 @@ struct blanket_audit {
 #define BLANKET_PAUSE_NONE	0
 #define BLANKET_PAUSE_VCPUS	1
 #define BLANKET_PAUSE_VM	2
+#define BLANKET_PAUSE_LOG	3
+#define BLANKET_PAUSE_NO_LOG	4
 
 /* ---- between the module and the core ---- */
 

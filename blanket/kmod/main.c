@@ -236,7 +236,7 @@ static long vm_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		WRITE_ONCE(vm->page->target, arg);
 		return 0;
 	case BLANKET_PAUSE:
-		if (arg > BLANKET_PAUSE_VM)
+		if (arg > BLANKET_PAUSE_NO_LOG)
 			return -EINVAL;
 		smp_store_release(&vm->page->pause, (u32)arg);
 		for (id = 0; id < vm->nr_vcpus; id++)

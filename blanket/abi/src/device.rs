@@ -527,6 +527,11 @@ pub mod pause {
     pub const VCPUS: u32 = 1;
     /// All vCPUs have: vCPU 0, run once more, writes down what they share.
     pub const VM: u32 = 2;
+    /// All vCPUs have: vCPU 0, run once more, writes down which frames of RAM were written
+    /// since it did so last. The first time it begins to note that.
+    pub const LOG: u32 = 3;
+    /// All vCPUs have: vCPU 0, run once more, ceases to note what is written.
+    pub const NO_LOG: u32 = 4;
 }
 
 /// Values of [`VmPage::host`].

@@ -11,7 +11,11 @@
 //! | 1 to 8 | the ports, one word for each: [`PORTS_AT`] |
 //! | 9 + 2 *i* | vCPU *i*'s [`VcpuState`] |
 //! | 10 + 2 *i* | its FPU, as FXSAVE or XSAVE (not compacted) write it |
-//! | 9 + 2 *n* to the end | a byte for each frame of RAM: [`mark`] |
+//! | from 9 + 2 *n* on | a byte for each frame of RAM: [`mark`] |
+//! | the last ones ([`log_at`]) | a bit for each frame of RAM: the dirty log |
+//!
+//! The dirty log is no part of the state: the core writes it when it is asked for it
+//! ([`crate::device::pause::LOG`]).
 //!
 //! Both records consist of words with names, so that who stores them need not know
 //! what they mean: see [`VmState::FIELDS`].
@@ -19,7 +23,7 @@
 use crate::xen::event::PORTS;
 
 /// Version of all of it. A core takes up only what a core of the same version wrote.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// First frame of the ports.
 pub const PORTS_AT: u64 = 1;
@@ -29,7 +33,7 @@ pub const VCPUS_AT: u64 = PORTS_AT + PORTS as u64 / 512;
 /// Frames that a VM needs for its state.
 #[must_use]
 pub const fn frames(nr_vcpus: u32, ram_frames: u64) -> u64 {
-    marks_at(nr_vcpus) + ram_frames.div_ceil(4096)
+    log_at(nr_vcpus, ram_frames) + ram_frames.div_ceil(LOG_PER_FRAME)
 }
 
 /// Frame of a vCPU's [`VcpuState`]; its FPU is in the next one.
@@ -42,6 +46,16 @@ pub const fn vcpu_at(id: u32) -> u64 {
 #[must_use]
 pub const fn marks_at(nr_vcpus: u32) -> u64 {
     vcpu_at(nr_vcpus)
+}
+
+/// Frames of RAM that a frame of the dirty log has a bit for.
+pub const LOG_PER_FRAME: u64 = 8 * crate::PAGE_SIZE;
+
+/// First frame of the dirty log: bit *g* % 64 of word *g* / 64 is set if frame *g* of RAM
+/// was written.
+#[must_use]
+pub const fn log_at(nr_vcpus: u32, ram_frames: u64) -> u64 {
+    marks_at(nr_vcpus) + ram_frames.div_ceil(4096)
 }
 
 /// What the byte of a frame of RAM says.

@@ -92,7 +92,7 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Standing frames: those that the core reaches for at any moment.
-    fn standing_frames(&self) -> impl Iterator<Item = Gfn> {
+    pub(crate) fn standing_frames(&self) -> impl Iterator<Item = Gfn> {
         let place = |p: Place| p.gfn;
         let infos = self.vm.infos.iter().take(self.vm.nr_vcpus as usize);
         let infos = infos.map(|p| p.load(SeqCst)).filter(|&p| p != 0);

@@ -63,12 +63,17 @@ impl<M: Machine> Context<'_, M> {
             let offset = idx(at.0 % PAGE_SIZE);
             let end = len.min(done + idx(PAGE_SIZE) - offset);
             let mut rounds = Rounds::new(self.v.revocations);
-            while !self
-                .translate(at, write)
-                .is_some_and(|gfn| copy(self.m, gfn, offset, done..end))
-            {
+            let gfn = loop {
+                if let Some(gfn) = self.translate(at, write)
+                    && copy(self.m, gfn, offset, done..end)
+                {
+                    break gfn;
+                }
                 rounds.next(self.v.revocations)?;
                 self.resolve(at, write)?;
+            };
+            if write {
+                self.note_written(gfn);
             }
             done = end;
         }

@@ -62,6 +62,9 @@ pub struct Vm {
     /// What is added to the host's system time to get the guest's, ns, modulo 2^64.
     /// Set before the first vCPU runs.
     pub time_offset: AtomicU64,
+    /// Whether it is noted which frames are written, as [`Mmu::logging`]: to be read
+    /// without the lock. Changes only while all vCPUs stand still.
+    pub logging: AtomicBool,
     /// Bit per vCPU that begins with a state that another core has written down.
     pub resumed: AtomicU64,
 }
@@ -106,6 +109,7 @@ impl Vm {
             shutdown_code: AtomicU64::new(0),
             runstate_flag: AtomicBool::new(false),
             time_offset: AtomicU64::new(0),
+            logging: AtomicBool::new(false),
             resumed: AtomicU64::new(0),
         }
     }

@@ -11,100 +11,28 @@ use blanket_abi::device::{boot_flags, crash, exit, pause};
 use blanket_abi::state::{self, VcpuState, VmState, life, mark};
 use blanket_abi::xen::hypercall::{self as nr, sched, vcpu};
 use blanket_abi::xen::shared::{runstate, shared_info};
-use blanket_core::context::Context;
 use blanket_core::machine::FpuImage;
 use blanket_core::vcpu::State;
 use common::calls::{op, play};
 use common::guest::{Guest, KERNEL_RW, TEXT};
-use common::{FakeMachine, Setup, World, fuzz};
+use common::still;
+use common::{Setup, World, fuzz};
 use proptest::prelude::*;
-use std::cell::RefCell;
-use std::rc::Rc;
 use std::sync::atomic::Ordering::SeqCst;
 
-/// All vCPUs stand still, one inside the other as their threads would beside each other,
-/// and vCPU 0 writes down what they share. What each said of it.
-fn stand_still(w: &mut World) -> Vec<i64> {
-    w.m.page.pause.store(pause::VCPUS, SeqCst);
-    let said = Rc::new(RefCell::new(Vec::new()));
-    // From the last vCPU to the first: the hook of each runs the next.
-    let vm = w.vm;
-    let mut rest: Vec<_> = (0u32..)
-        .zip(
-            std::mem::take(&mut w.fast)
-                .into_iter()
-                .zip(std::mem::take(&mut w.regs)),
-        )
-        .collect();
-    let back = Rc::new(RefCell::new(Vec::new()));
-    stand(&w.m, vm, &mut rest, &said, &back);
-    let mut parts = back.take();
-    parts.sort_by_key(|(id, _)| *id);
-    for (_, (fast, regs)) in parts {
-        w.fast.push(fast);
-        w.regs.push(regs);
-    }
-    let said = said.take();
-    assert_eq!(w.m.page.pause.load(SeqCst), pause::NONE);
-    said
-}
-
-type Parts = (
-    u32,
-    (blanket_core::vcpu::Fast, blanket_core::vcpu::TrapFrame),
-);
-
-fn stand(
-    m: &FakeMachine,
-    vm: &'static blanket_core::vm::Vm,
-    rest: &mut Vec<Parts>,
-    said: &Rc<RefCell<Vec<i64>>>,
-    back: &Rc<RefCell<Vec<Parts>>>,
-) {
-    let Some((id, (mut fast, mut regs))) = rest.pop() else {
-        return;
+/// What `work` says; `None` if the guest has ended by its own fault, for one that has no
+/// stack for an event.
+fn lives<T>(w: &mut World, work: impl FnOnce(&mut World) -> T) -> Option<T> {
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(w)));
+    let own = |w: &World| {
+        let crashed = w.m.crashed.borrow_mut().take();
+        crashed.is_some_and(|it| it.why == crash::GUEST)
     };
-    let cell = &vm.vcpus[id as usize];
-    let started = vm.states[id as usize].get() == State::UP || id == 0;
-    if !started {
-        stand(m, vm, rest, said, back);
-        back.borrow_mut().push((id, (fast, regs)));
-        return;
+    match done {
+        Ok(done) => Some(done),
+        Err(_) if own(w) => None,
+        Err(panic) => std::panic::resume_unwind(panic),
     }
-    {
-        let mut v = cell.try_lock().expect("a vCPU runs once");
-        m.be(id);
-        let mut c = Context {
-            m,
-            vm,
-            v: &mut v,
-            fast: &mut fast,
-            f: &mut regs,
-        };
-        let mut below = std::mem::take(rest);
-        let (said, back) = (Rc::clone(said), Rc::clone(back));
-        m.set_hook(move |m, e| {
-            if e.reason != exit::PAUSED {
-                return None;
-            }
-            assert_eq!(e.vcpu, id);
-            said.borrow_mut().push(e.args[0].cast_signed());
-            if below.is_empty() {
-                let next = match m.page.pause.load(SeqCst) {
-                    pause::VCPUS => pause::VM,
-                    _ => pause::NONE,
-                };
-                m.page.pause.store(next, SeqCst);
-            } else {
-                stand(m, vm, &mut below, &said, &back);
-            }
-            Some(0)
-        });
-        m.kick(id);
-        c.prepare_return();
-        m.clear_hook();
-    }
-    back.borrow_mut().push((id, (fast, regs)));
 }
 
 /// Another VM with a copy of the memory, taken up.
@@ -227,7 +155,7 @@ fn a_vm_goes_on_in_another_core() {
     let given = g.stack + 20;
     assert_eq!(w.balloon(0, nr::memory::DECREASE_RESERVATION, &[given]), 1);
 
-    assert_eq!(stand_still(&mut w), [0, 0, 0]);
+    assert_eq!(still::stand(&mut w, &[pause::VM]), [0, 0, 0]);
     let record = vcpu_record(&w, 0);
     assert_eq!(record.life, life::UP);
     assert_eq!(record.frame[0], TEXT + 0x77);
@@ -261,7 +189,7 @@ fn system_time_goes_on_from_where_it_was() {
     let (mut w, _) = World::booted(Setup::default());
     w.m.tsc.set(5_000_000);
     assert_eq!(w.call(0, nr::SET_TIMER_OP, &[6_000_000]), 0);
-    assert_eq!(stand_still(&mut w), [0, 0]);
+    assert_eq!(still::stand(&mut w, &[pause::VM]), [0, 0]);
     let frame = w.m.words(w.setup.state_base());
     let at = |name: &str| {
         VmState::FIELDS
@@ -308,14 +236,14 @@ fn a_sleep_is_given_up_for_it() {
     assert_eq!(w.call(0, nr::SCHED_OP, &[sched::BLOCK, 0]), 0);
     assert_eq!(w.m.exits(exit::IDLE).len(), 1);
     w.m.clear_hook();
-    assert_eq!(stand_still(&mut w), [0, 0]);
+    assert_eq!(still::stand(&mut w, &[pause::VM]), [0, 0]);
 }
 
 #[test]
 fn the_time_away_is_stolen_time() {
     let (mut w, _) = World::booted(Setup::default());
     w.m.tsc.set(10_000);
-    assert_eq!(stand_still(&mut w), [0, 0]);
+    assert_eq!(still::stand(&mut w, &[pause::VM]), [0, 0]);
     let mut there = copy(&w);
     there.m.tsc.set(25_000);
     resume(&mut there);
@@ -346,7 +274,7 @@ fn a_vcpu_that_never_ran_starts_there() {
         });
     }
     w.vm.states[1].set(State::DOWN);
-    assert_eq!(stand_still(&mut w), [0, 0]);
+    assert_eq!(still::stand(&mut w, &[pause::VM]), [0, 0]);
     assert_eq!(vcpu_record(&w, 1).life, life::INITIALISED);
     let mut there = copy(&w);
     resume(&mut there);
@@ -362,7 +290,7 @@ fn a_vcpu_that_never_ran_starts_there() {
 #[test]
 fn what_is_no_state_is_refused() {
     let (mut w, _) = World::booted(Setup::default());
-    assert_eq!(stand_still(&mut w), [0, 0]);
+    assert_eq!(still::stand(&mut w, &[pause::VM]), [0, 0]);
     let first = w.setup.state_base();
     let vcpu = first + state::vcpu_at(0);
     let field = |fields: &[(&str, usize)], name: &str| -> usize {
@@ -454,13 +382,17 @@ proptest! {
             regs.ss = 0xe02b;
             regs.rflags = 0x202;
         }
-        let said = stand_still(&mut w);
+        let Some(said) = lives(&mut w, |w| still::stand(w, &[pause::VM])) else {
+            return Ok(());
+        };
         prop_assert!(said.iter().all(|word| *word == 0), "{said:?}");
         let mut there = copy(&w);
         // No further: what waits for the guest must be what waited there.
         take_up(&mut there);
         there.audit();
-        stand_still(&mut there);
+        if lives(&mut there, |w| still::stand(w, &[pause::VM])).is_none() {
+            return Ok(());
+        }
         let other = differences(&there, &w);
         prop_assert!(other.is_empty(), "{other:?}");
     }
@@ -474,7 +406,7 @@ proptest! {
         ]), 1..6),
     ) {
         let (mut w, _) = fuzz::start(Setup { vcpus: 2, ..Setup::default() });
-        stand_still(&mut w);
+        still::stand(&mut w, &[pause::VM]);
         let mut there = copy(&w);
         let (base, frames) = (w.setup.state_base(), w.setup.state_frames() as usize);
         for (frame, word, value) in changes {

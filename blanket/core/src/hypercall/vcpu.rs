@@ -209,7 +209,10 @@ impl<M: Machine> Context<'_, M> {
     }
 
     /// Notes the frame of an area, which the guest cannot give up from now on.
-    pub(crate) fn note_area(&self, id: u32, which: usize, gfn: Option<Gfn>) {
+    pub(crate) fn note_area(&mut self, id: u32, which: usize, gfn: Option<Gfn>) {
+        if let Some(gfn) = gfn {
+            self.note_written(gfn);
+        }
         let areas = self.vm.areas.get(id as usize);
         if let Some(area) = areas.and_then(|areas| areas.get(which)) {
             area.store(gfn.map_or(0, |gfn| gfn.0 + 1), SeqCst);

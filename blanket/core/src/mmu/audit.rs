@@ -64,6 +64,8 @@ pub enum Broken {
     Frame { page: u32, i: usize, gfn: u32 },
     /// A leaf has bits that leaves must not have, or lacks some.
     LeafBits { page: u32, i: usize },
+    /// A leaf allows writes of a frame that the dirty log does not have.
+    Unlogged { page: u32, i: usize, gfn: u32 },
     /// A leaf is missing in the reverse map.
     NotMapped { page: u32, i: usize, gfn: u32 },
     /// The reverse map has more entries than there are leaves.
@@ -206,6 +208,9 @@ impl Mmu {
                 return Err(Broken::NotMapped { page, i, gfn });
             }
             if writable {
+                if !self.may_write(gfn.into()) {
+                    return Err(Broken::Unlogged { page, i, gfn });
+                }
                 r.writable += 1;
                 r.writable_tables += u64::from(info.mark != 0);
             }

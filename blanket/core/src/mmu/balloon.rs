@@ -6,7 +6,7 @@
 //! MMU lock and right where the number is used: tables on a walk, leaves, roots, what
 //! hypercalls name. A frame that is out is treated like one that never existed.
 
-use super::{Epochs, Mmu, Need, gfn32, idx};
+use super::{Epochs, Mmu, Need, TURNED, gfn32, idx};
 use crate::machine::{Host, Memory};
 use blanket_abi::Gfn;
 use blanket_abi::state::mark;
@@ -36,7 +36,7 @@ impl Mmu {
         let later = gfn.0 >= self.later.0 && gfn.0 < self.later.1;
         self.gfns
             .get(idx(gfn.0))
-            .is_some_and(|info| info.turned == later)
+            .is_some_and(|info| (info.flags & TURNED != 0) == later)
     }
 
     /// Frames of RAM that the guest has not got.
@@ -66,7 +66,7 @@ impl Mmu {
             info.mark = levels;
         }
         if has == out {
-            info.turned ^= true;
+            info.flags ^= TURNED;
             self.out = if out {
                 self.out + 1
             } else {
@@ -102,7 +102,9 @@ impl Mmu {
             return Err(Need::Breath);
         }
         self.untable(m, ep, nr);
-        self.gfns[nr as usize].turned ^= true;
+        self.gfns[nr as usize].flags ^= TURNED;
+        // Whatever was in it is gone.
+        self.written(gfn);
         self.out += 1;
         Ok(true)
     }
@@ -113,7 +115,8 @@ impl Mmu {
         if gfn.0 >= self.nr_frames() || self.has(gfn) || self.out <= floor {
             return false;
         }
-        self.gfns[idx(gfn.0)].turned ^= true;
+        self.gfns[idx(gfn.0)].flags ^= TURNED;
+        self.written(gfn);
         self.out -= 1;
         true
     }

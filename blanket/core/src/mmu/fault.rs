@@ -102,6 +102,10 @@ impl Mmu {
                 return Ok(Fault::Fixed);
             }
             leaf |= bits;
+            self.written(tables[1]);
+        }
+        if access.write {
+            self.written(target);
         }
 
         // Every shadow on the way is held until the end: a leaf that makes a

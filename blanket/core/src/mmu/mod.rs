@@ -19,6 +19,7 @@
 //!   that breaks the read-only discipline hurts its own coherence, nothing else.
 //! * **Every leaf is in the reverse map** of its gfn, so that a frame can be taken
 //!   back at any time.
+//! * **While the dirty log is on, a writable leaf's frame is noted as written** (`log.rs`).
 //! * **A frame that the guest has given up**, or has not got yet, has no leaf, no shadow
 //!   and no mark, and gets none until the guest has it.
 //! * **"Drop everything" is always a correct answer**: shadows are a cache.
@@ -26,6 +27,7 @@
 mod audit;
 mod balloon;
 mod fault;
+mod log;
 mod reclaim;
 mod revoke;
 mod rmap;
@@ -34,6 +36,7 @@ mod table;
 
 pub use audit::{AuditReport, Broken};
 pub use fault::{Access, Fault};
+pub use log::LOG_STEP;
 pub use reclaim::PageList;
 
 use crate::idx;
@@ -54,12 +57,17 @@ pub struct GfnInfo {
     shadow: u32,
     /// Bit `level - 1` is set while the frame is a table of that level.
     mark: u8,
-    /// Whether the guest has the frame is the other way round than at the start
-    /// (`balloon.rs`).
-    turned: bool,
+    /// [`TURNED`], [`WRITTEN`].
+    flags: u8,
     /// Low bits of the epoch in which a writable leaf was last taken away.
     writable_until: u16,
 }
+
+/// Whether the guest has the frame is the other way round than at the start
+/// (`balloon.rs`).
+const TURNED: u8 = 1;
+/// The frame was written since the dirty log was taken (`log.rs`).
+const WRITTEN: u8 = 2;
 
 /// What the core knows of a pool page. The module allocates 24 bytes for each.
 #[repr(C)]
@@ -298,6 +306,8 @@ pub struct Mmu {
     later: (u64, u64),
     /// Frames that the guest has not got.
     out: u64,
+    /// Whether it is noted which frames are written.
+    logging: bool,
     /// Shadow pages made since the start.
     pub made: u64,
 }
@@ -334,6 +344,7 @@ impl Mmu {
             budget: BUDGET,
             later: (0, 0),
             out: 0,
+            logging: false,
             made: 0,
         }
     }

@@ -142,7 +142,7 @@ impl Mmu {
             if host != 0 {
                 new_gfn = gfn32(gfn);
                 new = host | pte::P | pte::U | pte::A | (guest & pte::NX);
-                if guest & (pte::RW | pte::D) == (pte::RW | pte::D) {
+                if guest & (pte::RW | pte::D) == (pte::RW | pte::D) && self.may_write(gfn) {
                     new |= pte::RW | pte::D;
                     if self.gfns[idx(gfn)].mark != 0 {
                         self.untable(m, ep, new_gfn);

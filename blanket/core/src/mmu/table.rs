@@ -82,6 +82,7 @@ impl Mmu {
             }
             match cell.compare_exchange(old, new, SeqCst, Relaxed) {
                 Ok(_) => {
+                    self.written(gfn);
                     if mark != 0 && old != new {
                         self.entry_changed(m, ep, gfn, i & 511, new);
                     }

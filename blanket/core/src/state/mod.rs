@@ -8,6 +8,9 @@
 //! held, no hypercall is half done, shadows are a cache. When all have left, vCPU 0
 //! writes down what they share, and the vCPUs that never started.
 //!
+//! In the same way it writes down which frames were written since it did so last
+//! (`log.rs`).
+//!
 //! A vCPU that is run again with `pause` at 0 goes on as if nothing had been. In another
 //! VM, whose memory is a copy, the vCPUs begin by taking their states up: vCPU 0 what is
 //! shared, then each its own. Whoever made that copy may have changed anything: all of
@@ -15,6 +18,7 @@
 //!
 //! [`VmPage::pause`]: blanket_abi::device::VmPage::pause
 
+mod log;
 mod restore;
 mod save;
 
@@ -57,8 +61,14 @@ impl<M: Machine> Context<'_, M> {
             match self.m.vm_page().pause.load(SeqCst) {
                 pause::NONE => break,
                 pause::VM if self.v.id == 0 => written = self.write_vm(),
+                pause::LOG if self.v.id == 0 => written = self.write_log(),
+                pause::NO_LOG if self.v.id == 0 => self.end_log(),
                 _ => {}
             }
+        }
+        // Where the exits were answered in place: leaves may have lost rights.
+        if self.m.in_place(exit::PAUSED) {
+            self.load_root();
         }
         if stolen {
             self.set_runstate(runstate::RUNNING);

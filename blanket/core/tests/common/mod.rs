@@ -14,6 +14,7 @@ pub mod calls;
 pub mod fuzz;
 pub mod guest;
 mod hal;
+pub mod still;
 mod thief;
 pub mod trap;
 mod world;
