@@ -1,5 +1,9 @@
 //! The dirty log: whoever copies what it names has the guest's memory
 //! (`blanket_core::mmu`, `log.rs`).
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "small numbers of a small machine"
+)]
 
 mod common;
 

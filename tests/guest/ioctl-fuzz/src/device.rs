@@ -43,6 +43,36 @@ pub fn memory(pages: u64) -> Answer {
     mmap(-1, (pages * 4096) as usize, 0, prot, flags)
 }
 
+/// A range of addresses that stays this caller's: nothing is there, and nothing else
+/// comes there.
+pub fn reserve(pages: u64) -> Answer {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    mmap(-1, (pages * 4096) as usize, 0, libc::PROT_NONE, flags)
+}
+
+/// In place of what there is in a reserved range: new memory as of [`memory`], or nothing
+/// again. It is unmapped, and its addresses are nobody else's meanwhile.
+pub fn replace(address: u64, pages: u64, with_memory: bool) {
+    let (prot, kind) = if with_memory {
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED)
+    } else {
+        (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+    };
+    let flags = kind | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    // SAFETY: the caller passes a part of what `reserve` gave, which nothing of this
+    // program refers to.
+    unsafe {
+        libc::mmap(
+            address as *mut libc::c_void,
+            (pages * 4096) as usize,
+            prot,
+            flags,
+            -1,
+            0,
+        )
+    };
+}
+
 /// Unmaps what [`mmap`] has mapped.
 pub fn munmap(address: u64, length: usize) {
     // SAFETY: the caller passes a mapping made by `mmap`, which nothing of this program

@@ -7,7 +7,9 @@ use blanket_abi::device::{
     RECLAIM, RUN, TARGET, TRACE,
 };
 
-use crate::device::{close, discard, in_child, ioctl, memory, mmap, mprotect, munmap, open, vm};
+use crate::device::{
+    close, discard, in_child, ioctl, mmap, mprotect, munmap, open, replace, reserve, vm,
+};
 
 const THREADS: u64 = 4;
 const SLOTS: usize = 24;
@@ -38,7 +40,10 @@ impl Rng {
 /// What all threads share: descriptors of every kind, mappings, counts.
 struct Pool {
     fds: [AtomicI32; SLOTS],
-    mappings: [AtomicU64; SLOTS],
+    /// Where the memory of VMs is, in slots of [`PAGES`] pages. The addresses are never
+    /// given up: a thread that still has one would else change what another has mapped
+    /// there since.
+    memory: u64,
     /// Calls that succeeded, by kind.
     done: [AtomicU64; 8],
 }
@@ -59,7 +64,7 @@ impl Pool {
         }
     }
     fn mapping(&self, rng: &mut Rng) -> u64 {
-        self.mappings[rng.below(SLOTS as u64) as usize].load(Relaxed)
+        self.memory + rng.below(SLOTS as u64) * PAGES * 4096
     }
     fn count(&self, what: usize) {
         self.done[what].fetch_add(1, Relaxed);
@@ -71,9 +76,11 @@ pub fn run(seed: u64, steps: u64) {
     interrupt_often();
     let pool = Pool {
         fds: [const { AtomicI32::new(-1) }; SLOTS],
-        mappings: [const { AtomicU64::new(0) }; SLOTS],
+        // A VM may be larger than a slot.
+        memory: reserve((SLOTS as u64 + 1) * PAGES).expect("addresses") as u64,
         done: [const { AtomicU64::new(0) }; 8],
     };
+    replace(pool.memory, SLOTS as u64 * PAGES, true);
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
             let pool = &pool;
@@ -147,16 +154,10 @@ fn odd(rng: &mut Rng, pool: &Pool) -> u64 {
 }
 
 fn request(rng: &mut Rng, pool: &Pool) -> CreateVm {
-    let mut address = pool.mapping(rng);
-    if address == 0 || rng.once_in(3) {
-        let made = memory(PAGES).unwrap_or(0) as u64;
-        address = made;
-        // Dropped, not unmapped: another thread may have a VM on the old one.
-        let slot = rng.below(SLOTS as u64) as usize;
-        let old = pool.mappings[slot].swap(made, Relaxed);
-        if old != 0 {
-            munmap(old, (PAGES * 4096) as usize);
-        }
+    let address = pool.mapping(rng);
+    if rng.once_in(3) {
+        // Another VM may have what was there.
+        replace(address, PAGES, true);
     }
     let pages = rng.pick(&[1, 33, 34, 64, PAGES, PAGES, PAGES, PAGES + 100]);
     let mut request = vm(address, pages, rng.pick(&[1, 1, 2, 4]));
@@ -269,15 +270,12 @@ fn step(pool: &Pool, rng: &mut Rng) {
         }
         32 | 33 => {
             // The guest's memory changes below it.
-            let at = pool.mapping(rng);
-            if at != 0 {
-                let page = at + rng.below(PAGES) * 4096;
-                match rng.below(4) {
-                    0 => mprotect(page, 4096, libc::PROT_NONE),
-                    1 => mprotect(page, 4096, libc::PROT_READ | libc::PROT_WRITE),
-                    2 => discard(page, 4096),
-                    _ => munmap(page, 4096),
-                }
+            let page = pool.mapping(rng) + rng.below(PAGES) * 4096;
+            match rng.below(4) {
+                0 => mprotect(page, 4096, libc::PROT_NONE),
+                1 => mprotect(page, 4096, libc::PROT_READ | libc::PROT_WRITE),
+                2 => discard(page, 4096),
+                _ => replace(page, 1, false),
             }
         }
         34 => {
