@@ -73,6 +73,8 @@ pub enum End {
     Killed,
     /// It was written down, and goes on elsewhere or later.
     Saved,
+    /// It runs elsewhere.
+    Moved,
     /// The VMM or the host failed.
     Failed(Failure),
 }
@@ -154,7 +156,7 @@ enum Still {
     No,
     /// They wait.
     Wait,
-    /// vCPU 0 runs once more, to write down what all share.
+    /// vCPU 0 runs once more, to do what is asked for.
     Shared,
 }
 
@@ -353,10 +355,45 @@ impl Handle {
         drain: impl FnOnce(),
         work: impl FnOnce() -> (T, Then),
     ) -> Result<T, StillError> {
-        self.0
-            .upgrade()
-            .ok_or(StillError::Ended)?
-            .standing_still(drain, work)
+        self.shared()?.standing_still(drain, &[pause::VM], work)
+    }
+
+    /// As [`Self::standing_still`]; the core writes the dirty log down as well, for the
+    /// last time.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn standing_still_logged<T>(
+        &self,
+        drain: impl FnOnce(),
+        work: impl FnOnce() -> (T, Then),
+    ) -> Result<T, StillError> {
+        let asked = [pause::LOG, pause::NO_LOG, pause::VM];
+        self.shared()?.standing_still(drain, &asked, work)
+    }
+
+    /// Has the core write down which frames were written since it did so last; the first
+    /// time it begins to note that. `read` reads it, while the VM stands still.
+    ///
+    /// # Errors
+    /// As for [`Self::standing_still`].
+    pub fn log<T>(&self, read: impl FnOnce() -> T) -> Result<T, StillError> {
+        let read = || (read(), Then::GoOn);
+        self.shared()?.standing_still(|| (), &[pause::LOG], read)
+    }
+
+    /// The core need not note any more what is written.
+    ///
+    /// # Errors
+    /// As for [`Self::standing_still`].
+    pub fn end_log(&self) -> Result<(), StillError> {
+        let nothing = || ((), Then::GoOn);
+        let asked = [pause::NO_LOG];
+        self.shared()?.standing_still(|| (), &asked, nothing)
+    }
+
+    fn shared(&self) -> Result<Arc<Shared>, StillError> {
+        self.0.upgrade().ok_or(StillError::Ended)
     }
 
     /// Waits until the VM has ended. Returns whether it did so in time.
@@ -462,12 +499,15 @@ impl Shared {
     fn standing_still<T>(
         &self,
         drain: impl FnOnce(),
+        asked: &[u32],
         work: impl FnOnce() -> (T, Then),
     ) -> Result<T, StillError> {
         let _alone = lock(&self.pause);
         let stood = self.stand().and_then(|()| {
             drain();
-            self.write_shared()?;
+            for what in asked {
+                self.ask(*what)?;
+            }
             Ok(work())
         });
         let stood = stood.map(|(done, then)| match then {
@@ -500,9 +540,9 @@ impl Shared {
         self.all_stand()
     }
 
-    /// Has the core write down what they share.
-    fn write_shared(&self) -> Result<(), StillError> {
-        self.machine.pause(pause::VM)?;
+    /// Has vCPU 0 do something for all: one of `blanket_abi::device::pause`.
+    fn ask(&self, what: u32) -> Result<(), StillError> {
+        self.machine.pause(what)?;
         lock(&self.state).still = Still::Shared;
         self.changed.notify_all();
         self.all_stand()

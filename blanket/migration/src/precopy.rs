@@ -1,0 +1,148 @@
+//! When memory has been sent often enough.
+//!
+//! Memory is sent in rounds: first all of it, then what was written meanwhile. After each
+//! the question is how long the VM would have to stand still if the rest were sent now.
+
+use std::time::Duration;
+
+/// What the user wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wishes {
+    /// How long the VM may stand still.
+    pub downtime: Duration,
+    /// Rounds after which it is stopped in any case.
+    pub rounds: u32,
+}
+
+impl Default for Wishes {
+    fn default() -> Self {
+        Self {
+            downtime: Duration::from_millis(300),
+            rounds: 30,
+        }
+    }
+}
+
+/// A round that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// Pages that it sent.
+    pub sent: u64,
+    /// How long it took.
+    pub took: Duration,
+    /// Pages that were written meanwhile: what the next one would send.
+    pub dirty: u64,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Another round. The guest is to have this part of its time, in percent.
+    Round {
+        /// Percent.
+        share: u32,
+    },
+    /// Stop the VM and send the rest.
+    Stop,
+}
+
+/// What a guest has at least of its time, percent.
+const LEAST_SHARE: u32 = 5;
+/// A round must leave less than this part of the one before, percent, or the guest is
+/// slowed down.
+const PROGRESS: u64 = 75;
+
+/// Decides, round by round.
+#[derive(Clone, Copy, Debug)]
+pub struct Control {
+    wishes: Wishes,
+    rounds: u32,
+    before: Option<u64>,
+    share: u32,
+}
+
+impl Control {
+    /// Before the first round.
+    #[must_use]
+    pub fn new(wishes: Wishes) -> Self {
+        Self {
+            wishes,
+            rounds: 0,
+            before: None,
+            share: 100,
+        }
+    }
+
+    /// How long it would take to send the rest now, by the pace of the round before.
+    #[must_use]
+    pub fn rest(round: &Round) -> Duration {
+        let nanos = round.took.as_nanos().saturating_mul(u128::from(round.dirty));
+        let nanos = nanos / u128::from(round.sent.max(1));
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
+
+    /// After a round.
+    #[must_use]
+    pub fn after(&mut self, round: &Round) -> Next {
+        self.rounds += 1;
+        let short = Self::rest(round) <= self.wishes.downtime;
+        if short || self.rounds >= self.wishes.rounds {
+            return Next::Stop;
+        }
+        let slow = self
+            .before
+            .is_some_and(|before| round.dirty.saturating_mul(100) > before.saturating_mul(PROGRESS));
+        if slow {
+            // Halved again and again, since guests that write without end need it.
+            self.share = (self.share / 2).max(LEAST_SHARE);
+        }
+        self.before = Some(round.dirty);
+        Next::Round { share: self.share }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn round(sent: u64, millis: u64, dirty: u64) -> Round {
+        Round {
+            sent,
+            took: Duration::from_millis(millis),
+            dirty,
+        }
+    }
+
+    #[test]
+    fn a_quiet_guest_is_stopped_at_once() {
+        let mut control = Control::new(Wishes::default());
+        assert_eq!(control.after(&round(10_000, 1_000, 100)), Next::Stop);
+    }
+
+    #[test]
+    fn a_busy_guest_is_slowed_down_and_stopped_in_the_end() {
+        let mut control = Control::new(Wishes::default());
+        let mut shares = Vec::new();
+        for _ in 0..100 {
+            match control.after(&round(10_000, 1_000, 9_000)) {
+                Next::Round { share } => shares.push(share),
+                Next::Stop => break,
+            }
+        }
+        assert_eq!(shares[..4], [100, 50, 25, 12]);
+        assert_eq!(shares.len(), 29);
+        assert!(shares.iter().all(|share| *share >= LEAST_SHARE));
+    }
+
+    proptest! {
+        #[test]
+        fn it_ends(rounds in prop::collection::vec((any::<u64>(), any::<u32>(), any::<u64>()), 64)) {
+            let mut control = Control::new(Wishes::default());
+            let stops = rounds.into_iter().any(|(sent, millis, dirty)| {
+                control.after(&round(sent, millis.into(), dirty)) == Next::Stop
+            });
+            prop_assert!(stops);
+        }
+    }
+}
