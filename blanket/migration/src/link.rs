@@ -176,10 +176,7 @@ impl Link {
             .with_custom_certificate_verifier(Arc::new(pinned))
             .with_no_client_auth();
         let name = ServerName::try_from(NAME).map_err(|_| rustls::Error::General(NAME.into()))?;
-        let mut stream = StreamOwned::new(
-            ClientConnection::new(Arc::new(config), name)?,
-            socket,
-        );
+        let mut stream = StreamOwned::new(ClientConnection::new(Arc::new(config), name)?, socket);
         while stream.conn.is_handshaking() {
             stream.conn.complete_io(&mut stream.sock)?;
         }
@@ -334,7 +331,10 @@ mod tests {
         let (server, other) = (Server::new().expect("made"), Server::new().expect("made"));
         connect(&server, other.token(), |link| {
             let error = link.expect_err("another one").to_string();
-            assert!(error.contains("is not the one that the token is of"), "{error}");
+            assert!(
+                error.contains("is not the one that the token is of"),
+                "{error}"
+            );
         });
     }
 
@@ -347,7 +347,13 @@ mod tests {
         let mut other = token.secret();
         other[31] ^= 1;
         assert!(!token.is_secret(&other));
-        for bad in ["", "00", &"0g".repeat(64), &"é".repeat(64), &"0".repeat(127)] {
+        for bad in [
+            "",
+            "00",
+            &"0g".repeat(64),
+            &"é".repeat(64),
+            &"0".repeat(127),
+        ] {
             assert_eq!(bad.parse::<Token>(), Err(NoToken), "{bad}");
         }
         assert!(!format!("{token:?}").contains(&token.to_string()[64..]));

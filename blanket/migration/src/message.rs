@@ -87,7 +87,9 @@ pub enum HelloError {
     #[error("what connects sends no VM")]
     Foreign,
     /// Another version's.
-    #[error("the source speaks version {0}, and this program version {VERSION}: use the same version on both sides")]
+    #[error(
+        "the source speaks version {0}, and this program version {VERSION}: use the same version on both sides"
+    )]
     Version(u32),
 }
 
@@ -156,7 +158,10 @@ mod tests {
             hello.write(&mut bytes).expect("written");
             assert_eq!(Hello::read(&bytes[..]).expect("whole"), hello);
             bytes[8] = 2;
-            assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Version(2))));
+            assert!(matches!(
+                Hello::read(&bytes[..]),
+                Err(HelloError::Version(2))
+            ));
             bytes[0] = 0;
             assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Foreign)));
             assert!(matches!(Hello::read(&bytes[..5]), Err(HelloError::Link(_))));

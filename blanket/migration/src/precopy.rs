@@ -76,7 +76,10 @@ impl Control {
     /// How long it would take to send the rest now, by the pace of the round before.
     #[must_use]
     pub fn rest(round: &Round) -> Duration {
-        let nanos = round.took.as_nanos().saturating_mul(u128::from(round.dirty));
+        let nanos = round
+            .took
+            .as_nanos()
+            .saturating_mul(u128::from(round.dirty));
         let nanos = nanos / u128::from(round.sent.max(1));
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
@@ -89,9 +92,9 @@ impl Control {
         if short || self.rounds >= self.wishes.rounds {
             return Next::Stop;
         }
-        let slow = self
-            .before
-            .is_some_and(|before| round.dirty.saturating_mul(100) > before.saturating_mul(PROGRESS));
+        let slow = self.before.is_some_and(|before| {
+            round.dirty.saturating_mul(100) > before.saturating_mul(PROGRESS)
+        });
         if slow {
             // Halved again and again, since guests that write without end need it.
             self.share = (self.share / 2).max(LEAST_SHARE);

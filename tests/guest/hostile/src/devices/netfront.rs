@@ -27,6 +27,8 @@ const HOST: [u8; 4] = [192, 168, 77, 1];
 const OWN: [u8; 4] = [192, 168, 77, 2];
 /// Bytes of a packet that asks.
 const ASKING: usize = 60;
+/// How often it is sent, if nobody answers.
+const QUESTIONS: u64 = 5;
 
 /// `netif_tx_request`.
 pub fn tx_slot(gref: u32, offset: u16, flags: u16, id: u16, size: u16) -> [u8; TX_SLOT] {
@@ -279,8 +281,18 @@ impl Netfront {
         page.put(0, &packet);
     }
 
-    /// Asks the instance, and waits for its answer.
+    /// Asks the instance, and waits for its answer. Networks lose packets, the more so
+    /// after an attack that has left them without buffers: it asks again, as drivers do.
     pub fn honest(&mut self) {
+        let answered = (0..QUESTIONS).any(|_| {
+            self.ask();
+            self.hears_answer()
+        });
+        claim(answered, "the instance answers");
+        self.post();
+    }
+
+    fn ask(&mut self) {
         let page = self.tx_page(0);
         self.question(page, self.mac);
         self.post();
@@ -289,8 +301,11 @@ impl Netfront {
         let mut sent = None;
         let all = self.answers(|_, status| sent = Some(status));
         claim(all && sent == Some(0), "an honest packet is sent");
+    }
+
+    fn hears_answer(&mut self) -> bool {
         let port = self.port;
-        let answered = wait_for(port, PATIENCE, || {
+        wait_for(port, PATIENCE / QUESTIONS, || {
             while let Some((page, status)) = self.receive() {
                 let packet = page.get::<44>(0);
                 let reply = packet[12..14] == [8, 6] && packet[21] == 2;
@@ -300,8 +315,6 @@ impl Netfront {
                 self.post();
             }
             false
-        });
-        claim(answered, "the instance answers");
-        self.post();
+        })
     }
 }
