@@ -1,0 +1,262 @@
+//! Every order of events of a handover: lost links and messages, both processes ending,
+//! the user's cancelling, starts that fail. The two sides are the code that runs.
+
+use blanket_migration::handover::{Destination, DestinationDoes, Source, SourceDoes};
+use blanket_migration::message::Message;
+use stateright::{Checker, Model, Property};
+
+/// Both sides, and what is between them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct State {
+    /// `None`: its process has ended, and the VM there with it.
+    source: Option<Source>,
+    destination: Option<Destination>,
+    link: Option<Link>,
+    runs_here: bool,
+    runs_there: bool,
+    ended_here: bool,
+    /// Links that were made, of as many as the model tries.
+    links: u8,
+    cancelled: bool,
+}
+
+/// What is on its way.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Link {
+    to_destination: Vec<Message>,
+    to_source: Vec<Message>,
+    /// The whole VM is.
+    whole: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Event {
+    AllSent,
+    AllReceived {
+        can_run: bool,
+    },
+    DestinationHears,
+    SourceHears,
+    /// The VM's start comes to something.
+    Started {
+        runs: bool,
+    },
+    LinkLost,
+    Connects,
+    Cancels,
+    SourceDies,
+    DestinationDies,
+}
+
+struct Handover {
+    links: u8,
+    deaths: bool,
+}
+
+impl State {
+    fn source_does(&mut self, does: SourceDoes) {
+        match does {
+            SourceDoes::Waits | SourceDoes::Asks => {}
+            SourceDoes::Says(message) => {
+                if let Some(link) = &mut self.link {
+                    link.to_destination.push(message);
+                }
+            }
+            SourceDoes::GoesOn => self.runs_here = true,
+            SourceDoes::Ends => self.ended_here = true,
+        }
+    }
+
+    fn destination_does(&mut self, does: DestinationDoes) {
+        if let DestinationDoes::Says(message) = does
+            && let Some(link) = &mut self.link
+        {
+            link.to_source.push(message);
+        }
+    }
+
+    fn loses_link(&mut self) {
+        self.link = None;
+        if let Some(source) = &mut self.source {
+            let does = source.loses();
+            self.source_does(does);
+        }
+        if let Some(destination) = &mut self.destination {
+            let does = destination.loses();
+            self.destination_does(does);
+        }
+    }
+}
+
+impl Model for Handover {
+    type State = State;
+    type Action = Event;
+
+    fn init_states(&self) -> Vec<State> {
+        vec![State {
+            source: Some(Source::Copying),
+            destination: Some(Destination::Receiving),
+            link: Some(Link::default()),
+            runs_here: true,
+            runs_there: false,
+            ended_here: false,
+            links: 1,
+            cancelled: false,
+        }]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Event>) {
+        if let Some(link) = &state.link {
+            if state.source == Some(Source::Copying) {
+                actions.push(Event::AllSent);
+            }
+            let receiving = state.destination == Some(Destination::Receiving);
+            if link.whole && receiving {
+                actions.push(Event::AllReceived { can_run: true });
+                actions.push(Event::AllReceived { can_run: false });
+            }
+            if state.destination.is_some() && !receiving && !link.to_destination.is_empty() {
+                actions.push(Event::DestinationHears);
+            }
+            if state.source.is_some() && !link.to_source.is_empty() {
+                actions.push(Event::SourceHears);
+            }
+            actions.push(Event::LinkLost);
+        } else if state.links < self.links && state.source.is_some() && state.destination.is_some()
+        {
+            actions.push(Event::Connects);
+        }
+        if state.destination == Some(Destination::Starting) {
+            actions.push(Event::Started { runs: true });
+            actions.push(Event::Started { runs: false });
+        }
+        if state.source.is_some() && !state.cancelled {
+            actions.push(Event::Cancels);
+        }
+        if self.deaths && state.source.is_some() {
+            actions.push(Event::SourceDies);
+        }
+        if self.deaths && state.destination.is_some() {
+            actions.push(Event::DestinationDies);
+        }
+    }
+
+    fn next_state(&self, last: &State, event: Event) -> Option<State> {
+        let mut state = last.clone();
+        match event {
+            Event::AllSent => {
+                state.source.as_mut()?.sent();
+                // From here on it stands still.
+                state.runs_here = false;
+                state.link.as_mut()?.whole = true;
+            }
+            Event::AllReceived { can_run } => {
+                let does = state.destination.as_mut()?.received(can_run);
+                state.destination_does(does);
+            }
+            Event::DestinationHears => {
+                let message = state.link.as_mut()?.to_destination.remove(0);
+                let does = state.destination.as_mut()?.hears(message);
+                state.destination_does(does);
+            }
+            Event::SourceHears => {
+                let message = state.link.as_mut()?.to_source.remove(0);
+                let does = state.source.as_mut()?.hears(message);
+                state.source_does(does);
+            }
+            Event::Started { runs } => {
+                let message = state.destination.as_mut()?.started(runs);
+                state.runs_there = runs;
+                state.destination_does(DestinationDoes::Says(message));
+            }
+            Event::LinkLost => state.loses_link(),
+            Event::Connects => {
+                let mut link = Link::default();
+                link.to_destination.extend(state.source?.greets());
+                link.to_source.extend(state.destination?.greets());
+                state.link = Some(link);
+                state.links += 1;
+            }
+            Event::Cancels => {
+                state.cancelled = true;
+                if state.source.as_mut()?.cancels() {
+                    state.runs_here = true;
+                    state.source_does(SourceDoes::Says(Message::Cancel));
+                }
+            }
+            Event::SourceDies => {
+                state.source = None;
+                state.runs_here = false;
+                state.loses_link();
+            }
+            Event::DestinationDies => {
+                state.destination = None;
+                state.runs_there = false;
+                state.loses_link();
+            }
+        }
+        Some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("at most one runs", |_, state: &State| {
+                !(state.runs_here && state.runs_there)
+            }),
+            Property::always(
+                "it ends here only for one that runs there",
+                |_, state: &State| {
+                    let gone = state.destination.is_none();
+                    !state.ended_here || gone || state.destination == Some(Destination::Running)
+                },
+            ),
+            Property::always("somebody has it", |model: &Self, state: &State| {
+                let here = state.source.is_some_and(|it| it != Source::There);
+                model.deaths || here || state.runs_there
+            }),
+            // Whoever may not be sure has a link on which the answer is coming, or none.
+            Property::always("a link ends every doubt", |_, state: &State| {
+                let (Some(source), Some(destination), Some(link)) =
+                    (state.source, state.destination, &state.link)
+                else {
+                    return true;
+                };
+                let quiet = link.to_source.is_empty() && link.to_destination.is_empty();
+                let doubt = source == Source::Committed && destination != Destination::Starting;
+                !(quiet && doubt)
+            }),
+            Property::sometimes("it moves", |_, state: &State| {
+                state.ended_here && state.runs_there
+            }),
+            Property::sometimes("it moves over a second link", |_, state: &State| {
+                state.ended_here && state.runs_there && state.links == 2
+            }),
+            Property::sometimes("it comes back after GO was said", |_, state: &State| {
+                let gone = state.destination == Some(Destination::Gone);
+                state.runs_here && gone && state.links == 2 && !state.cancelled
+            }),
+        ]
+    }
+}
+
+fn check(model: Handover) {
+    let checker = model.checker().spawn_bfs().join();
+    checker.assert_properties();
+    assert!(checker.unique_state_count() > 100);
+}
+
+#[test]
+fn lost_links() {
+    check(Handover {
+        links: 4,
+        deaths: false,
+    });
+}
+
+#[test]
+fn lost_links_and_processes() {
+    check(Handover {
+        links: 3,
+        deaths: true,
+    });
+}
