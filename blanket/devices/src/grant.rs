@@ -13,6 +13,7 @@ use blanket_abi::{Gfn, PAGE_SIZE};
 use vm_memory::GuestMemoryError;
 
 use crate::sync::lock;
+use crate::written::Written;
 use crate::{GuestMemory, Page};
 
 /// A guest's grant entries as a backend sees them: shared memory that the guest
@@ -186,6 +187,7 @@ pub struct Grants {
     table: Vec<Page>,
     /// Uses of each entry: entry `n` is number `n / SHARDS` of shard `n % SHARDS`.
     pins: Vec<Mutex<Box<[Pins]>>>,
+    written: Written,
 }
 
 impl std::fmt::Debug for Grants {
@@ -217,7 +219,28 @@ impl Grants {
             ram_frames,
             table,
             pins: (0..SHARDS).map(|_| shard()).collect(),
+            written: Written::new(ram_frames),
         })
+    }
+
+    /// Begins or ceases to note which frames backends write.
+    pub fn log(&self, on: bool) {
+        self.written.set(on);
+    }
+
+    /// Adds the frames of RAM that backends have written since this was asked last, and
+    /// those that they may write at any moment, to `to`: a bit for each frame.
+    pub fn take_log(&self, to: &mut [u64]) {
+        for (shard, pins) in (0u32..).zip(&self.pins) {
+            for (gref, pins) in (shard..).step_by(SHARDS).zip(&lock(pins)[..]) {
+                if pins.writers > 0 {
+                    // The guest's word, which it must not change while it is in use. One
+                    // that does loses what was written there, and nothing of others'.
+                    self.written.note(Gfn(u64::from(self.frame(gref))));
+                }
+            }
+        }
+        self.written.take(to);
     }
 
     /// Maps the page that an entry grants to domain 0. The guest cannot revoke it before
@@ -247,6 +270,7 @@ impl Grants {
         match page {
             Ok(page) => Ok(Mapping {
                 page,
+                gfn,
                 gref,
                 write,
                 grants: Arc::clone(self),
@@ -309,6 +333,7 @@ impl Entries for Grants {
 #[derive(Debug)]
 pub struct Mapping {
     page: Page,
+    gfn: Gfn,
     gref: u32,
     write: bool,
     grants: Arc<Grants>,
@@ -330,6 +355,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if self.write {
+            self.grants.written.note(self.gfn);
+        }
         self.grants.unmap(self.gref, self.write);
     }
 }

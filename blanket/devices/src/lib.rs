@@ -18,6 +18,7 @@ pub mod ring;
 mod running;
 pub mod sync;
 pub mod thread;
+mod written;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

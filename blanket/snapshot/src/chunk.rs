@@ -21,7 +21,7 @@ use crate::pages::{self, Run};
 const MAGIC: &[u8; 8] = b"BLANKETV";
 
 /// Version of the container and of all that is in it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Most bytes of a chunk.
 pub const MAX_CHUNK: usize = 64 << 20;

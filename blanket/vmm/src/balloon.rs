@@ -109,7 +109,7 @@ impl Balloon {
 }
 
 /// Gives the memory of frames to the host. What is found there next is zero.
-fn give_back(memory: &GuestMemory, first: u64, frames: u64) -> io::Result<()> {
+pub(crate) fn give_back(memory: &GuestMemory, first: u64, frames: u64) -> io::Result<()> {
     // The builder makes one region, from frame 0.
     let region = memory.iter().next().ok_or(io::ErrorKind::NotFound)?;
     let (at, bytes) = (first * PAGE_SIZE, frames * PAGE_SIZE);

@@ -6,6 +6,8 @@
 
 use std::fmt;
 use std::io;
+use std::num::ParseIntError;
+use std::str::FromStr;
 
 use crate::entropy;
 
@@ -28,6 +30,15 @@ impl Generation {
     }
 }
 
+impl FromStr for Generation {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        let (low, high) = text.split_once(':').unwrap_or((text, ""));
+        Ok(Self([low.parse()?, high.parse()?]))
+    }
+}
+
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.0[0], self.0[1])
@@ -42,6 +53,10 @@ mod tests {
     fn two_numbers_and_never_the_same() {
         let [one, two] = [(); 2].map(|()| Generation::fresh().expect("random bytes"));
         assert_ne!(one, two);
+        assert_eq!(one.to_string().parse(), Ok(one));
+        for bad in ["", "1", "1:", ":1", "1:x"] {
+            assert!(bad.parse::<Generation>().is_err(), "{bad}");
+        }
         let text = one.to_string();
         let (low, high) = text.split_once(':').expect("two");
         assert_eq!((low.parse(), high.parse()), (Ok(one.0[0]), Ok(one.0[1])));

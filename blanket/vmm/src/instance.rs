@@ -11,9 +11,13 @@ use std::time::{Duration, Instant};
 use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Audit, VmStats};
 use blanket_abi::xen::domid;
+use blanket_devices::Guest as _;
 use blanket_devices::bus::{self, Bus};
+use blanket_devices::grant::Grants;
 use blanket_xenstore::{DomainSpec, Errno};
+use libc::EFD_CLOEXEC;
 use vm_memory::GuestMemoryError;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::balloon::{Balloon, Memory};
 use crate::boot;
@@ -92,6 +96,12 @@ pub enum Error {
     /// A device.
     #[error(transparent)]
     Attach(#[from] bus::Error),
+    /// It was to come from another host.
+    #[error(transparent)]
+    Receive(#[from] crate::migration::ReceiveError),
+    /// Another host keeps it.
+    #[error(transparent)]
+    NotGiven(#[from] crate::migration::NotGiven),
     /// What it should go on from.
     #[error(transparent)]
     Resume(#[from] saved::ResumeError),
@@ -167,11 +177,16 @@ pub const LEAST_MEMORY: u64 = 16 << 20;
 pub struct Instance {
     spec: Spec,
     uuid: String,
-    generation: Generation,
+    /// Another one when the VM comes from elsewhere, where it has not begun anew.
+    generation: Mutex<Generation>,
     hypervisor: Arc<dyn Hypervisor>,
     pub(crate) console: Arc<Console>,
     /// Kept over reboots.
     pub(crate) devices: Mutex<Devices>,
+    /// Readable once the VM is to end.
+    pub(crate) killed: EventFd,
+    /// The migration that goes out, or went out last.
+    pub(crate) outgoing: Mutex<Option<Arc<crate::migration::Outgoing>>>,
     started: Instant,
     pub(crate) now: Mutex<Now>,
 }
@@ -212,6 +227,8 @@ pub(crate) struct Running {
     pub(crate) xenstore: Arc<Xenstore>,
     balloon: Arc<Balloon>,
     pub(crate) bus: Arc<Bus>,
+    /// What its backends reach of its memory.
+    pub(crate) grants: Arc<Grants>,
 }
 
 impl Instance {
@@ -241,10 +258,12 @@ impl Instance {
         Ok(Arc::new(Self {
             spec,
             uuid,
-            generation: Generation::fresh().map_err(Error::Identity)?,
+            generation: Mutex::new(Generation::fresh().map_err(Error::Identity)?),
             hypervisor,
             console,
             devices: Mutex::default(),
+            killed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Identity)?,
+            outgoing: Mutex::default(),
             started: Instant::now(),
             now: Mutex::new(Now {
                 traced,
@@ -277,16 +296,19 @@ impl Instance {
             builder::build(&start.kernel, start.initrd.as_deref(), &config)?
         };
         tracing::info!(elapsed = ?begun.elapsed(), "domain built");
-        let vm = self.launch(domain, None)?;
+        let vm = self.launch(domain, None, || Ok(()))?;
         tracing::info!(elapsed = ?begun.elapsed(), "vCPUs started");
         Ok(vm)
     }
 
     /// Starts the vCPUs of a domain: from its beginning, or from a state that was saved.
+    /// `gate` is asked before the first thing is done that another host could see: the
+    /// backends begin, and then the vCPUs.
     pub(crate) fn launch(
         &self,
         domain: builder::Domain,
         saved: Option<Resumed>,
+        gate: impl FnOnce() -> Result<(), Error>,
     ) -> Result<Vm, Error> {
         let spec = &self.spec;
         let domain = Arc::new(domain);
@@ -299,7 +321,7 @@ impl Instance {
             domain: domid::GUEST,
             name: spec.name.clone(),
             uuid: self.uuid.clone(),
-            generation: self.generation.to_string(),
+            generation: self.generation().to_string(),
             memory_kib: target >> 10,
             max_memory_kib: spec.most_memory() >> 10,
             vcpus: spec.vcpus,
@@ -313,20 +335,21 @@ impl Instance {
                 let fresh = Xenstore::new(&domain, &description, Arc::clone(&machine));
                 (fresh.map_err(Error::Xenstore)?, [0; 2])
             }
-            Some(Resumed {
-                machine: from,
-                state,
-            }) => {
-                frames = state.lay(&domain, machine.system_time()?, from.away())?;
+            Some(Resumed { state, moved }) => {
+                let away = state.away();
+                frames = state.lay(&domain, machine.system_time()?, away)?;
                 let (store, console) = state.backends(&domain, &machine)?;
                 // What is another one's now, as its guest finds it.
-                for (node, value) in [
-                    ("name", &description.name),
-                    ("platform/generation-id", &description.generation),
-                ] {
-                    store
-                        .write(node, value.as_bytes())
-                        .map_err(Error::Xenstore)?;
+                let node = |name, value: &str| store.write(name, value.as_bytes());
+                node("name", &description.name).map_err(Error::Xenstore)?;
+                let id = "platform/generation-id";
+                if moved {
+                    let text = store.read(id).ok().map(String::from_utf8);
+                    if let Some(Ok(Ok(found))) = text.map(|text| text.map(|it| it.parse())) {
+                        *lock(&self.generation) = found;
+                    }
+                } else {
+                    node(id, &description.generation).map_err(Error::Xenstore)?;
                 }
                 (store, console)
             }
@@ -343,7 +366,8 @@ impl Instance {
         // Until the bus is known: nobody attaches or detaches one in between.
         let mut devices = lock(&self.devices);
         devices.prune(None);
-        let bus = self.bus(&devices, &domain, &machine, &ports, &xenstore, goes_on)?;
+        gate()?;
+        let (bus, grants) = self.bus(&devices, &domain, &machine, &ports, &xenstore, goes_on)?;
         let balloon = Balloon::new(Arc::clone(&domain.memory), frames);
         let balloon = Arc::new(balloon);
         let backends = Backends {
@@ -366,6 +390,7 @@ impl Instance {
             xenstore,
             balloon,
             bus,
+            grants,
         });
         Ok(vm)
     }
@@ -385,7 +410,7 @@ impl Instance {
         lock(&self.now).booted.clone()
     }
 
-    /// The VM's bus, with the devices that it has.
+    /// The VM's bus, with the devices that it has, and what they reach of its memory.
     fn bus(
         &self,
         devices: &Devices,
@@ -394,7 +419,7 @@ impl Instance {
         ports: &Arc<Ports>,
         xenstore: &Arc<Xenstore>,
         goes_on: bool,
-    ) -> Result<Arc<Bus>, Error> {
+    ) -> Result<(Arc<Bus>, Arc<Grants>), Error> {
         let hub = Hub::new(
             domain,
             Arc::clone(machine),
@@ -403,6 +428,7 @@ impl Instance {
             self.spec.vcpus,
         )
         .map_err(Error::Grants)?;
+        let grants = Arc::clone(hub.grants());
         let bus = Bus::new(Arc::new(hub)).map_err(Error::Bus)?;
         xenstore.set_bus(bus.changed());
         for device in devices.iter() {
@@ -412,7 +438,7 @@ impl Instance {
                 bus.attach(device.as_device())?;
             }
         }
-        Ok(Arc::new(bus))
+        Ok((Arc::new(bus), grants))
     }
 
     /// What its guest is asked to have, bytes.
@@ -503,6 +529,8 @@ impl Instance {
     pub fn kill(&self) {
         let mut now = lock(&self.now);
         now.killed = true;
+        // If the number is as large as it gets, it has been written before.
+        let _ = self.killed.write(1);
         if let Some(running) = &now.running {
             running.handle.kill();
         }
@@ -665,7 +693,7 @@ impl Instance {
     /// Which life of it this is: another at each start, the same over reboots.
     #[must_use]
     pub fn generation(&self) -> Generation {
-        self.generation
+        *lock(&self.generation)
     }
 
     /// Its console.

@@ -19,6 +19,7 @@ pub mod hypervisor;
 pub mod instance;
 pub mod kernel;
 pub mod kvm;
+pub mod migration;
 mod pressure;
 pub mod ring;
 pub mod saved;

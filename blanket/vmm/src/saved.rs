@@ -2,7 +2,7 @@
 //! (`docs/formats.md`, "A saved VM").
 
 mod machine;
-mod memory;
+pub(crate) mod memory;
 mod state;
 
 use std::io::{Read, Write};
@@ -54,8 +54,16 @@ pub enum ResumeError {
 
 /// What a VM goes on from.
 pub(crate) struct Resumed {
-    pub(crate) machine: Machine,
     pub(crate) state: State,
+    /// It is the same VM, which has moved, and not another one that begins as it was.
+    pub(crate) moved: bool,
+}
+
+/// All of a VM, which does not run.
+pub(crate) struct Received {
+    domain: Domain,
+    machine: Machine,
+    state: State,
 }
 
 /// What saving a VM came to.
@@ -142,13 +150,44 @@ impl Instance {
     /// # Errors
     /// It cannot be read, or cannot be had on this host; nothing is left running.
     pub fn resume(&self, from: impl Read) -> Result<Vm, crate::instance::Error> {
+        let received = self.receive(from)?;
+        self.go_on(received, false, || Ok(()))
+    }
+
+    /// Reads all of a VM.
+    ///
+    /// # Errors
+    /// It cannot be read, or cannot be had on this host.
+    pub(crate) fn receive(&self, from: impl Read) -> Result<Received, ResumeError> {
         let (domain, machine, state) = self.read(from)?;
+        Ok(Received {
+            domain,
+            machine,
+            state,
+        })
+    }
+
+    /// Starts what was read, once `gate` allows it.
+    ///
+    /// # Errors
+    /// It cannot be had on this host; nothing is left running.
+    pub(crate) fn go_on(
+        &self,
+        received: Received,
+        moved: bool,
+        gate: impl FnOnce() -> Result<(), crate::instance::Error>,
+    ) -> Result<Vm, crate::instance::Error> {
+        let Received {
+            domain,
+            machine,
+            state,
+        } = received;
         {
             let mut now = lock(&self.now);
             now.booted.clone_from(&machine.kernel);
             now.target = machine.target;
         }
-        self.launch(domain, Some(Resumed { machine, state }))
+        self.launch(domain, Some(Resumed { state, moved }), gate)
     }
 
     fn read(&self, from: impl Read) -> Result<(Domain, Machine, State), ResumeError> {

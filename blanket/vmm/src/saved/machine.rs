@@ -7,7 +7,7 @@ use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS};
 use blanket_abi::{Gfn, PAGE_SIZE, state};
 use serde::{Deserialize, Serialize};
 
-use super::{ResumeError, now_ns};
+use super::ResumeError;
 use crate::builder::{self, Domain};
 use crate::devices::Devices;
 use crate::instance::{Instance, Running};
@@ -41,8 +41,6 @@ pub struct Machine {
     pub boot: BTreeMap<String, u64>,
     /// Frames of its rings: the xenstore's, the console's.
     pub rings: [u64; 2],
-    /// When it was stopped, ns since 1970 by the clock of its host.
-    pub stopped_at: u64,
 }
 
 /// The boot record as names and numbers; how it started is of no use any more.
@@ -60,7 +58,7 @@ fn words(boot: &Boot) -> [(&'static str, u64); 8] {
 }
 
 impl Machine {
-    pub(super) fn of(instance: &Instance, running: &Running, devices: &Devices) -> Self {
+    pub(crate) fn of(instance: &Instance, running: &Running, devices: &Devices) -> Self {
         let spec = instance.spec();
         let domain = &running.domain;
         let named = |(name, word): (&str, u64)| (name.to_owned(), word);
@@ -77,7 +75,6 @@ impl Machine {
             core: state::VERSION,
             boot: words(&domain.boot).map(named).into(),
             rings: [domain.store.0, domain.console.0],
-            stopped_at: now_ns(),
         }
     }
 
@@ -205,7 +202,6 @@ mod tests {
                 .map(|(name, word)| (name.to_owned(), word))
                 .into(),
             rings: [1, 2],
-            stopped_at: 0,
         }
     }
 

@@ -8,7 +8,9 @@ use rustix::fs::SeekFrom;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::ResumeError;
+use crate::balloon;
 use crate::builder::{Domain, GuestMemory};
+use crate::migration::Dirty;
 
 /// Pages that are looked at together.
 const RUN: u64 = 256;
@@ -31,7 +33,7 @@ fn next_given(memory: &GuestMemory, frame: u64) -> Option<u64> {
 }
 
 /// Writes them; how many.
-pub(super) fn write<W: Write>(
+pub(crate) fn write<W: Write>(
     writer: &mut Writer<W>,
     domain: &Domain,
 ) -> Result<u64, super::SaveError> {
@@ -60,7 +62,27 @@ pub(super) fn write<W: Write>(
     Ok(written)
 }
 
-/// Reads them into memory that is all zero.
+/// Writes those that `dirty` has a bit for, zero or not; how many.
+pub(crate) fn write_dirty<W: Write>(
+    writer: &mut Writer<W>,
+    domain: &Domain,
+    dirty: &Dirty,
+) -> Result<u64, super::SaveError> {
+    let mut bytes = vec![0; usize::try_from(RUN).unwrap_or(1) * PAGE];
+    let mut written = 0;
+    for (first, count) in dirty.runs(RUN) {
+        let bytes = &mut bytes[..usize::try_from(count).unwrap_or(1) * PAGE];
+        domain
+            .memory
+            .read_slice(bytes, GuestAddress(first * PAGE_SIZE))?;
+        writer.pages(first, bytes)?;
+        written += count;
+    }
+    Ok(written)
+}
+
+/// Reads them into memory that is all zero at first. Pages may come again: the last ones
+/// count, and those that are zero then cost the host nothing.
 pub(super) fn read<R: Read>(reader: &mut Reader<R>, domain: &Domain) -> Result<(), ResumeError> {
     let end = domain.boot.state_base;
     while let Some(run) = reader.pages()? {
@@ -68,10 +90,22 @@ pub(super) fn read<R: Read>(reader: &mut Reader<R>, domain: &Domain) -> Result<(
         if run.first.saturating_add(count) > end {
             return Err(Error::Pages(run.first).into());
         }
-        domain
-            .memory
-            .write_slice(&run.bytes, GuestAddress(run.first * PAGE_SIZE))
-            .map_err(|error| ResumeError::Impossible(error.to_string()))?;
+        let impossible = |error: String| ResumeError::Impossible(error);
+        let (pages, _) = run.bytes.as_chunks::<PAGE>();
+        let zero = |page: &[u8; PAGE]| page.iter().all(|byte| *byte == 0);
+        let mut first = run.first;
+        for part in pages.chunk_by(|a, b| zero(a) == zero(b)) {
+            let count = part.len() as u64;
+            if zero(&part[0]) {
+                balloon::give_back(&domain.memory, first, count)
+                    .map_err(|error| impossible(error.to_string()))?;
+            } else {
+                let at = GuestAddress(first * PAGE_SIZE);
+                let written = domain.memory.write_slice(part.as_flattened(), at);
+                written.map_err(|error| impossible(error.to_string()))?;
+            }
+            first += count;
+        }
     }
     Ok(())
 }

@@ -37,6 +37,8 @@ pub struct State {
     xenstore: xenstore::State,
     /// The host's indices in the ring of its console.
     console: [u32; 2],
+    /// When it was stopped, ns since 1970 by the clock of its host.
+    stopped_at: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,7 +105,7 @@ fn write_words(domain: &Domain, frame: u64, words: &[u64]) -> Result<(), GuestMe
 
 impl State {
     /// What the core has written down, and the store.
-    pub(super) fn read(
+    pub(crate) fn read(
         domain: &Domain,
         vcpus: u32,
         xenstore: xenstore::State,
@@ -149,6 +151,7 @@ impl State {
             marks,
             xenstore,
             console,
+            stopped_at: now_ns(),
         })
     }
 
@@ -171,6 +174,11 @@ impl State {
         whole
             .then_some(())
             .ok_or_else(|| ResumeError::Impossible("its state is not that of such a VM".into()))
+    }
+
+    /// How long ago it was stopped, ns, by the clocks of both hosts.
+    pub(crate) fn away(&self) -> u64 {
+        now_ns().saturating_sub(self.stopped_at)
     }
 
     /// The store, and our indices in the console's ring.
@@ -227,12 +235,5 @@ impl State {
                 .write_slice(&marks, at(domain, state::marks_at(vcpus))),
         )?;
         Ok(domain.boot.ram_frames.saturating_sub(vm.out))
-    }
-}
-
-impl Machine {
-    /// How long ago it was stopped, ns, by the clocks of both hosts.
-    pub(crate) fn away(&self) -> u64 {
-        now_ns().saturating_sub(self.stopped_at)
     }
 }

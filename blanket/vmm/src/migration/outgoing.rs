@@ -1,0 +1,227 @@
+//! A migration that goes out, as others see it: how far it is, and what they can say.
+
+use std::io::{self, Write};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use blanket_migration::link::Link;
+use blanket_migration::precopy::Wishes;
+
+use crate::sync::lock;
+
+/// How it is to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// When memory has been sent often enough.
+    pub wishes: Wishes,
+    /// Bytes for each second, while the VM runs.
+    pub bandwidth: Option<u64>,
+}
+
+/// What it is at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stage {
+    /// Memory is sent while the VM runs.
+    #[default]
+    Copying,
+    /// The VM stands still.
+    Standing,
+    /// The destination may have it: only a new link to it can tell.
+    Doubt,
+    /// It is over.
+    Over,
+}
+
+/// How far it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// What it is at.
+    pub stage: Stage,
+    /// Rounds that are over.
+    pub rounds: u32,
+    /// Pages that were sent.
+    pub pages: u64,
+    /// Bytes that were sent.
+    pub bytes: u64,
+    /// Pages that the last round left.
+    pub dirty: u64,
+    /// The part of its time that the guest has, percent.
+    pub share: u32,
+}
+
+/// A VM that has moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moved {
+    /// How far it had to go.
+    pub progress: Progress,
+    /// From the first byte to the destination's word that it runs.
+    pub took: Duration,
+    /// How long it ran nowhere.
+    pub downtime: Duration,
+}
+
+/// A migration that goes out.
+#[derive(Debug)]
+pub struct Outgoing {
+    pub(super) options: Options,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    progress: Progress,
+    cancelled: bool,
+    claimed: bool,
+    link: Option<Link>,
+}
+
+/// What ends a doubt.
+pub(super) enum Answer {
+    /// The destination can be asked.
+    Link(Link),
+    /// The user knows that it does not have the VM.
+    Claimed,
+}
+
+impl Outgoing {
+    /// One that begins.
+    #[must_use]
+    pub fn new(options: Options) -> Self {
+        let progress = Progress {
+            share: 100,
+            ..Progress::default()
+        };
+        Self {
+            options,
+            state: Mutex::new(State {
+                progress,
+                ..State::default()
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        lock(&self.state).progress
+    }
+
+    pub(super) fn note(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut lock(&self.state).progress);
+        self.changed.notify_all();
+    }
+
+    /// The VM is to stay, if it is not too late for that.
+    pub fn cancel(&self) {
+        lock(&self.state).cancelled = true;
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        lock(&self.state).cancelled
+    }
+
+    /// The user knows that the destination does not have the VM: it goes on here. False:
+    /// there is no doubt.
+    #[must_use]
+    pub fn claim(&self) -> bool {
+        let mut state = lock(&self.state);
+        let doubt = state.progress.stage == Stage::Doubt;
+        state.claimed |= doubt;
+        self.changed.notify_all();
+        doubt
+    }
+
+    /// Another link to the destination, to ask it. False: there is no doubt.
+    #[must_use]
+    pub fn offer(&self, link: Link) -> bool {
+        let mut state = lock(&self.state);
+        let doubt = state.progress.stage == Stage::Doubt;
+        if doubt {
+            state.link = Some(link);
+            // Whoever waits for an outcome waits for that of this link.
+            state.progress.stage = Stage::Standing;
+        }
+        self.changed.notify_all();
+        doubt
+    }
+
+    /// Waits for whatever ends a doubt.
+    pub(super) fn doubt(&self) -> Answer {
+        let mut state = lock(&self.state);
+        state.progress.stage = Stage::Doubt;
+        self.changed.notify_all();
+        loop {
+            if state.claimed {
+                return Answer::Claimed;
+            }
+            if let Some(link) = state.link.take() {
+                return Answer::Link(link);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until it is over or in doubt.
+    #[must_use]
+    pub fn wait(&self) -> Progress {
+        let mut state = lock(&self.state);
+        while matches!(state.progress.stage, Stage::Copying | Stage::Standing) {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.progress
+    }
+}
+
+/// Writes no faster than it may, and not at all once it was cancelled.
+pub(super) struct Paced<'a, W> {
+    pub(super) to: W,
+    out: &'a Outgoing,
+    begun: Instant,
+    sent: u64,
+}
+
+impl<'a, W> Paced<'a, W> {
+    pub(super) fn new(to: W, out: &'a Outgoing) -> Self {
+        Self {
+            to,
+            out,
+            begun: Instant::now(),
+            sent: 0,
+        }
+    }
+}
+
+impl<W: Write> Write for Paced<'_, W> {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        if self.out.is_cancelled() {
+            return Err(io::Error::other("it was cancelled"));
+        }
+        let count = self.to.write(from)?;
+        self.sent += count as u64;
+        let sent = self.sent;
+        self.out.note(|progress| progress.bytes = sent);
+        if let Some(most) = self.out.options.bandwidth
+            && self.out.progress().stage == Stage::Copying
+        {
+            // For the clock to catch up: there is nothing to wait for.
+            let nanos = u128::from(sent) * 1_000_000_000 / u128::from(most.max(1));
+            let due = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+            if let Some(early) = due.checked_sub(self.begun.elapsed()) {
+                std::thread::sleep(early.min(Duration::from_secs(1)));
+            }
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}

@@ -1,0 +1,333 @@
+//! The side that has the VM.
+
+use std::io::BufWriter;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use blanket_migration::handover::{Source, SourceDoes};
+use blanket_migration::link::Link;
+use blanket_migration::message::{Hello, Message};
+use blanket_migration::precopy::{Control, Next, Round};
+use blanket_snapshot::{Kind, Writer};
+
+use super::outgoing::{Answer, Moved, Outgoing, Paced, Stage};
+use super::{Dirty, SendError};
+use crate::instance::{Instance, Running};
+use crate::saved::memory;
+use crate::saved::{Machine, SaveError, State};
+use crate::sync::lock;
+use crate::vm::{End, Handle, Then};
+
+/// Bytes that are sent together.
+const BUFFER: usize = 1 << 18;
+
+/// The part of its time that a slow guest has, it has in pieces of this length.
+const SLICE: Duration = Duration::from_millis(40);
+
+impl Instance {
+    /// The migration that goes out, or went out last.
+    #[must_use]
+    pub fn outgoing(&self) -> Option<Arc<Outgoing>> {
+        lock(&self.outgoing).clone()
+    }
+
+    /// Begins one. Only one at a time does.
+    ///
+    /// # Errors
+    /// Another one is not over.
+    pub fn begin_migration(&self, out: Arc<Outgoing>) -> Result<(), SendError> {
+        let mut present = lock(&self.outgoing);
+        if present
+            .as_ref()
+            .is_some_and(|it| it.progress().stage != Stage::Over)
+        {
+            return Err(SendError::Twice);
+        }
+        *present = Some(out);
+        Ok(())
+    }
+
+    /// Sends the VM to the other end of a link, and ends it when it runs there. Whatever
+    /// goes wrong before the destination has it, it goes on here. Once the destination may
+    /// have it, it stands still until that is known ([`Stage::Doubt`]).
+    ///
+    /// # Errors
+    /// Why it goes on here.
+    pub fn send_to(&self, link: Link, hello: &Hello, out: &Outgoing) -> Result<Moved, SendError> {
+        let sent = self.sent_to(link, hello, out);
+        out.note(|progress| progress.stage = Stage::Over);
+        match sent {
+            Err(_) if out.is_cancelled() => Err(SendError::Cancelled),
+            sent => sent,
+        }
+    }
+
+    fn sent_to(&self, mut link: Link, hello: &Hello, out: &Outgoing) -> Result<Moved, SendError> {
+        let running = lock(&self.now).running.clone();
+        let running = running.ok_or(SendError::NotRunning)?;
+        // Until it is over: no device comes or goes.
+        let devices = lock(&self.devices);
+        let begun = Instant::now();
+        hello.write(&mut link)?;
+        let mut sending = Sending::begin(&running, self.spec().vcpus, out, link)?;
+        let machine = Machine::of(self, &running, &devices);
+        sending
+            .writer
+            .text(Kind::Machine, &machine)
+            .map_err(SaveError::from)?;
+        let rest = sending.rounds()?;
+
+        let mut stood = Instant::now();
+        let outcome = running.handle.standing_still_logged(
+            || {
+                stood = Instant::now();
+                out.note(|progress| progress.stage = Stage::Standing);
+                running.bus.hold();
+            },
+            || {
+                let sent = self.console.standing_still(|console| {
+                    running.xenstore.standing_still(|store| {
+                        sending.finish(rest, |domain, vcpus| {
+                            State::read(domain, vcpus, store, console)
+                        })
+                    })
+                });
+                let moved = sent.and_then(|link| hand_over(link, hello, out));
+                let then = if moved.is_ok() {
+                    Then::End(End::Moved)
+                } else {
+                    Then::GoOn
+                };
+                (moved, then)
+            },
+        );
+        let downtime = stood.elapsed();
+        let moved = matches!(outcome, Ok(Ok(())));
+        // What is there is all that has happened: a VM that has gone does nothing more.
+        if !moved {
+            running.bus.go_on();
+        }
+        outcome??;
+        let moved = Moved {
+            progress: out.progress(),
+            took: begun.elapsed(),
+            downtime,
+        };
+        tracing::info!(?moved, "the VM has moved");
+        Ok(moved)
+    }
+
+    /// Tells the other end of a link, which was sent this VM once, that it has gone on
+    /// here.
+    ///
+    /// # Errors
+    /// The link's.
+    pub fn tell_kept(&self, mut link: Link, hello: &Hello) -> Result<(), SendError> {
+        hello.write(&mut link)?;
+        Message::Cancel.write(&mut link)?;
+        Ok(())
+    }
+}
+
+type Stream<'a> = Writer<Paced<'a, BufWriter<Link>>>;
+
+/// A VM that is being sent. It is logged what is written until this is dropped.
+struct Sending<'a> {
+    running: &'a Running,
+    vcpus: u32,
+    out: &'a Outgoing,
+    writer: Stream<'a>,
+    logged: Logged<'a>,
+}
+
+struct Logged<'a>(&'a Running);
+
+impl Drop for Logged<'_> {
+    fn drop(&mut self) {
+        self.0.grants.log(false);
+        // One that has ended needs no word; of one that will not stand still, the core
+        // goes on to note what nobody reads.
+        if let Err(error) = self.0.handle.end_log() {
+            tracing::debug!(%error, "the dirty log is not ended");
+        }
+    }
+}
+
+impl<'a> Sending<'a> {
+    fn begin(
+        running: &'a Running,
+        vcpus: u32,
+        out: &'a Outgoing,
+        link: Link,
+    ) -> Result<Self, SendError> {
+        let to = Paced::new(BufWriter::with_capacity(BUFFER, link), out);
+        let writer = Writer::new(to).map_err(SaveError::from)?;
+        running.grants.log(true);
+        let logged = Logged(running);
+        running.handle.log(|| ())?;
+        Ok(Self {
+            running,
+            vcpus,
+            out,
+            writer,
+            logged,
+        })
+    }
+
+    /// Sends memory until the rest is little; what the rest is.
+    fn rounds(&mut self) -> Result<Dirty, SendError> {
+        let mut control = Control::new(self.out.options.wishes);
+        let mut dirty = None;
+        let mut share = 100;
+        loop {
+            let begun = Instant::now();
+            let sent = self.round(dirty.as_ref(), share)?;
+            let round = Round {
+                sent,
+                took: begun.elapsed(),
+                dirty: 0,
+            };
+            let left = self.take_log()?;
+            let round = Round {
+                dirty: left.count(),
+                ..round
+            };
+            let next = control.after(&round);
+            tracing::debug!(?round, ?next, "a round is over");
+            self.out.note(|progress| {
+                progress.rounds += 1;
+                progress.pages += sent;
+                progress.dirty = round.dirty;
+            });
+            match next {
+                Next::Stop => return Ok(left),
+                Next::Round { share: now } => share = now,
+            }
+            self.out.note(|progress| progress.share = share);
+            dirty = Some(left);
+        }
+    }
+
+    /// Sends all memory, or what is dirty, to a guest that has a part of its time.
+    fn round(&mut self, dirty: Option<&Dirty>, share: u32) -> Result<u64, SendError> {
+        let domain = &self.running.domain;
+        let writer = &mut self.writer;
+        let sent = slowed(&self.running.handle, share, || match dirty {
+            None => memory::write(writer, domain),
+            Some(dirty) => memory::write_dirty(writer, domain, dirty),
+        });
+        Ok(sent?)
+    }
+
+    /// What was written since it was asked last.
+    fn take_log(&self) -> Result<Dirty, SendError> {
+        let domain = &self.running.domain;
+        let mut dirty = Dirty::none(domain);
+        let read = self
+            .running
+            .handle
+            .log(|| dirty.add_logged(domain, self.vcpus))?;
+        read.map_err(SaveError::from)?;
+        self.running.grants.take_log(dirty.words());
+        Ok(dirty)
+    }
+
+    /// Sends the rest of a VM that stands still, with its state.
+    fn finish<E: Into<SaveError>>(
+        mut self,
+        mut rest: Dirty,
+        state: impl FnOnce(&crate::builder::Domain, u32) -> Result<State, E>,
+    ) -> Result<Link, SendError> {
+        let domain = &self.running.domain;
+        // The core notes nothing any more, and could not be told so while it stands still.
+        std::mem::forget(self.logged);
+        let read = rest.add_logged(domain, self.vcpus);
+        self.running.grants.take_log(rest.words());
+        self.running.grants.log(false);
+        read.map_err(SaveError::from)?;
+        let pages = memory::write_dirty(&mut self.writer, domain, &rest)?;
+        self.out.note(|progress| progress.pages += pages);
+        let state = state(domain, self.vcpus).map_err(Into::into)?;
+        let text = self.writer.text(Kind::State, &state);
+        text.map_err(SaveError::from)?;
+        let (to, _) = self.writer.finish().map_err(SaveError::from)?;
+        let link = to.to.into_inner();
+        Ok(link.map_err(std::io::IntoInnerError::into_error)?)
+    }
+}
+
+/// Does `work`, while the guest has `share` percent of its time.
+fn slowed<T: Send>(handle: &Handle, share: u32, work: impl FnOnce() -> T) -> T {
+    if share >= 100 {
+        return work();
+    }
+    let done = AtomicBool::new(false);
+    let slices = AtomicU32::new(0);
+    std::thread::scope(|s| {
+        let slower = crate::thread::named("slower").spawn_scoped(s, || {
+            let runs = SLICE * share / 100;
+            while !done.load(Ordering::Acquire) {
+                // Time is what is to pass.
+                if handle.paused(|| std::thread::sleep(SLICE - runs)).is_none() {
+                    return;
+                }
+                slices.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(runs);
+            }
+        });
+        if let Err(error) = slower {
+            tracing::warn!(%error, "the guest is not slowed down");
+        }
+        let out = work();
+        done.store(true, Ordering::Release);
+        out
+    })
+}
+
+/// All was sent: the destination gets the VM, or it stays.
+fn hand_over(link: Link, hello: &Hello, out: &Outgoing) -> Result<(), SendError> {
+    let mut source = Source::Copying;
+    source.sent();
+    let mut link = Some(link);
+    if out.is_cancelled() && source.cancels() {
+        if let Some(link) = &mut link {
+            // If it is not heard, it is as if the link were lost.
+            let _ = Message::Cancel.write(link);
+        }
+        return Err(SendError::Cancelled);
+    }
+    loop {
+        let mut lost = None;
+        let does = match link.as_mut().map(Message::read) {
+            Some(Ok(message)) => source.hears(message),
+            Some(Err(error)) => {
+                lost = Some(error);
+                source.loses()
+            }
+            None => source.loses(),
+        };
+        match does {
+            SourceDoes::Says(message) => {
+                let said = link.as_mut().map(|link| message.write(link));
+                if !matches!(said, Some(Ok(()))) {
+                    link = None;
+                }
+            }
+            SourceDoes::Ends => return Ok(()),
+            SourceDoes::GoesOn | SourceDoes::Waits => {
+                return Err(lost.map_or(SendError::Refused, SendError::Link));
+            }
+            SourceDoes::Asks => match out.doubt() {
+                Answer::Claimed => return Err(SendError::Refused),
+                Answer::Link(mut new) => {
+                    let again = Hello {
+                        again: true,
+                        ..*hello
+                    };
+                    link = again.write(&mut new).is_ok().then_some(new);
+                }
+            },
+        }
+    }
+}
