@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -50,6 +51,17 @@ off, shows what there is, and leaves it on. System calls and returns that take t
 not recorded.";
 
 /// What `balloon` is.
+const MIGRATE: &str = "\
+The VM runs on while its memory is sent, then stands still for as short a time as there is left to send, \
+and runs on at the destination. Until the destination has it, whatever goes wrong leaves it running here. \
+If the link breaks in the very moment in which it changes hands, it stands still until the destination can \
+be asked again: `blanket migrate` does that by itself for a while, and again when it is called again.
+
+Exit codes:
+  0      it has moved
+  1      it has not moved, and runs here
+  9      it is not known: see what is said then";
+
 const BALLOON: &str = "\
 Asks a VM's guest to have so much of its memory, and waits until it has. What the guest gives up goes to \
 this machine; it gets it back, zeroed, when it is asked to have more. The guest's balloon driver does it, as \
@@ -74,7 +86,7 @@ pub enum Command {
     /// Run a VM in this process
     #[command(
         after_help = exit::TABLE,
-        group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk", "restore"]).required(true).multiple(true)
+        group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk", "restore", "incoming"]).required(true).multiple(true)
     )]
     Run(Box<Run>),
     /// List running VMs
@@ -116,6 +128,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Move a running VM to another host, where `blanket run --incoming` waits for it
+    #[command(after_help = MIGRATE)]
+    Migrate(Box<MigrateArgs>),
     /// Ask a VM's guest to have so much memory, and wait until it has
     #[command(long_about = BALLOON)]
     Balloon {
@@ -233,6 +248,47 @@ pub enum Generated {
     },
 }
 
+/// Arguments of `migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// The VM
+    pub name: String,
+    /// Where `blanket run --incoming` waits for it
+    #[arg(long, value_name = "HOST:PORT", required_unless_present_any = ["cancel", "keep"])]
+    pub to: Option<String>,
+    /// The token that was printed there
+    #[arg(long, env = "BLANKET_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+    /// A file that the token is in
+    #[arg(long, value_name = "FILE", conflicts_with = "token")]
+    pub token_file: Option<PathBuf>,
+    /// How long it may stand still, in milliseconds. One that would do so for longer is sent
+    /// on and slowed down
+    #[arg(long, value_name = "MS", default_value = "300")]
+    pub max_downtime: u64,
+    /// After so many rounds it is stopped in any case
+    #[arg(long, value_name = "N", default_value = "30", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+    /// How much is sent in a second at most while it runs, such as 100M
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub bandwidth: Option<u64>,
+    /// Seconds to try to reach a destination that is lost when the VM changes hands
+    #[arg(long, default_value = "60", value_parser = seconds)]
+    pub patience: Duration,
+    /// Do not move it after all
+    #[arg(long, conflicts_with_all = ["to", "keep"])]
+    pub cancel: bool,
+    /// Let it go on here: you know that the destination does not have it
+    #[arg(long, conflicts_with = "to")]
+    pub keep: bool,
+    /// Write JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Do not show how far it is
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct Run {
@@ -291,6 +347,14 @@ pub struct Run {
     /// vCPUs and identity come from the file; give its disks and networks as at its start
     #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "max_memory", "cpus", "balloon", "cloud_init"])]
     pub restore: Option<PathBuf>,
+    /// Wait at this address for a VM that `blanket migrate` moves here from another host,
+    /// instead of a boot. Give the same memory, vCPUs, disks and networks as it has there
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["restore", "kernel", "initrd", "balloon", "cloud_init"])]
+    pub incoming: Option<SocketAddr>,
+    /// Write the token that `blanket migrate` needs to this file, for its owner alone [default:
+    /// it is printed]
+    #[arg(long, value_name = "FILE", requires = "incoming")]
+    pub token_file: Option<PathBuf>,
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,

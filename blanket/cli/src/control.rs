@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::audit::Report;
 use crate::disk::{self, DiskInfo};
 use crate::handing;
+use crate::migrate::{self, Migrate, Migration};
 use crate::net::{self, NetInfo};
 use crate::registry::Registry;
 use crate::saved;
@@ -50,6 +51,14 @@ pub enum Request {
         /// End it then.
         end: bool,
     },
+    /// Move it to the other end of the connection whose descriptor comes along.
+    Migrate(Migrate),
+    /// How far it has moved.
+    Migration,
+    /// Do not move it, if it is not too late.
+    CancelMigration,
+    /// It goes on here, by the user's word that it does not run where it was sent.
+    KeepMigrating,
     /// Its disks.
     Disks,
     /// Give it another disk.
@@ -140,6 +149,8 @@ pub enum Answer {
     Balloon(Memory),
     /// It was written.
     Saved(Saved),
+    /// What its migration is at.
+    Migration(Migration),
     /// Its disks.
     Disks(Vec<DiskInfo>),
     /// Its networks.
@@ -262,7 +273,7 @@ pub fn serve(listener: UnixListener, instance: Arc<Instance>, about: About) -> R
     Ok(())
 }
 
-fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> {
+fn answer(stream: UnixStream, instance: &Arc<Instance>, about: &About) -> Result<()> {
     let (line, handed) = handing::receive(&stream, LINE_MAX)?;
     if line.is_empty() {
         // Somebody who only looked whether we are here.
@@ -274,7 +285,7 @@ fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> 
             let spec = instance.spec();
             Answer::Info(Box::new(Info {
                 name: about.name.clone(),
-                uuid: instance.uuid().to_owned(),
+                uuid: instance.uuid(),
                 generation_id: instance.generation().to_string(),
                 pid: std::process::id(),
                 host: instance.host().to_owned(),
@@ -310,6 +321,10 @@ fn answer(stream: UnixStream, instance: &Instance, about: &About) -> Result<()> 
             }
         }
         Ok(Request::Save { end }) => saved::answer(instance, handed, *end),
+        Ok(Request::Migrate(wanted)) => migrate::answer(instance, handed, wanted),
+        Ok(Request::Migration) => migrate::progress(instance),
+        Ok(Request::CancelMigration) => migrate::cancel(instance),
+        Ok(Request::KeepMigrating) => migrate::keep(instance),
         Ok(Request::Disks) => Answer::Disks(disk::list(instance)),
         Ok(Request::AttachDisk { spec }) => match disk::attach(instance, spec) {
             Ok(name) => Answer::Name(name),

@@ -21,10 +21,13 @@ const BLANKET: u8 = 7;
 /// The guest asked for something that is not supported.
 const UNSUPPORTED: u8 = 8;
 
+/// It is not known on which host a VM is.
+pub const DOUBT: u8 = 9;
+
 /// The table for `--help`.
 pub const TABLE: &str = "\
 Exit codes of `blanket run`:
-  0      the guest powered itself off
+  0      the guest powered itself off, or the VM was saved or has moved
   1      the VM could not be started, or not be started again
   2      wrong arguments
   3      the guest asked for a reboot (with --on-reboot exit)
@@ -38,7 +41,7 @@ Exit codes of `blanket run`:
 /// The exit code for the way a VM ended.
 pub fn code(end: &End) -> u8 {
     match end {
-        End::Poweroff | End::Saved => 0,
+        End::Poweroff | End::Saved | End::Moved => 0,
         End::Reboot => REBOOT,
         End::Panic => CRASH,
         End::Watchdog => WATCHDOG,
@@ -68,6 +71,7 @@ pub fn word(end: &End) -> &'static str {
         },
         End::Killed => "killed",
         End::Saved => "saved",
+        End::Moved => "moved",
         End::Failed(_) => "failed",
     }
 }
@@ -75,7 +79,9 @@ pub fn word(end: &End) -> &'static str {
 /// What to say on standard error, if there is more to say than the code does.
 pub fn sentence(end: &End) -> Option<String> {
     Some(match end {
-        End::Poweroff | End::Reboot | End::Killed | End::Saved => return None,
+        End::Poweroff | End::Reboot | End::Killed | End::Saved | End::Moved => {
+            return None;
+        }
         End::Panic => "the guest reported a crash (its kernel's panic message is above)".into(),
         End::Watchdog => "the guest's watchdog expired".into(),
         End::Unsupported(2) => "the guest asked to be suspended, which is not supported".into(),

@@ -15,6 +15,7 @@ mod handing;
 mod host;
 mod keeper;
 mod limits;
+mod migrate;
 mod net;
 mod prometheus;
 mod registry;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
             keep_running,
             json,
         } => saved::save(&name, &file, keep_running, json),
+        Command::Migrate(wanted) => migrate::command(&wanted),
         Command::Upgrade { name } => client::upgrade(&name),
         Command::Disk { command } => disk::command(&command),
         Command::Net { command } => net::command(&command),

@@ -16,6 +16,7 @@ use blanket_vmm::console::{Console, IoThread, Sink};
 use blanket_vmm::device::Error as DeviceError;
 use blanket_vmm::hypervisor::Isolation;
 use blanket_vmm::instance::{Instance, OnReboot, Spec};
+use blanket_vmm::migration::Incoming;
 use blanket_vmm::vm::End;
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -27,7 +28,7 @@ use crate::exit;
 use crate::registry::{Entry, Registry};
 use crate::setting::Setting;
 use crate::stats::Stats;
-use crate::{confine, control, crash, host, limits, saved};
+use crate::{confine, control, crash, host, limits, migrate, saved};
 
 /// Set in the environment of the process that `--detach` leaves behind.
 const DETACHED: &str = "BLANKET_DETACHED";
@@ -40,11 +41,16 @@ const LINUX_GROWS: u64 = 1 + EXTRA_MEM_RATIO;
 /// The first signal that asked us to end, or 0.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
+/// Whether this is the process that `--detach` leaves behind.
+fn detached() -> bool {
+    std::env::var_os(DETACHED).is_some()
+}
+
 /// Runs a VM to its end.
 pub fn command(run: &mut Run) -> Result<ExitCode> {
     let saved = saved::open(run)?;
     let run = &*run;
-    let detached = std::env::var_os(DETACHED).is_some();
+    let detached = detached();
     if run.detach && !detached {
         return detach(run);
     }
@@ -114,8 +120,19 @@ pub fn command(run: &mut Run) -> Result<ExitCode> {
     }
     let kept_at = registry.crash(&entry.name);
     let report = setting.crash.take();
-    let saved = saved.map(|(_, file)| file);
-    let end = live(run, &registry, (entry, listener), &instance, setting, saved)?;
+    let origin = match (saved, migrate::incoming(run)?) {
+        (Some((_, file)), _) => Origin::Saved(file),
+        (None, Some(incoming)) => Origin::Elsewhere(incoming),
+        (None, None) => Origin::Boot,
+    };
+    let end = live(
+        run,
+        &registry,
+        (entry, listener),
+        &instance,
+        setting,
+        origin,
+    )?;
     let counters = instance.stats().ok().flatten();
     let kept = match crash::keep(&kept_at, report, &instance, &end) {
         Ok(kept) => kept,
@@ -133,6 +150,16 @@ pub fn command(run: &mut Run) -> Result<ExitCode> {
     ))
 }
 
+/// How a VM begins.
+enum Origin {
+    /// By its kernel.
+    Boot,
+    /// Where it was when it was saved.
+    Saved(File),
+    /// Where it is on another host.
+    Elsewhere(Incoming),
+}
+
 /// From the first boot to the end.
 fn live(
     run: &Run,
@@ -140,7 +167,7 @@ fn live(
     (entry, listener): (Entry, UnixListener),
     instance: &Arc<Instance>,
     setting: Setting,
-    saved: Option<File>,
+    origin: Origin,
 ) -> Result<End> {
     let confinement = setting.confinement(run);
     let Setting {
@@ -177,14 +204,23 @@ fn live(
         },
     )?;
     watch_signals(instance)?;
-    let vm = match saved {
-        None => instance.boot().map_err(boot_hint)?,
-        Some(file) => instance.resume(BufReader::new(file))?,
+    // It may wait for long: whoever started it in the background does not.
+    let mut log = log;
+    if matches!(origin, Origin::Elsewhere(_))
+        && let Some(log) = log.take()
+    {
+        become_background(&log, &entry, &place, instance.host())?;
+    }
+    let waited = matches!(origin, Origin::Elsewhere(_)) && detached();
+    let vm = match origin {
+        Origin::Boot => instance.boot().map_err(boot_hint)?,
+        Origin::Saved(file) => instance.resume(BufReader::new(file))?,
+        Origin::Elsewhere(incoming) => instance.receive_from(incoming)?,
     };
 
     if let Some(log) = log {
         become_background(&log, &entry, &place, instance.host())?;
-    } else {
+    } else if !waited {
         if !run.json {
             let on = host::sentence(instance.host());
             eprintln!("blanket: {} runs {on}", entry.name);

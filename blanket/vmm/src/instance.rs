@@ -176,7 +176,7 @@ pub const LEAST_MEMORY: u64 = 16 << 20;
 /// A VM over all its reboots.
 pub struct Instance {
     spec: Spec,
-    uuid: String,
+    uuid: Mutex<String>,
     /// Another one when the VM comes from elsewhere, where it has not begun anew.
     generation: Mutex<Generation>,
     hypervisor: Arc<dyn Hypervisor>,
@@ -257,7 +257,7 @@ impl Instance {
         };
         Ok(Arc::new(Self {
             spec,
-            uuid,
+            uuid: Mutex::new(uuid),
             generation: Mutex::new(Generation::fresh().map_err(Error::Identity)?),
             hypervisor,
             console,
@@ -320,7 +320,7 @@ impl Instance {
         let description = DomainSpec {
             domain: domid::GUEST,
             name: spec.name.clone(),
-            uuid: self.uuid.clone(),
+            uuid: self.uuid(),
             generation: self.generation().to_string(),
             memory_kib: target >> 10,
             max_memory_kib: spec.most_memory() >> 10,
@@ -686,8 +686,13 @@ impl Instance {
 
     /// Its identity, kept over reboots.
     #[must_use]
-    pub fn uuid(&self) -> &str {
-        &self.uuid
+    pub fn uuid(&self) -> String {
+        lock(&self.uuid).clone()
+    }
+
+    /// It is the VM of another host.
+    pub(crate) fn become_uuid(&self, uuid: &str) {
+        uuid.clone_into(&mut lock(&self.uuid));
     }
 
     /// Which life of it this is: another at each start, the same over reboots.

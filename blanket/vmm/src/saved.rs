@@ -187,6 +187,9 @@ impl Instance {
             now.booted.clone_from(&machine.kernel);
             now.target = machine.target;
         }
+        if moved {
+            self.become_uuid(&machine.uuid);
+        }
         self.launch(domain, Some(Resumed { state, moved }), gate)
     }
 

@@ -13,6 +13,8 @@ use blanket_migration::message::HelloError;
 use crate::saved::{ResumeError, SaveError};
 use crate::vm::StillError;
 
+pub use blanket_migration::link::{Link, Token};
+pub use blanket_migration::precopy::Wishes;
 pub use destination::Incoming;
 pub use outgoing::{Moved, Options, Outgoing, Progress, Stage};
 

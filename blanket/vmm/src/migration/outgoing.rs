@@ -4,7 +4,8 @@ use std::io::{self, Write};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use blanket_migration::link::Link;
+use blanket_migration::link::{self, Link, Token};
+use blanket_migration::message::{Hello, Message};
 use blanket_migration::precopy::Wishes;
 
 use crate::sync::lock;
@@ -64,6 +65,7 @@ pub struct Moved {
 #[derive(Debug)]
 pub struct Outgoing {
     pub(super) options: Options,
+    pub(super) hello: Hello,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -74,6 +76,8 @@ struct State {
     cancelled: bool,
     claimed: bool,
     link: Option<Link>,
+    /// What it came to, once it is over.
+    outcome: Option<Result<Moved, String>>,
 }
 
 /// What ends a doubt.
@@ -85,27 +89,81 @@ pub(super) enum Answer {
 }
 
 impl Outgoing {
-    /// One that begins.
-    #[must_use]
-    pub fn new(options: Options) -> Self {
+    /// One that begins, to the destination that the token is of.
+    ///
+    /// # Errors
+    /// The host gave no random bytes.
+    pub fn new(options: Options, token: &Token) -> Result<Self, link::Error> {
         let progress = Progress {
             share: 100,
             ..Progress::default()
         };
-        Self {
+        Ok(Self {
             options,
+            hello: Hello {
+                id: link::random()?,
+                secret: token.secret(),
+                again: false,
+            },
             state: Mutex::new(State {
                 progress,
                 ..State::default()
             }),
             changed: Condvar::new(),
+        })
+    }
+
+    /// How a connection begins over which the destination is asked once more.
+    pub(super) fn again(&self) -> Hello {
+        Hello {
+            again: true,
+            ..self.hello
         }
+    }
+
+    /// Tells the destination, over another link, that the VM has gone on here.
+    ///
+    /// # Errors
+    /// The link's.
+    pub fn tell_kept(&self, mut link: Link) -> io::Result<()> {
+        self.again().write(&mut link)?;
+        Message::Cancel.write(&mut link)
     }
 
     /// How far it is.
     #[must_use]
     pub fn progress(&self) -> Progress {
         lock(&self.state).progress
+    }
+
+    /// It is over: the VM has moved, or why not.
+    pub(super) fn end(&self, outcome: Result<Moved, String>) {
+        let mut state = lock(&self.state);
+        state.progress.stage = Stage::Over;
+        state.outcome = Some(outcome);
+        self.changed.notify_all();
+    }
+
+    /// It does not begin.
+    pub fn give_up(&self) {
+        self.end(Err("it did not begin".into()));
+    }
+
+    /// The VM that has moved.
+    #[must_use]
+    pub fn moved(&self) -> Option<Moved> {
+        lock(&self.state).outcome.as_ref()?.as_ref().ok().copied()
+    }
+
+    /// What it came to so far.
+    ///
+    /// # Errors
+    /// Why the VM has not moved.
+    pub fn outcome(&self) -> Result<(), String> {
+        match &lock(&self.state).outcome {
+            Some(Err(why)) => Err(why.clone()),
+            Some(Ok(_)) | None => Ok(()),
+        }
     }
 
     pub(super) fn note(&self, change: impl FnOnce(&mut Progress)) {
@@ -133,18 +191,17 @@ impl Outgoing {
         doubt
     }
 
-    /// Another link to the destination, to ask it. False: there is no doubt.
-    #[must_use]
-    pub fn offer(&self, link: Link) -> bool {
+    /// Asks the destination over another link, if there is a doubt, and waits for what
+    /// comes of it.
+    pub fn ask(&self, link: Link) {
         let mut state = lock(&self.state);
-        let doubt = state.progress.stage == Stage::Doubt;
-        if doubt {
+        if state.progress.stage == Stage::Doubt {
             state.link = Some(link);
-            // Whoever waits for an outcome waits for that of this link.
             state.progress.stage = Stage::Standing;
         }
+        drop(state);
         self.changed.notify_all();
-        doubt
+        self.wait();
     }
 
     /// Waits for whatever ends a doubt.
@@ -167,8 +224,7 @@ impl Outgoing {
     }
 
     /// Waits until it is over or in doubt.
-    #[must_use]
-    pub fn wait(&self) -> Progress {
+    pub fn wait(&self) {
         let mut state = lock(&self.state);
         while matches!(state.progress.stage, Stage::Copying | Stage::Standing) {
             state = self
@@ -176,7 +232,6 @@ impl Outgoing {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        state.progress
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use blanket_migration::handover::{Source, SourceDoes};
 use blanket_migration::link::Link;
-use blanket_migration::message::{Hello, Message};
+use blanket_migration::message::Message;
 use blanket_migration::precopy::{Control, Next, Round};
 use blanket_snapshot::{Kind, Writer};
 
@@ -54,22 +54,25 @@ impl Instance {
     ///
     /// # Errors
     /// Why it goes on here.
-    pub fn send_to(&self, link: Link, hello: &Hello, out: &Outgoing) -> Result<Moved, SendError> {
-        let sent = self.sent_to(link, hello, out);
-        out.note(|progress| progress.stage = Stage::Over);
-        match sent {
+    pub fn send_to(&self, link: Link, out: &Outgoing) -> Result<Moved, SendError> {
+        let sent = match self.sent_to(link, out) {
             Err(_) if out.is_cancelled() => Err(SendError::Cancelled),
             sent => sent,
-        }
+        };
+        out.end(match &sent {
+            Ok(moved) => Ok(*moved),
+            Err(error) => Err(error.to_string()),
+        });
+        sent
     }
 
-    fn sent_to(&self, mut link: Link, hello: &Hello, out: &Outgoing) -> Result<Moved, SendError> {
+    fn sent_to(&self, mut link: Link, out: &Outgoing) -> Result<Moved, SendError> {
         let running = lock(&self.now).running.clone();
         let running = running.ok_or(SendError::NotRunning)?;
         // Until it is over: no device comes or goes.
         let devices = lock(&self.devices);
         let begun = Instant::now();
-        hello.write(&mut link)?;
+        out.hello.write(&mut link)?;
         let mut sending = Sending::begin(&running, self.spec().vcpus, out, link)?;
         let machine = Machine::of(self, &running, &devices);
         sending
@@ -93,7 +96,7 @@ impl Instance {
                         })
                     })
                 });
-                let moved = sent.and_then(|link| hand_over(link, hello, out));
+                let moved = sent.and_then(|link| hand_over(link, out));
                 let then = if moved.is_ok() {
                     Then::End(End::Moved)
                 } else {
@@ -116,17 +119,6 @@ impl Instance {
         };
         tracing::info!(?moved, "the VM has moved");
         Ok(moved)
-    }
-
-    /// Tells the other end of a link, which was sent this VM once, that it has gone on
-    /// here.
-    ///
-    /// # Errors
-    /// The link's.
-    pub fn tell_kept(&self, mut link: Link, hello: &Hello) -> Result<(), SendError> {
-        hello.write(&mut link)?;
-        Message::Cancel.write(&mut link)?;
-        Ok(())
     }
 }
 
@@ -286,7 +278,7 @@ fn slowed<T: Send>(handle: &Handle, share: u32, work: impl FnOnce() -> T) -> T {
 }
 
 /// All was sent: the destination gets the VM, or it stays.
-fn hand_over(link: Link, hello: &Hello, out: &Outgoing) -> Result<(), SendError> {
+fn hand_over(link: Link, out: &Outgoing) -> Result<(), SendError> {
     let mut source = Source::Copying;
     source.sent();
     let mut link = Some(link);
@@ -321,11 +313,7 @@ fn hand_over(link: Link, hello: &Hello, out: &Outgoing) -> Result<(), SendError>
             SourceDoes::Asks => match out.doubt() {
                 Answer::Claimed => return Err(SendError::Refused),
                 Answer::Link(mut new) => {
-                    let again = Hello {
-                        again: true,
-                        ..*hello
-                    };
-                    link = again.write(&mut new).is_ok().then_some(new);
+                    link = out.again().write(&mut new).is_ok().then_some(new);
                 }
             },
         }

@@ -64,7 +64,7 @@ impl Machine {
         let named = |(name, word): (&str, u64)| (name.to_owned(), word);
         Self {
             name: spec.name.clone(),
-            uuid: instance.uuid().to_owned(),
+            uuid: instance.uuid(),
             memory: spec.memory,
             max_memory: spec.most_memory(),
             target: instance.target(),

@@ -1,0 +1,377 @@
+//! `blanket migrate`, and what a VM's process does for it.
+
+use std::fs;
+use std::io::{IsTerminal as _, Write as _};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use blanket_vmm::instance::Instance;
+use blanket_vmm::migration::{Incoming, Link, Options, Outgoing, Stage, Token, Wishes};
+use serde::{Deserialize, Serialize};
+
+use crate::args::{MigrateArgs, Run};
+use crate::control::{Answer, Request, ask_vm, ask_vm_with};
+use crate::exit::{self, hint, show};
+
+/// How often it is looked how far it is.
+const LOOK: Duration = Duration::from_millis(250);
+/// How often a lost destination is tried.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// How a VM is to be moved.
+#[derive(Debug, Serialize, Deserialize, PartialEq)]
+pub struct Migrate {
+    /// The destination's token.
+    token: String,
+    /// The destination is asked what became of the VM.
+    again: bool,
+    /// How long it may stand still, milliseconds.
+    max_downtime_ms: u64,
+    /// Rounds at most.
+    rounds: u32,
+    /// Bytes for each second.
+    bandwidth: Option<u64>,
+}
+
+/// What a migration is at.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+pub struct Migration {
+    /// `copying`, `standing`, `doubt`, `moved` or `kept`.
+    pub stage: String,
+    /// Rounds that are over.
+    pub rounds: u32,
+    /// Pages that were sent.
+    pub pages: u64,
+    /// Bytes that were sent.
+    pub bytes: u64,
+    /// Pages that the last round left.
+    pub dirty: u64,
+    /// The part of its time that the guest has, percent.
+    pub share: u32,
+    /// Milliseconds from the first byte to the last word; of a VM that has moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub took_ms: Option<u64>,
+    /// Milliseconds for which it ran nowhere; of a VM that has moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_ms: Option<u64>,
+}
+
+impl Migration {
+    fn of(out: &Outgoing) -> Self {
+        let now = out.progress();
+        let stage = match now.stage {
+            Stage::Copying => "copying",
+            Stage::Standing => "standing",
+            Stage::Doubt => "doubt",
+            Stage::Over if out.moved().is_some() => "moved",
+            Stage::Over => "kept",
+        };
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Self {
+            stage: stage.into(),
+            rounds: now.rounds,
+            pages: now.pages,
+            bytes: now.bytes,
+            dirty: now.dirty,
+            share: now.share,
+            took_ms: out.moved().map(|moved| ms(moved.took)),
+            downtime_ms: out.moved().map(|moved| ms(moved.downtime)),
+        }
+    }
+}
+
+// ---- the VM's process, at the source ----
+
+/// Moves the VM, or asks where it is.
+pub fn answer(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Answer {
+    match moved(instance, handed, wanted) {
+        Ok(migration) => Answer::Migration(migration),
+        Err(error) => Answer::Error(format!("{error:#}")),
+    }
+}
+
+fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Result<Migration> {
+    let [socket] = <[OwnedFd; 1]>::try_from(handed)
+        .map_err(|_| anyhow!("there is no connection to the destination"))?;
+    let token: Token = wanted.token.parse()?;
+    let link = || Link::to(TcpStream::from(socket), &token);
+    if wanted.again {
+        let out = instance.outgoing().context("no VM was sent from here")?;
+        match out.progress().stage {
+            Stage::Doubt => out.ask(link()?),
+            // The destination waits for a VM that is not given.
+            Stage::Over if out.moved().is_none() => out.tell_kept(link()?)?,
+            _ => {}
+        }
+        return out
+            .outcome()
+            .map(|()| Migration::of(&out))
+            .map_err(|why| anyhow!(why));
+    }
+    let options = Options {
+        wishes: Wishes {
+            downtime: Duration::from_millis(wanted.max_downtime_ms),
+            rounds: wanted.rounds,
+        },
+        bandwidth: wanted.bandwidth,
+    };
+    let out = Arc::new(Outgoing::new(options, &token)?);
+    instance.begin_migration(Arc::clone(&out))?;
+    let (instance, sent) = (Arc::clone(instance), Arc::clone(&out));
+    let link = link().inspect_err(|_| out.give_up())?;
+    // In a thread of its own: who asks may go away, and come back.
+    let thread = blanket_vmm::thread::named("migration").spawn(move || {
+        if let Err(error) = instance.send_to(link, &sent) {
+            tracing::warn!(%error, "the VM has not moved");
+        }
+    });
+    thread
+        .inspect_err(|_| out.give_up())
+        .context("cannot start a thread")?;
+    out.wait();
+    out.outcome()
+        .map(|()| Migration::of(&out))
+        .map_err(|why| anyhow!(why))
+}
+
+/// How far it is.
+pub fn progress(instance: &Instance) -> Answer {
+    match instance.outgoing() {
+        Some(out) => Answer::Migration(Migration::of(&out)),
+        None => Answer::Error("no VM is sent from here".into()),
+    }
+}
+
+/// It is to stay.
+pub fn cancel(instance: &Instance) -> Answer {
+    match instance.outgoing() {
+        Some(out) if matches!(out.progress().stage, Stage::Copying | Stage::Standing) => {
+            out.cancel();
+            out.wait();
+            Answer::Migration(Migration::of(&out))
+        }
+        _ => Answer::Error("it is not being moved".into()),
+    }
+}
+
+/// It goes on here, by the user's word.
+pub fn keep(instance: &Instance) -> Answer {
+    match instance.outgoing() {
+        Some(out) if out.claim() => {
+            out.wait();
+            Answer::Migration(Migration::of(&out))
+        }
+        _ => Answer::Error("there is no doubt where it is: it runs here".into()),
+    }
+}
+
+// ---- the command ----
+
+/// `blanket migrate`.
+pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
+    let name = &args.name;
+    if args.cancel || args.keep {
+        let request = if args.cancel {
+            Request::CancelMigration
+        } else {
+            Request::KeepMigrating
+        };
+        return match ask_vm(name, &request)? {
+            Answer::Migration(migration) => done(args, &migration),
+            other => bail!("{name} answers {other:?}"),
+        };
+    }
+    let token = token(args)?;
+    let wanted = |again| Migrate {
+        token: token.to_string(),
+        again,
+        max_downtime_ms: args.max_downtime,
+        rounds: args.rounds,
+        bandwidth: args.bandwidth,
+    };
+    // A VM whose whereabouts are in doubt is not sent again, but asked for.
+    let again = matches!(
+        ask_vm(name, &Request::Migration),
+        Ok(Answer::Migration(it)) if it.stage == "doubt"
+    );
+    let mut answer = asked(args, &wanted(again), !again)?;
+    let since = Instant::now();
+    while answer.stage == "doubt" && since.elapsed() < args.patience {
+        eprintln!("blanket: the link is lost; {name} stands still until its destination answers");
+        // Nothing tells when a network is whole again.
+        std::thread::sleep(RETRY);
+        match asked(args, &wanted(true), false) {
+            Ok(now) => answer = now,
+            Err(error) => tracing::info!("{error:#}"),
+        }
+    }
+    done(args, &answer)
+}
+
+/// Connects, has the VM move, and shows how far it is meanwhile.
+fn asked(args: &MigrateArgs, wanted: &Migrate, show_it: bool) -> Result<Migration> {
+    let name = &args.name;
+    let socket = connect(args.to.as_deref().unwrap_or_default())?;
+    let cancelled = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&cancelled))?;
+    }
+    let (said, hears) = mpsc::channel();
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let request = Request::Migrate(Migrate {
+                token: wanted.token.clone(),
+                ..*wanted
+            });
+            // Nobody hears it only if this thread's scope has ended.
+            let _ = said.send(ask_vm_with(name, &request, &[socket.as_fd()]));
+        });
+        let line = show_it && !args.quiet && !args.json && std::io::stderr().is_terminal();
+        loop {
+            match hears.recv_timeout(LOOK) {
+                Ok(answer) => {
+                    if line {
+                        eprint!("\r\x1b[K");
+                    }
+                    return match answer? {
+                        Answer::Migration(migration) => Ok(migration),
+                        other => bail!("{name} answers {other:?}"),
+                    };
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => bail!("{name} does not answer"),
+            }
+            if cancelled.swap(false, Ordering::AcqRel) {
+                // Its own answer tells what came of it.
+                let _ = ask_vm(name, &Request::CancelMigration);
+            } else if line && let Ok(Answer::Migration(now)) = ask_vm(name, &Request::Migration) {
+                eprint!("\r\x1b[K{}", sentence(&now));
+                let _ = std::io::stderr().flush();
+            }
+        }
+    })
+}
+
+fn sentence(now: &Migration) -> String {
+    let slow = match now.share {
+        0 | 100.. => String::new(),
+        share => format!(", the guest has {share} % of its time"),
+    };
+    format!(
+        "{}: round {}, {} MiB sent, {} MiB left{slow}",
+        now.stage,
+        now.rounds + 1,
+        now.bytes >> 20,
+        now.dirty >> 8,
+    )
+}
+
+/// Says what came of it.
+fn done(args: &MigrateArgs, migration: &Migration) -> Result<ExitCode> {
+    let name = &args.name;
+    let to = args.to.as_deref().unwrap_or("its destination");
+    match migration.stage.as_str() {
+        "moved" => {
+            show(migration, args.json, |it| {
+                format!(
+                    "{name} runs at {to}; {} pages in {} rounds, {} MiB in {:.1} s; it stood still for {} ms\n",
+                    it.pages,
+                    it.rounds,
+                    it.bytes.div_ceil(1 << 20),
+                    Duration::from_millis(it.took_ms.unwrap_or(0)).as_secs_f64(),
+                    it.downtime_ms.unwrap_or(0),
+                )
+            })?;
+            Ok(ExitCode::SUCCESS)
+        }
+        "kept" => {
+            show(migration, args.json, |_| format!("{name} runs here\n"))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => {
+            if args.json {
+                show(migration, true, |_| String::new())?;
+            }
+            eprintln!(
+                "blanket: {name} stands still, and may run at {to}: the link broke when it changed hands\n  \
+                 call `blanket migrate {name}` again when {to} can be reached, with the same token; \
+                 if you know that it does not run there and never will, `blanket migrate {name} --keep`"
+            );
+            Ok(ExitCode::from(exit::DOUBT))
+        }
+    }
+}
+
+fn token(args: &MigrateArgs) -> Result<Token> {
+    let text = match (&args.token, &args.token_file) {
+        (Some(token), _) => token.clone(),
+        (None, Some(file)) => {
+            fs::read_to_string(file).with_context(|| file.display().to_string())?
+        }
+        (None, None) => {
+            let error = anyhow!("the destination's token is missing");
+            return Err(hint(
+                &error,
+                "give what `blanket run --incoming` printed there with --token",
+            ));
+        }
+    };
+    Ok(text.parse()?)
+}
+
+fn connect(to: &str) -> Result<TcpStream> {
+    let failed = |error: anyhow::Error| {
+        hint(
+            &error.context(to.to_owned()),
+            "give the address and port at which `blanket run --incoming` waits",
+        )
+    };
+    let addresses = to.to_socket_addrs().map_err(|error| failed(error.into()))?;
+    let mut last = anyhow!("there is no such address");
+    for address in addresses {
+        match TcpStream::connect_timeout(&address, CONNECT) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => last = error.into(),
+        }
+    }
+    Err(failed(last))
+}
+
+// ---- the VM's process, at the destination ----
+
+/// Where the VM is to come from, and how its user says so to the source.
+pub fn incoming(run: &Run) -> Result<Option<Incoming>> {
+    let Some(address) = run.incoming else {
+        return Ok(None);
+    };
+    let listener = TcpListener::bind(address).with_context(|| address.to_string())?;
+    let address = listener.local_addr().context("its address")?;
+    let incoming = Incoming::new(listener)?;
+    let token = incoming.token();
+    match &run.token_file {
+        Some(path) => {
+            let file = fs::File::options()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(path);
+            let written = file.and_then(|mut file| writeln!(file, "{token}"));
+            written.with_context(|| path.display().to_string())?;
+            eprintln!("blanket: waits for a VM at {address}");
+        }
+        None => eprintln!(
+            "blanket: waits for a VM at {address}; on the host that has it:\n  \
+             blanket migrate NAME --to {address} --token {token}"
+        ),
+    }
+    Ok(Some(incoming))
+}
