@@ -12,8 +12,9 @@ use crate::scripts::{
     BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
     DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
     KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
-    MEMORY_SHORT_INSTANCE, MERGED_10, NETWORK, NETWORK_4, SAVE, SAVE_BETWEEN, SHADOW_RECLAIM,
-    SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, NETWORK, NETWORK_4, SAVE,
+    SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS,
+    VMM_TRICKS_ALL,
 };
 
 pub use case::{Adapter, Case, Expect, Guest, Work};
@@ -217,6 +218,11 @@ fn single() -> Vec<Case> {
         Case {
             cpu: "EPYC",
             ..save("save-between-hosts", SAVE_BETWEEN)
+        },
+        migrate("migrate", MIGRATE),
+        Case {
+            cpu: "EPYC",
+            ..migrate("migrate-between-hosts", MIGRATE_BETWEEN)
         },
         network("network", NETWORK, 900),
         long(kvm(network("kvm-network", NETWORK_4, 900))),
@@ -451,6 +457,15 @@ fn save(name: &str, script: &'static str) -> Case {
     Case {
         drivers: &["xen_blkfront", "xen_netfront"],
         modules: &["tun"],
+        ..hard_times(name, 900, script)
+    }
+}
+
+/// A VM that moves while it runs.
+fn migrate(name: &str, script: &'static str) -> Case {
+    Case {
+        drivers: &["xen_netfront"],
+        modules: &["tun", "bridge"],
         ..hard_times(name, 900, script)
     }
 }

@@ -32,6 +32,9 @@ pub const HOSTILE_MOVES: &str = with_common!(
 pub const SAVE: &str = with_common!("save.sh");
 pub const SAVE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm'\n", "save.sh");
 
+pub const MIGRATE: &str = with_common!("HOSTS='module module module'\n", "migrate.sh");
+pub const MIGRATE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm module'\n", "migrate.sh");
+
 pub const DISKS: &str = with_common!("disks.sh");
 pub const DISK_FULL: &str = with_common!("disk-full.sh");
 pub const HOSTILE_DEVICES: &str = with_common!("hostile-devices.sh");

@@ -27,10 +27,19 @@ pub enum Message {
     Gone,
     /// Source: it has gone on there.
     Cancel,
+    /// Source: it has heard [`Self::Runs`], and will not ask again.
+    Known,
 }
 
 impl Message {
-    const ALL: [Self; 5] = [Self::Ready, Self::Go, Self::Runs, Self::Gone, Self::Cancel];
+    const ALL: [Self; 6] = [
+        Self::Ready,
+        Self::Go,
+        Self::Runs,
+        Self::Gone,
+        Self::Cancel,
+        Self::Known,
+    ];
 
     const fn word(self) -> [u8; 4] {
         *match self {
@@ -39,6 +48,7 @@ impl Message {
             Self::Runs => b"RUNS",
             Self::Gone => b"GONE",
             Self::Cancel => b"BACK",
+            Self::Known => b"KNOW",
         }
     }
 

@@ -1,6 +1,6 @@
 //! The side that gets the VM.
 
-use std::io::{BufReader, Write};
+use std::io::BufReader;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::{Arc, Mutex};
@@ -109,7 +109,7 @@ impl Instance {
             }
         }
         let vm = vm?;
-        answer_later(Arc::clone(self), incoming, given);
+        answer_later(Arc::clone(self), incoming, given, link);
         Ok(vm)
     }
 }
@@ -173,11 +173,20 @@ impl Given {
     }
 }
 
-/// Tells a source that asks again, having lost the answer, that the VM runs.
-fn answer_later(instance: Arc<Instance>, incoming: Arc<Incoming>, given: Arc<Given>) {
+/// Tells a source that asks again, having lost the answer, that the VM runs, until it has
+/// said that it knows.
+fn answer_later(
+    instance: Arc<Instance>,
+    incoming: Arc<Incoming>,
+    given: Arc<Given>,
+    mut link: Option<Link>,
+) {
     let answers = move || {
-        while let Ok(mut link) = given.again(&incoming, &instance.killed) {
-            let _ = link.flush();
+        while !matches!(link.as_mut().map(Message::read), Some(Ok(Message::Known))) {
+            match given.again(&incoming, &instance.killed) {
+                Ok(new) => link = Some(new),
+                Err(_) => return,
+            }
         }
     };
     if let Err(error) = crate::thread::named("moved").spawn(answers) {

@@ -306,7 +306,13 @@ fn hand_over(link: Link, out: &Outgoing) -> Result<(), SendError> {
                     link = None;
                 }
             }
-            SourceDoes::Ends => return Ok(()),
+            SourceDoes::Ends => {
+                if let Some(link) = &mut link {
+                    // Not heard, it is asked no more all the same.
+                    let _ = Message::Known.write(link);
+                }
+                return Ok(());
+            }
             SourceDoes::GoesOn | SourceDoes::Waits => {
                 return Err(lost.map_or(SendError::Refused, SendError::Link));
             }

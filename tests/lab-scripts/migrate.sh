@@ -1,0 +1,116 @@
+# A VM that computes, and sends over a TCP connection, moves from one process to another and
+# on, while it runs: MOVES of them, each on a host of HOSTS (module, kvm). No number that it
+# counts is missing or comes twice, nothing that it computes is wrong, and its connection
+# holds.
+brctl addbr br0
+for tap in vm0 vm1; do
+    tunctl -t $tap >/dev/null || fail "no tap"
+    brctl addif br0 $tap
+    ip link set $tap up
+done
+ip addr add 192.168.77.1/24 dev br0
+ip link set br0 up
+tail -f /dev/null | nc -l -p 7000 >stream &
+
+cat >script <<'S'
+until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+ip addr add 192.168.77.2/24 dev eth0
+ip link set eth0 up
+check() {
+    while [ ! -e /tmp/stop ]; do
+        dd if=/dev/urandom bs=64k count=8 2>/dev/null | tee /tmp/$1 | md5sum >/tmp/$1.sum
+        md5sum </tmp/$1 | cmp - /tmp/$1.sum || { echo WRONG; exit 1; }
+    done
+}
+check a & a=$!
+check b & b=$!
+mkfifo /tmp/out
+nc 192.168.77.1 7000 </tmp/out &
+exec 3>/tmp/out
+n=0
+until [ -e /tmp/end ]; do
+    n=$((n + 1))
+    echo "LINE $n" >&3
+    echo "COUNT $n"
+    # Its user ends it with a word on its console.
+    read -t 1 word && [ "$word" = end ] && touch /tmp/end
+done
+exec 3>&-
+touch /tmp/stop
+wait $a && wait $b
+S
+lab-initrd script >initrd
+
+vm="--memory 192M --cpus 2"
+net() { echo "--net tap=vm$1,mac=02:00:00:00:77:02"; }
+last() { cat *.log | tr -d '\r' | sed -n 's/^COUNT //p' | sort -n | tail -n 1; }
+counted() {
+    to=$(($(last) + $1))
+    until [ "$(last)" -ge $to ]; do
+        blanket stats $now >/dev/null 2>&1 || fail "$now is gone"
+        sleep 0.2
+    done
+}
+# waits NAME TAP [OPTIONS...]: a process that the VM can move to.
+waits() {
+    name=$1 tap=$2
+    shift 2
+    rm -f token
+    blanket run --incoming 127.0.0.1:7100 --token-file token --name $name $vm $(net $tap) --detach \
+        --console file:$name.log "$@" >/dev/null || fail "$name does not wait"
+}
+
+: >none.log
+now=vm
+blanket run --name vm --kernel /guest/vmlinuz --initrd initrd $vm $(net 0) --detach \
+    --console file:vm.log --cmdline "console=hvc0 panic=-1" >/dev/null || fail "it does not start"
+until grep -q '^COUNT' vm.log; do blanket stats vm >/dev/null 2>&1 || fail "it does not boot"; sleep 0.2; done
+counted 3
+identity() { blanket ps --json | grep -E '"(uuid|generation_id)"'; }
+whose=$(identity)
+
+# Who is not the destination, has not its token, or is of another size gets nothing.
+! blanket migrate vm --to 127.0.0.1:7100 --token 00 2>err || fail "no token"
+grep -q 'no token' err || fail "no word about the token: $(cat err)"
+waits other 1
+tr '0123456789abcdef' '123456789abcdef0' <token >false
+! blanket migrate vm --to 127.0.0.1:7100 --token-file false 2>err || fail "another token"
+grep -q 'not the one that the token is of' err || fail "no word about it: $(cat err)"
+(head -c 64 token; tail -c 65 false) >false2
+! blanket migrate vm --to 127.0.0.1:7100 --token-file false2 2>err || fail "another secret"
+counted 2
+blanket kill other || fail "it waits on"
+vm="--memory 128M --cpus 2" waits small 1
+! blanket migrate vm --to 127.0.0.1:7100 --token-file token 2>err || fail "it fits into less"
+counted 2
+! blanket stats small 2>/dev/null || fail "the small one is still there"
+
+move=0
+for host in $HOSTS; do
+    move=$((move + 1))
+    next=$host-$move
+    waits $next $((move % 2)) --host $host
+    before=$(last)
+    blanket migrate $now --to 127.0.0.1:7100 --token-file token --json >moved 2>err ||
+        fail "move $move: $(cat err); $(cat $next.log)"
+    tr -d ' \n' <moved
+    echo
+    grep -q '"stage": "moved"' moved || fail "it has not moved"
+    until ! blanket stats $now >/dev/null 2>&1; do sleep 0.1; done
+    now=$next
+    counted 3
+    first=$(tr -d '\r' <$now.log | sed -n 's/^COUNT //p' | head -n 1)
+    [ "$first" -gt "$before" ] || fail "it counts $first after $before"
+    [ "$(identity)" = "$whose" ] || fail "it is another one: $(identity), not $whose"
+    blanket audit $now || fail "audit of $now"
+    echo "ok: $now counts from $first"
+done
+echo end | blanket console $now >/dev/null 2>&1 &
+until ! blanket stats $now >/dev/null 2>&1; do sleep 0.2; done
+tr -d '\r' <$now.log | grep -qx 'GUEST-EXIT 0' || fail "it did not end well"
+! grep -h WRONG *.log || fail "it computes wrong"
+cat *.log | tr -d '\r' | sed -n 's/^COUNT //p' >counted
+seq $(tail -n 1 stream | sed 's/LINE //') >all
+sort -n counted | cmp - all || fail "numbers are missing, or come twice"
+sed 's/^/LINE /' all | cmp - stream || fail "the connection broke: $(tail -n 1 stream)"
+echo "MIGRATE-OK"
