@@ -152,7 +152,7 @@ fn single() -> Vec<Case> {
         },
         observe("observe"),
         hard_times("kill-vmm", 420, KILL_VMM),
-        long(hard_times("kill-vmm-long", 3600, KILL_VMM_LONG)),
+        long(hard_times("kill-vmm-long", 5400, KILL_VMM_LONG)),
         long(kvm(hard_times("kvm-kill-vmm", 600, KILL_VMM))),
         hard_times("host-cpus", 420, HOST_CPUS),
         long(kvm(hard_times("kvm-host-cpus", 600, HOST_CPUS))),

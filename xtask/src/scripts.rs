@@ -15,7 +15,7 @@ macro_rules! with_common {
 }
 
 pub const KILL_VMM: &str = with_common!("kill-vmm.sh");
-pub const KILL_VMM_LONG: &str = with_common!("ROUNDS=100 SEED=2\n", "kill-vmm.sh");
+pub const KILL_VMM_LONG: &str = with_common!("ROUNDS=40 SEED=2\n", "kill-vmm.sh");
 pub const HOST_CPUS: &str = with_common!("host-cpus.sh");
 pub const SUSPEND: &str = with_common!("suspend.sh");
 pub const MEMORY_SHORT: &str = with_common!("memory-short.sh");
