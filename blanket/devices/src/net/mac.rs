@@ -35,6 +35,20 @@ impl Mac {
         self.0
     }
 
+    /// A packet by which a network learns where this address is, and nothing else: a reverse
+    /// ARP request (RFC 903) that asks for its own protocol address, to all.
+    #[must_use]
+    pub fn announcement(&self) -> [u8; 60] {
+        let mut packet = [0; 60];
+        packet[..6].fill(0xff);
+        packet[6..12].copy_from_slice(&self.0);
+        // Ethernet, IPv4, lengths of addresses, request reverse.
+        packet[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+        packet[22..28].copy_from_slice(&self.0);
+        packet[32..38].copy_from_slice(&self.0);
+        packet
+    }
+
     /// A new one in the range that Xen's users make theirs in: 2^24 of them, so among 500
     /// on one network two are the same in fewer than one of a hundred cases.
     ///

@@ -196,6 +196,12 @@ impl Vif {
         &self.config
     }
 
+    /// Tells the network that the guest is here now, which has been somewhere else: bridges
+    /// and switches learn where its address is from a packet of it.
+    pub fn announce(&self) {
+        self.link.announce(&self.config.mac.announcement());
+    }
+
     fn queues(&self) -> u32 {
         let most = self.config.queues.unwrap_or(MAX_QUEUES);
         most.min(self.vcpus)

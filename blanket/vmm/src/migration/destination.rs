@@ -109,6 +109,9 @@ impl Instance {
             }
         }
         let vm = vm?;
+        for network in self.networks() {
+            network.announce();
+        }
         answer_later(Arc::clone(self), incoming, given, link);
         Ok(vm)
     }

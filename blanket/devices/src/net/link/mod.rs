@@ -50,6 +50,10 @@ pub trait Link: Send + Sync + fmt::Debug {
 
     /// Whether it works.
     fn state(&self) -> LinkState;
+
+    /// Sends a packet of this side's own to the network, once. A link that reaches no
+    /// network with switches has no use for it.
+    fn announce(&self, _packet: &[u8]) {}
 }
 
 /// An end of a link, which a queue's thread holds as long as it lives.

@@ -140,6 +140,15 @@ impl Link for Tap {
     fn state(&self) -> LinkState {
         self.health.state()
     }
+
+    fn announce(&self, packet: &[u8]) {
+        if let Some(queue) = self.queues.first() {
+            let mut whole = vec![0; HEADER];
+            whole.extend(packet);
+            // A network that is full loses it, as it may lose any.
+            let _ = rustix::io::write(crate::sync::lock(queue).as_fd(), &whole);
+        }
+    }
 }
 
 fn open_tun() -> Result<OwnedFd, Error> {
