@@ -22,12 +22,15 @@ pub mod testing;
 mod vhd;
 mod vmdk;
 mod workers;
+mod writer;
 
 pub use error::Error;
 pub use format::{Format, UnknownFormat};
 pub use manage::{Backing, Info, create, info, resize, snapshot};
 pub use open::{Cache, DataPath, Image, Options, open};
 pub use reader::Reader;
+pub use writer::Writer;
+
 pub use request::{Buffer, Completion, Failure, Operation, Request};
 
 use std::fmt::Debug;

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 
 use crate::Error;
 use crate::pages::{self, Run};
+use crate::pieces::{self, Piece};
 
 const MAGIC: &[u8; 8] = b"BLANKETV";
 
@@ -33,6 +34,8 @@ pub enum Kind {
     Machine,
     /// Pages of its memory. As many as there are.
     Pages,
+    /// A piece of a disk. As many as there are, among the pages.
+    Disk,
     /// What its core and its backends know, as JSON. The last one before the end.
     State,
     /// The end.
@@ -44,6 +47,7 @@ impl Kind {
         *match self {
             Self::Machine => b"VM  ",
             Self::Pages => b"PAGE",
+            Self::Disk => b"DISK",
             Self::State => b"STAT",
             Self::End => b"END ",
         }
@@ -55,15 +59,21 @@ impl Kind {
         match self {
             Self::Machine => "machine",
             Self::Pages => "pages",
+            Self::Disk => "disk",
             Self::State => "state",
             Self::End => "end",
         }
     }
 
     fn of(tag: [u8; 4]) -> Option<Self> {
-        [Self::Machine, Self::Pages, Self::State, Self::End]
-            .into_iter()
-            .find(|kind| kind.tag() == tag)
+        let all = [
+            Self::Machine,
+            Self::Pages,
+            Self::Disk,
+            Self::State,
+            Self::End,
+        ];
+        all.into_iter().find(|kind| kind.tag() == tag)
     }
 }
 
@@ -134,6 +144,15 @@ impl<W: Write> Writer<W> {
         self.chunk(Kind::Pages, &packed)
     }
 
+    /// A piece of a disk, compressed.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn disk(&mut self, number: u32, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let packed = pieces::pack(number, offset, bytes).map_err(Error::Write)?;
+        self.chunk(Kind::Disk, &packed)
+    }
+
     /// Ends, and gives the stream back with the number of bytes.
     ///
     /// # Errors
@@ -144,6 +163,15 @@ impl<W: Write> Writer<W> {
         self.to.flush().map_err(Error::Write)?;
         Ok((self.to, self.written))
     }
+}
+
+/// What memory and disks come in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Pages of memory.
+    Pages(Run),
+    /// A piece of a disk.
+    Disk(Piece),
 }
 
 /// Reads a saved VM.
@@ -240,18 +268,21 @@ impl<R: Read> Reader<R> {
         })
     }
 
-    /// The next run of pages; `None` when something else follows.
+    /// The next run of pages or piece of a disk; `None` when something else follows.
     ///
     /// # Errors
     /// It is damaged.
-    pub fn pages(&mut self) -> Result<Option<Run>, Error> {
+    pub fn part(&mut self) -> Result<Option<Part>, Error> {
         let (kind, bytes) = self.chunk()?;
-        if kind != Kind::Pages {
-            self.next = Some((kind, bytes));
-            return Ok(None);
-        }
-        let run = pages::unpack(&bytes).ok_or(Error::Pages(self.place - 1))?;
-        Ok(Some(run))
+        let bad = Error::Pages(self.place - 1);
+        Ok(Some(match kind {
+            Kind::Pages => Part::Pages(pages::unpack(&bytes).ok_or(bad)?),
+            Kind::Disk => Part::Disk(pieces::unpack(&bytes).ok_or(bad)?),
+            _ => {
+                self.next = Some((kind, bytes));
+                return Ok(None);
+            }
+        }))
     }
 
     /// The end.

@@ -5,9 +5,11 @@
 
 mod chunk;
 mod pages;
+mod pieces;
 
-pub use chunk::{Kind, MAX_CHUNK, Reader, VERSION, Writer};
+pub use chunk::{Kind, MAX_CHUNK, Part, Reader, VERSION, Writer};
 pub use pages::{PAGE, Run};
+pub use pieces::{MAX_PIECE, Piece};
 
 use std::io;
 
@@ -55,7 +57,7 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// A run of pages that cannot be.
-    #[error("chunk {0} has pages that cannot be")]
+    #[error("chunk {0} has pages, or a piece of a disk, that cannot be")]
     Pages(u64),
 }
 

@@ -38,7 +38,8 @@ fn read(bytes: &[u8]) -> Result<(Text, Vec<Run>, Text), Error> {
     let mut reader = Reader::new(bytes)?;
     let machine = reader.text(Kind::Machine)?;
     let mut runs = Vec::new();
-    while let Some(run) = reader.pages()? {
+    while let Some(part) = reader.part()? {
+        let Part::Pages(run) = part else { continue };
         runs.push(run);
     }
     let state = reader.text(Kind::State)?;

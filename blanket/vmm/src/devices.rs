@@ -76,6 +76,16 @@ impl Devices {
     }
 
     /// All of them, in the order in which they were added.
+    /// Number and size, bytes, of each disk.
+    pub(crate) fn sizes(&self) -> Vec<(u32, u64)> {
+        self.iter()
+            .filter_map(|device| match device {
+                AnyDevice::Disk(disk, _) => Some((disk.number(), disk.disk().size())),
+                AnyDevice::Net(_) => None,
+            })
+            .collect()
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = &AnyDevice> {
         self.0.iter().map(|slot| &slot.device)
     }

@@ -12,6 +12,7 @@ use blanket_snapshot::{Kind, Reader, Writer};
 
 use crate::builder::{self, Domain};
 use crate::instance::Instance;
+use crate::migration::Images;
 use crate::sync::lock;
 use crate::vm::{End, StillError, Then, Vm};
 
@@ -30,6 +31,9 @@ pub enum SaveError {
     /// Its file.
     #[error("its file {0}")]
     File(#[from] blanket_snapshot::Error),
+    /// A disk.
+    #[error("disk {0} cannot be read: {1}")]
+    Disk(u32, #[source] std::io::Error),
     /// What the core wrote down.
     #[error("what the core wrote down cannot be read: {0}")]
     Core(#[from] vm_memory::GuestMemoryError),
@@ -44,6 +48,9 @@ pub enum ResumeError {
     /// This host cannot have it.
     #[error("the saved VM cannot go on here: {0}")]
     Impossible(String),
+    /// A disk that was to be copied.
+    #[error("disk {0} cannot be copied here: {1}")]
+    Disk(u32, String),
     /// Its memory.
     #[error(transparent)]
     Memory(#[from] builder::Error),
@@ -150,16 +157,20 @@ impl Instance {
     /// # Errors
     /// It cannot be read, or cannot be had on this host; nothing is left running.
     pub fn resume(&self, from: impl Read) -> Result<Vm, crate::instance::Error> {
-        let received = self.receive(from)?;
+        let received = self.receive(from, None)?;
         self.go_on(received, false, || Ok(()))
     }
 
-    /// Reads all of a VM.
+    /// Reads all of a VM, and of its disks if they come with it.
     ///
     /// # Errors
     /// It cannot be read, or cannot be had on this host.
-    pub(crate) fn receive(&self, from: impl Read) -> Result<Received, ResumeError> {
-        let (domain, machine, state) = self.read(from)?;
+    pub(crate) fn receive(
+        &self,
+        from: impl Read,
+        images: Option<&mut Images>,
+    ) -> Result<Received, ResumeError> {
+        let (domain, machine, state) = self.read(from, images)?;
         Ok(Received {
             domain,
             machine,
@@ -193,12 +204,19 @@ impl Instance {
         self.launch(domain, Some(Resumed { state, moved }), gate)
     }
 
-    fn read(&self, from: impl Read) -> Result<(Domain, Machine, State), ResumeError> {
+    fn read(
+        &self,
+        from: impl Read,
+        mut images: Option<&mut Images>,
+    ) -> Result<(Domain, Machine, State), ResumeError> {
         let mut reader = Reader::new(from)?;
         let machine: Machine = reader.text(Kind::Machine)?;
         machine.fits(self)?;
         let domain = machine.domain(self.spec().mergeable)?;
-        memory::read(&mut reader, &domain)?;
+        memory::read(&mut reader, &domain, images.as_deref_mut())?;
+        if let Some(images) = images {
+            images.flush()?;
+        }
         let state: State = reader.text(Kind::State)?;
         reader.finish()?;
         state.check(&machine)?;

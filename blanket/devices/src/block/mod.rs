@@ -8,6 +8,7 @@
 pub mod protocol;
 mod queue;
 mod worker;
+mod written;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,6 +22,9 @@ use crate::ring::Ring;
 use crate::running::{Running, stop_all};
 
 use protocol::{MAX_SEGMENTS, SLOT};
+use written::Blocks;
+
+pub use written::BLOCK;
 
 /// Most queues of a disk.
 const MAX_QUEUES: u32 = 4;
@@ -86,6 +90,7 @@ pub struct Vbd {
     disk: Arc<dyn Disk>,
     counters: Arc<Counters>,
     limiter: Arc<Mutex<crate::Limiter>>,
+    written: Arc<Blocks>,
     /// vCPUs of the VM.
     vcpus: u32,
 }
@@ -99,6 +104,7 @@ impl Vbd {
             config,
             disk,
             counters: Arc::default(),
+            written: Arc::default(),
             vcpus,
         }
     }
@@ -113,6 +119,17 @@ impl Vbd {
     #[must_use]
     pub fn disk(&self) -> &Arc<dyn Disk> {
         &self.disk
+    }
+
+    /// Begins or ceases to note which blocks its guest writes.
+    pub fn log(&self, on: bool) {
+        self.written.set(on);
+    }
+
+    /// The blocks of [`BLOCK`] bytes that its guest has written since this was asked last.
+    #[must_use]
+    pub fn take_log(&self) -> Vec<u64> {
+        self.written.take()
     }
 
     /// How it is given to the guest.
@@ -246,6 +263,7 @@ impl Device for Vbd {
                 disk,
                 queue::Setup {
                     name: device_name(self.config.index),
+                    written: Arc::clone(&self.written),
                     persistent,
                     read_only: self.disk.read_only(),
                     when_full: self.config.when_full,

@@ -11,6 +11,7 @@ use blanket_abi::PAGE_SIZE;
 use blanket_disk::{Buffer, Completion, Failure, Operation};
 
 use super::protocol::{self, Ask, Bad, Request, SECTOR, SLOT, Segment, Segments, Status};
+use super::written::Blocks;
 use super::{Counters, WhenFull, count};
 use crate::Guest;
 use crate::grant::{self, Mapping};
@@ -28,6 +29,7 @@ pub(super) struct Setup {
     pub persistent: bool,
     pub read_only: bool,
     pub when_full: WhenFull,
+    pub written: Arc<Blocks>,
 }
 
 /// A ring and a queue of the disk.
@@ -341,6 +343,15 @@ impl Queue {
             return;
         };
         self.free.push(token);
+        // Of one that failed, a part may have been.
+        match request.operation {
+            Operation::Write => {
+                let length = request.buffers.iter().map(|it| it.length() as u64).sum();
+                self.setup.written.note(request.offset, length);
+            }
+            Operation::Discard { length } => self.setup.written.note(request.offset, length),
+            Operation::Read | Operation::Flush => {}
+        }
         if request.waits_for_space
             && self
                 .counters

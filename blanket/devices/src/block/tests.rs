@@ -98,6 +98,7 @@ fn a_turn_ends_however_fast_the_guest_asks() {
     let ring = Ring::new(vec![page.expect("granted")]).expect("a ring");
     let disk = Shared(MemoryDisk::new(SIZE)).queue(32).expect("a queue");
     let setup = queue::Setup {
+        written: Arc::default(),
         name: "xvda".into(),
         persistent: false,
         read_only: false,

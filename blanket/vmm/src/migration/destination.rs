@@ -12,6 +12,7 @@ use blanket_migration::message::{Hello, Id, Message};
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::disks::Images;
 use super::{NotGiven, ReceiveError};
 use crate::instance::{Error, Instance};
 use crate::sync::lock;
@@ -91,7 +92,8 @@ impl Instance {
             id: hello.id,
             state: Mutex::new(Destination::Receiving),
         });
-        let received = self.receive(BufReader::new(&mut link));
+        let received = Images::of(&lock(&self.devices))
+            .and_then(|mut images| self.receive(BufReader::new(&mut link), Some(&mut images)));
         let does = lock(&given.state).received(received.is_ok());
         if let DestinationDoes::Says(message) = does {
             // Not heard is as good as lost.

@@ -5,6 +5,7 @@
 
 mod destination;
 mod dirty;
+mod disks;
 mod outgoing;
 mod source;
 
@@ -19,6 +20,7 @@ pub use destination::Incoming;
 pub use outgoing::{Moved, Options, Outgoing, Progress, Stage};
 
 pub(crate) use dirty::Dirty;
+pub(crate) use disks::Images;
 
 #[allow(unused_imports, reason = "for the links in the text above")]
 use crate::instance::Instance;

@@ -11,6 +11,7 @@ use blanket_migration::message::Message;
 use blanket_migration::precopy::{Control, Next, Round};
 use blanket_snapshot::{Kind, Writer};
 
+use super::disks::{Blocks, Moving};
 use super::outgoing::{Answer, Moved, Outgoing, Paced, Stage};
 use super::{Dirty, SendError};
 use crate::instance::{Instance, Running};
@@ -73,7 +74,8 @@ impl Instance {
         let devices = lock(&self.devices);
         let begun = Instant::now();
         out.hello.write(&mut link)?;
-        let mut sending = Sending::begin(&running, self.spec().vcpus, out, link)?;
+        let moving = Moving::begin(&devices);
+        let mut sending = Sending::begin(&running, self.spec().vcpus, out, link, &moving)?;
         let machine = Machine::of(self, &running, &devices);
         sending
             .writer
@@ -130,7 +132,14 @@ struct Sending<'a> {
     vcpus: u32,
     out: &'a Outgoing,
     writer: Stream<'a>,
+    disks: &'a Moving,
     logged: Logged<'a>,
+}
+
+/// What is to be sent again.
+struct Rest {
+    memory: Dirty,
+    disks: Blocks,
 }
 
 struct Logged<'a>(&'a Running);
@@ -152,6 +161,7 @@ impl<'a> Sending<'a> {
         vcpus: u32,
         out: &'a Outgoing,
         link: Link,
+        disks: &'a Moving,
     ) -> Result<Self, SendError> {
         let to = Paced::new(BufWriter::with_capacity(BUFFER, link), out);
         let writer = Writer::new(to).map_err(SaveError::from)?;
@@ -163,18 +173,19 @@ impl<'a> Sending<'a> {
             vcpus,
             out,
             writer,
+            disks,
             logged,
         })
     }
 
     /// Sends memory until the rest is little; what the rest is.
-    fn rounds(&mut self) -> Result<Dirty, SendError> {
+    fn rounds(&mut self) -> Result<Rest, SendError> {
         let mut control = Control::new(self.out.options.wishes);
-        let mut dirty = None;
+        let mut rest = None;
         let mut share = 100;
         loop {
             let begun = Instant::now();
-            let sent = self.round(dirty.as_ref(), share)?;
+            let sent = self.round(rest.as_ref(), share)?;
             let round = Round {
                 sent,
                 took: begun.elapsed(),
@@ -182,7 +193,7 @@ impl<'a> Sending<'a> {
             };
             let left = self.take_log()?;
             let round = Round {
-                dirty: left.count(),
+                dirty: left.memory.count() + left.disks.pages(),
                 ..round
             };
             let next = control.after(&round);
@@ -197,23 +208,31 @@ impl<'a> Sending<'a> {
                 Next::Round { share: now } => share = now,
             }
             self.out.note(|progress| progress.share = share);
-            dirty = Some(left);
+            rest = Some(left);
         }
     }
 
-    /// Sends all memory, or what is dirty, to a guest that has a part of its time.
-    fn round(&mut self, dirty: Option<&Dirty>, share: u32) -> Result<u64, SendError> {
-        let domain = &self.running.domain;
+    /// Sends everything, or what is left, of a guest that has a part of its time. How many
+    /// pages it was.
+    fn round(&mut self, rest: Option<&Rest>, share: u32) -> Result<u64, SendError> {
+        let (domain, disks) = (&self.running.domain, self.disks);
         let writer = &mut self.writer;
-        let sent = slowed(&self.running.handle, share, || match dirty {
-            None => memory::write(writer, domain),
-            Some(dirty) => memory::write_dirty(writer, domain, dirty),
+        let sent = slowed(&self.running.handle, share, || match rest {
+            None => {
+                let all = disks.all();
+                disks.write(writer, &all)?;
+                Ok(memory::write(writer, domain)? + all.pages())
+            }
+            Some(rest) => {
+                disks.write(writer, &rest.disks)?;
+                Ok(memory::write_dirty(writer, domain, &rest.memory)? + rest.disks.pages())
+            }
         });
-        Ok(sent?)
+        sent.map_err(SendError::Send)
     }
 
     /// What was written since it was asked last.
-    fn take_log(&self) -> Result<Dirty, SendError> {
+    fn take_log(&self) -> Result<Rest, SendError> {
         let domain = &self.running.domain;
         let mut dirty = Dirty::none(domain);
         let read = self
@@ -222,24 +241,32 @@ impl<'a> Sending<'a> {
             .log(|| dirty.add_logged(domain, self.vcpus))?;
         read.map_err(SaveError::from)?;
         self.running.grants.take_log(dirty.words());
-        Ok(dirty)
+        Ok(Rest {
+            memory: dirty,
+            disks: self.disks.take_log(),
+        })
     }
 
     /// Sends the rest of a VM that stands still, with its state.
     fn finish<E: Into<SaveError>>(
         mut self,
-        mut rest: Dirty,
+        mut rest: Rest,
         state: impl FnOnce(&crate::builder::Domain, u32) -> Result<State, E>,
     ) -> Result<Link, SendError> {
         let domain = &self.running.domain;
         // The core notes nothing any more, and could not be told so while it stands still.
         std::mem::forget(self.logged);
-        let read = rest.add_logged(domain, self.vcpus);
-        self.running.grants.take_log(rest.words());
+        let read = rest.memory.add_logged(domain, self.vcpus);
+        self.running.grants.take_log(rest.memory.words());
         self.running.grants.log(false);
         read.map_err(SaveError::from)?;
-        let pages = memory::write_dirty(&mut self.writer, domain, &rest)?;
-        self.out.note(|progress| progress.pages += pages);
+        let blocks = [&rest.disks, &self.disks.take_log()];
+        for blocks in blocks {
+            self.disks.write(&mut self.writer, blocks)?;
+        }
+        let pages = memory::write_dirty(&mut self.writer, domain, &rest.memory)?;
+        let disks: u64 = blocks.iter().map(|blocks| blocks.pages()).sum();
+        self.out.note(|progress| progress.pages += pages + disks);
         let state = state(domain, self.vcpus).map_err(Into::into)?;
         let text = self.writer.text(Kind::State, &state);
         text.map_err(SaveError::from)?;

@@ -33,6 +33,8 @@ pub struct Machine {
     pub kernel: String,
     /// Class and number of each of its devices, in the order in which they were added.
     pub devices: Vec<(String, u32)>,
+    /// Number and size, bytes, of each of its disks.
+    pub disks: Vec<(u32, u64)>,
     /// The components of XCR0 that it may have found.
     pub xcr0_mask: u64,
     /// Version of its core's state.
@@ -71,6 +73,7 @@ impl Machine {
             vcpus: spec.vcpus,
             kernel: instance.booted(),
             devices: devices.numbers(),
+            disks: devices.sizes(),
             xcr0_mask: instance.xcr0_mask(),
             core: state::VERSION,
             boot: words(&domain.boot).map(named).into(),
@@ -101,7 +104,10 @@ impl Machine {
                 self.xcr0_mask
             ));
         }
-        let there = lock(&instance.devices).numbers();
+        let (there, sizes) = {
+            let devices = lock(&instance.devices);
+            (devices.numbers(), devices.sizes())
+        };
         let named = |(class, number): &(String, u32)| match class.as_str() {
             "vif" => format!("network {number} (--net)"),
             _ => format!("disk {number} (--disk)"),
@@ -111,6 +117,14 @@ impl Machine {
                 "it had {}, which is to be given again, as at its start",
                 named(missing)
             ));
+        }
+        for (number, size) in &self.disks {
+            let here = sizes.iter().find(|(here, _)| here == number);
+            if let Some((_, here)) = here.filter(|(_, here)| here != size) {
+                return impossible(format!(
+                    "its disk {number} has {size} bytes, and the one here {here}"
+                ));
+            }
         }
         if let Some(more) = there.iter().find(|it| !self.devices.contains(it)) {
             return impossible(format!("it had no {}; add it when it runs", named(more)));
@@ -196,6 +210,7 @@ mod tests {
             vcpus: 1,
             kernel: "6.1".into(),
             devices: Vec::new(),
+            disks: Vec::new(),
             xcr0_mask: 7,
             core: state::VERSION,
             boot: words(&boot)

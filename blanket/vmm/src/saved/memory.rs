@@ -3,14 +3,14 @@
 use std::io::{Read, Write};
 
 use blanket_abi::PAGE_SIZE;
-use blanket_snapshot::{Error, PAGE, Reader, Writer};
+use blanket_snapshot::{Error, PAGE, Part, Reader, Writer};
 use rustix::fs::SeekFrom;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::ResumeError;
 use crate::balloon;
 use crate::builder::{Domain, GuestMemory};
-use crate::migration::Dirty;
+use crate::migration::{Dirty, Images};
 
 /// Pages that are looked at together.
 const RUN: u64 = 256;
@@ -83,9 +83,24 @@ pub(crate) fn write_dirty<W: Write>(
 
 /// Reads them into memory that is all zero at first. Pages may come again: the last ones
 /// count, and those that are zero then cost the host nothing.
-pub(super) fn read<R: Read>(reader: &mut Reader<R>, domain: &Domain) -> Result<(), ResumeError> {
+pub(super) fn read<R: Read>(
+    reader: &mut Reader<R>,
+    domain: &Domain,
+    mut images: Option<&mut Images>,
+) -> Result<(), ResumeError> {
     let end = domain.boot.state_base;
-    while let Some(run) = reader.pages()? {
+    while let Some(part) = reader.part()? {
+        let run = match (part, &mut images) {
+            (Part::Pages(run), _) => run,
+            (Part::Disk(piece), Some(images)) => {
+                images.write(&piece)?;
+                continue;
+            }
+            (Part::Disk(piece), None) => {
+                let why = "a saved VM brings no disks".to_owned();
+                return Err(ResumeError::Disk(piece.number, why));
+            }
+        };
         let count = (run.bytes.len() / PAGE) as u64;
         if run.first.saturating_add(count) > end {
             return Err(Error::Pages(run.first).into());

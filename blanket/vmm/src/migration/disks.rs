@@ -1,0 +1,144 @@
+//! The disks of a VM that moves: copied while it runs, to images that the destination has.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::sync::Arc;
+
+use blanket_devices::block::{BLOCK, Vbd};
+use blanket_devices::bus::Device as _;
+use blanket_disk::{Reader, Writer as DiskWriter};
+use blanket_snapshot::{MAX_PIECE, Piece, Writer};
+
+use crate::devices::{AnyDevice, Devices, DiskFile};
+use crate::saved::{ResumeError, SaveError};
+
+/// Bytes of a page: what is dirty of disks counts with what is of memory.
+const PAGE: u64 = 4096;
+
+/// The disks that are copied: those that the guest can write. It is noted what it writes
+/// until this is dropped.
+pub(super) struct Moving(Vec<(Arc<Vbd>, Reader)>);
+
+/// Blocks of each of them.
+pub(super) struct Blocks(Vec<Vec<u64>>);
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        for (disk, _) in &self.0 {
+            disk.log(false);
+        }
+    }
+}
+
+impl Moving {
+    pub(super) fn begin(devices: &Devices) -> Self {
+        let disks = devices.iter().filter_map(|device| match device {
+            AnyDevice::Disk(disk, file) if !disk.disk().read_only() => {
+                disk.log(true);
+                Some((Arc::clone(disk), file.reader.clone()))
+            }
+            _ => None,
+        });
+        Self(disks.collect())
+    }
+
+    /// All blocks.
+    pub(super) fn all(&self) -> Blocks {
+        let blocks = |(disk, _): &(Arc<Vbd>, _)| (0..disk.disk().size().div_ceil(BLOCK)).collect();
+        Blocks(self.0.iter().map(blocks).collect())
+    }
+
+    /// Those that were written since this was asked last.
+    pub(super) fn take_log(&self) -> Blocks {
+        Blocks(self.0.iter().map(|(disk, _)| disk.take_log()).collect())
+    }
+
+    /// Sends blocks.
+    pub(super) fn write<W: Write>(
+        &self,
+        writer: &mut Writer<W>,
+        blocks: &Blocks,
+    ) -> Result<(), SaveError> {
+        let most = MAX_PIECE as u64 / BLOCK;
+        let mut bytes = vec![0; MAX_PIECE];
+        for ((disk, reader), blocks) in self.0.iter().zip(&blocks.0) {
+            let size = disk.disk().size();
+            let number = disk.number();
+            for run in blocks.chunk_by(|a, b| a + 1 == *b && b % most != 0) {
+                let (Some(first), Some(last)) = (run.first(), run.last()) else {
+                    continue;
+                };
+                let offset = first * BLOCK;
+                let end = size.min((last + 1) * BLOCK);
+                let length = usize::try_from(end.saturating_sub(offset)).unwrap_or(0);
+                let Some(bytes) = bytes.get_mut(..length).filter(|it| !it.is_empty()) else {
+                    continue;
+                };
+                reader
+                    .read_exact_at(offset, bytes)
+                    .map_err(|error| SaveError::Disk(number, error))?;
+                writer.disk(number, offset, bytes)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Blocks {
+    /// How much it is, in pages.
+    pub(super) fn pages(&self) -> u64 {
+        let blocks: usize = self.0.iter().map(Vec::len).sum();
+        blocks as u64 * (BLOCK / PAGE)
+    }
+}
+
+/// Images that disks are copied to.
+pub(crate) struct Images(BTreeMap<u32, (Reader, DiskWriter)>);
+
+impl Images {
+    /// Those of an instance that waits for a VM.
+    pub(crate) fn of(devices: &Devices) -> Result<Self, ResumeError> {
+        let mut all = BTreeMap::new();
+        for device in devices.iter() {
+            if let AnyDevice::Disk(disk, DiskFile { reader, .. }) = device
+                && !disk.disk().read_only()
+            {
+                let number = disk.number();
+                let writer = DiskWriter::new(&**disk.disk(), MAX_PIECE)
+                    .map_err(|error| ResumeError::Disk(number, error.to_string()))?;
+                all.insert(number, (reader.clone(), writer));
+            }
+        }
+        Ok(Self(all))
+    }
+
+    /// A piece has come.
+    pub(crate) fn write(&mut self, piece: &Piece) -> Result<(), ResumeError> {
+        let number = piece.number;
+        let bad = |error: String| ResumeError::Disk(number, error);
+        let (reader, writer) = self
+            .0
+            .get_mut(&number)
+            .ok_or_else(|| bad("it is not here, or cannot be written".into()))?;
+        // What is zero and has never been written stays a hole.
+        if piece.bytes.iter().all(|byte| *byte == 0) {
+            let mut here = vec![0; piece.bytes.len()];
+            let same = reader.read_exact_at(piece.offset, &mut here);
+            if same.is_ok() && here == piece.bytes {
+                return Ok(());
+            }
+        }
+        writer
+            .write(piece.offset, &piece.bytes)
+            .map_err(|error| bad(error.to_string()))
+    }
+
+    /// All have come: they are on stable storage afterwards.
+    pub(crate) fn flush(&mut self) -> Result<(), ResumeError> {
+        for (number, (_, writer)) in &mut self.0 {
+            let flushed = writer.flush();
+            flushed.map_err(|error| ResumeError::Disk(*number, error.to_string()))?;
+        }
+        Ok(())
+    }
+}
