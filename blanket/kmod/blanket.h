@@ -196,7 +196,7 @@ struct blanket_boot {
 	__u64 start_frames;
 	__u64 state_base;
 	__u64 state_frames;
-	__u64 reserved[1];
+	__u64 most_frames;
 };
 
 struct blanket_create_vm {

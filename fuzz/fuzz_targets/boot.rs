@@ -13,7 +13,7 @@ use std::sync::Once;
 #[derive(Arbitrary, Debug)]
 struct Input {
     /// Fields of the record; those with a bit in `small` are made small.
-    words: [u64; 11],
+    words: [u64; 12],
     small: u16,
 }
 
@@ -40,6 +40,7 @@ fuzz_target!(|input: Input| {
         flags: word(8) & 1,
         hypercall_page: word(9),
         start_frames: word(10),
+        most_frames: word(11),
         ..Boot::default()
     };
     let mut world = World::new(setup, boot);

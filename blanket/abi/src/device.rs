@@ -119,7 +119,7 @@ pub mod create {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Boot {
-    /// Frames of guest RAM, from gfn 0: the most that the guest can have.
+    /// Frames of guest RAM, from gfn 0. Not all at once, see [`Self::most`].
     pub ram_frames: u64,
     /// gfn of the shared info page (above RAM).
     pub shared_info: u64,
@@ -150,8 +150,20 @@ pub struct Boot {
     pub state_base: u64,
     /// Frames for it.
     pub state_frames: u64,
-    /// Unused, 0.
-    pub reserved: [u64; 1],
+    /// How many of its frames of RAM the guest may have at once; 0 = all.
+    pub most_frames: u64,
+}
+
+impl Boot {
+    /// The most frames of RAM that the guest can have. A guest that may get some later has
+    /// more frame numbers than that ([`crate::layout::added_later`]).
+    #[must_use]
+    pub const fn most(&self) -> u64 {
+        match self.most_frames {
+            0 => self.ram_frames,
+            most => most,
+        }
+    }
 }
 
 /// Bits of [`Boot::flags`].

@@ -17,6 +17,35 @@
 //! [`POOL_PTES`]): the host frame of guest frame *g* is entry *g* of that array,
 //! and there is no second copy of it to go stale.
 
+/// Frames that Linux adds at a time while it runs (a section, 128 MiB).
+pub const SECTION: u64 = (128 << 20) / crate::PAGE_SIZE;
+/// Frame 4 GiB.
+const HIGH: u64 = (4 << 30) / crate::PAGE_SIZE;
+
+/// Numbers for the frames that a guest adds to its RAM while it runs, when it starts with
+/// `start` frames and may have `most`: the first, and the one after the last.
+///
+/// A guest has two ways to get more. An older Linux has records of its memory up to `most`
+/// from the start, and asks for the frames up to there. A newer one uses those records for
+/// other things, and adds whole sections above: it asks for other numbers.
+///
+/// Linux does not add memory around the last 2 MiB below 4 GiB: the numbers lie on one side.
+#[must_use]
+pub const fn added_later(start: u64, most: u64) -> (u64, u64) {
+    let mut first = most.next_multiple_of(SECTION);
+    let room = most.saturating_sub(start).next_multiple_of(SECTION);
+    if first < HIGH && first + room > HIGH - SECTION {
+        first = HIGH;
+    }
+    // There must be room for what lies above RAM.
+    let (end, last) = (first + room, MAX_FRAMES - SECTION);
+    let end = if end < last { end } else { last };
+    if room == 0 || end <= first {
+        return (most, most);
+    }
+    (first, end)
+}
+
 /// First L4 slot of the hole.
 pub const HOLE_FIRST_SLOT: usize = 256;
 /// One past the last L4 slot of the hole.
@@ -137,4 +166,43 @@ pub mod sel {
     pub const CORE_LDT: u16 = 0xe050;
     /// Byte offset of the reserved page in the GDT.
     pub const RESERVED_PAGE: u16 = 0xe000;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_for_all_that_a_guest_may_add() {
+        assert_eq!(added_later(512, 512), (512, 512));
+        for (start, most) in [
+            (512, 513),
+            (2 * SECTION, 4 * SECTION),
+            (SECTION - 1, 8 * SECTION + 1),
+            (SECTION, HIGH - 1),
+            (HIGH - SECTION, HIGH),
+            (SECTION, 3 * HIGH),
+        ] {
+            let (first, end) = added_later(start, most);
+            assert!(first >= most && first.is_multiple_of(SECTION));
+            // Whole sections are added until there is enough, and on one side of 4 GiB.
+            assert_eq!(end, first + (most - start).div_ceil(SECTION) * SECTION);
+            assert!(first >= HIGH || end < HIGH);
+        }
+    }
+
+    #[test]
+    fn no_number_beyond_the_largest_vm() {
+        let (first, end) = added_later(SECTION, MAX_FRAMES - 8 * SECTION);
+        assert_eq!(
+            (first, end),
+            (MAX_FRAMES - 8 * SECTION, MAX_FRAMES - SECTION)
+        );
+        let most = MAX_FRAMES - SECTION;
+        assert_eq!(added_later(SECTION, most), (most, most));
+        assert_eq!(
+            added_later(0, u64::MAX >> 12),
+            (u64::MAX >> 12, u64::MAX >> 12)
+        );
+    }
 }

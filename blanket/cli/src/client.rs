@@ -174,7 +174,9 @@ pub fn balloon(name: &str, size: u64, timeout: Duration, json: bool) -> Result<E
         "its kernel needs a balloon driver (CONFIG_XEN_BALLOON), and must have booted"
     } else if memory.current_bytes < memory.target_bytes {
         "it goes on by itself; `blanket ps` shows how far it is. A kernel needs a balloon driver \
-         (CONFIG_XEN_BALLOON) for it, must have booted, and takes no more than 11 times its --memory"
+         (CONFIG_XEN_BALLOON) for it and must have booted. Up to Linux 6.9 it takes no more than 11 times \
+         its --memory; later it adds memory, which must come online by itself \
+         (CONFIG_XEN_BALLOON_MEMORY_HOTPLUG; /sys/devices/system/memory/auto_online_blocks in the guest)"
     } else {
         "it goes on by itself; `blanket ps` shows how far it is, and a guest that is short of \
          memory cannot give up more"

@@ -6,6 +6,8 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use blanket_abi::PAGE_SIZE;
+use blanket_abi::layout::added_later;
 use blanket_sandbox::cgroup::{self, Group, Limits};
 use serde::{Deserialize, Serialize};
 
@@ -85,11 +87,20 @@ fn beside(memory: u64, cpus: u32, shadow: Option<u64>) -> u64 {
     (64 << 20) + u64::from(cpus) * (1 << 20) + shadow / 2 * 3 + memory / 256
 }
 
+/// Tables for the numbers of frames that the guest may add above its RAM, bytes.
+fn numbers(memory: u64, most: u64) -> u64 {
+    let frames = most / PAGE_SIZE;
+    let (_, end) = added_later(memory / PAGE_SIZE, frames);
+    32 * (end - frames)
+}
+
 /// The limits that were asked for, or that a VM has anyhow.
 fn limits(run: &Run) -> Limits {
     // As much as it may ever be given.
     let memory = run.max_memory.unwrap_or(run.memory);
-    let most = memory.saturating_add(beside(memory, run.cpus, run.shadow_memory));
+    let most = memory
+        .saturating_add(beside(memory, run.cpus, run.shadow_memory))
+        .saturating_add(numbers(run.memory, memory));
     Limits {
         memory: Some(run.memory_max.unwrap_or(most)),
         cpu: run.cpu_max,
@@ -339,7 +350,8 @@ mod tests {
             limits(&run).memory.expect("a limit")
         };
         assert_eq!(limit(&[]), (256 << 20) + beside(256 << 20, 1, None));
-        let largest = (1 << 30) + beside(1 << 30, 1, None);
+        // The guest may add six sections of 128 MiB.
+        let largest = (1 << 30) + beside(1 << 30, 1, None) + (6 << 20);
         assert_eq!(limit(&["--max-memory", "1G"]), largest);
         assert_eq!(limit(&["--memory-max", "300M"]), 300 << 20);
     }

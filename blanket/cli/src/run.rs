@@ -69,7 +69,7 @@ pub fn command(run: &mut Run) -> Result<ExitCode> {
         .is_some_and(|most| most > LINUX_GROWS.saturating_mul(run.memory))
     {
         tracing::warn!(
-            "a stock Linux kernel takes at most {LINUX_GROWS} times the memory that it starts \
+            "Linux up to 6.9 takes at most {LINUX_GROWS} times the memory that it starts \
              with, and leaves the rest of --max-memory alone"
         );
     }

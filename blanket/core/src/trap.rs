@@ -177,7 +177,8 @@ impl<M: Machine> Context<'_, M> {
         if root.0 >= self.vm.nr_frames
             || shared.0 >= self.vm.nr_frames
             || boot.ram_frames > self.vm.nr_frames
-            || boot.start_frames > boot.ram_frames
+            || boot.start_frames > boot.most()
+            || boot.most() > boot.ram_frames
             || !self.mmu(|mmu, _, _| Ok(mmu.has(root) && mmu.has(shared)))
             || !Va(boot.rip).is_guest()
         {

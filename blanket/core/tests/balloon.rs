@@ -264,3 +264,30 @@ fn the_map_has_what_may_come() {
         .expect("there");
     assert_eq!(u64::from_le_bytes(size), 1024 << 12);
 }
+
+#[test]
+fn it_has_more_numbers_than_it_may_have_frames() {
+    let setup = Setup {
+        ram: 1024,
+        start: 512,
+        most: 700,
+        pool: 256,
+        ..Setup::default()
+    };
+    let (mut w, _) = fuzz::start(setup);
+    assert_eq!(w.call(0, nr::MEMORY_OP, &[MAXIMUM_RESERVATION, 0]), 700);
+    assert_eq!(w.call(0, nr::MEMORY_OP, &[CURRENT_RESERVATION, 0]), 512);
+    // Whichever it asks for, up to that; also when it is told to have more.
+    let above: Vec<u64> = (900..1024).collect();
+    assert_eq!(w.balloon(0, UP, &above), 124);
+    for target in [0, 1000] {
+        w.m.page.target.store(target, SeqCst);
+        assert_eq!(w.balloon(0, UP, &[600]), 1);
+        let rest: Vec<u64> = (601..700).collect();
+        assert_eq!(w.balloon(0, UP, &rest), 63);
+        assert_eq!(w.call(0, nr::MEMORY_OP, &[CURRENT_RESERVATION, 0]), 700);
+        assert_eq!(w.balloon(0, DOWN, &rest[..63]), 63);
+        assert_eq!(w.balloon(0, DOWN, &[600]), 1);
+    }
+    w.audit();
+}

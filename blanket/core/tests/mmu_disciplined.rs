@@ -83,6 +83,7 @@ impl Tidies {
     fn new(pool: u32, la57: bool) -> Self {
         let (mut w, g) = fuzz::start(Setup {
             ram: TIDY_RAM,
+            most: 0,
             start: 0,
             pool,
             vcpus: 2,

@@ -383,7 +383,7 @@ proptest! {
         start in prop_oneof![Just(0), LEAST..RAM],
         reclaim in prop::option::of(any::<u64>()),
     ) {
-        let (mut w, _) = fuzz::start(Setup { ram: RAM, start, pool, vcpus: 2, la57 });
+        let (mut w, _) = fuzz::start(Setup { ram: RAM, start, most: 0, pool, vcpus: 2, la57 });
         if let Some(seed) = reclaim {
             reclaiming(&w, seed);
         }
@@ -412,6 +412,7 @@ fn the_generator_reaches_deep() {
             .current();
         let (mut w, _) = fuzz::start(Setup {
             ram: RAM,
+            most: 0,
             start: 0,
             pool: 48,
             vcpus: 2,

@@ -385,6 +385,15 @@ fn a_boot_record_that_points_outside_the_vm_is_refused() {
             ..good
         },
         Boot {
+            most_frames: good.ram_frames + 1,
+            ..good
+        },
+        Boot {
+            start_frames: 3,
+            most_frames: 2,
+            ..good
+        },
+        Boot {
             start_frames: good.ram_frames / 2,
             cr3: good.ram_frames / 2,
             ..good

@@ -199,7 +199,10 @@ impl Hypervisor for Device {
         let request = CreateVm {
             user_addr: address as u64,
             nr_frames: domain.frames,
-            pool_limit,
+            pool_limit: match pool_limit {
+                0 => domain.pool_limit(),
+                limit => limit,
+            },
             nr_vcpus: vcpus,
             flags: match isolation {
                 Isolation::Auto => 0,

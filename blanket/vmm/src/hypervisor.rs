@@ -140,7 +140,7 @@ pub fn within_limits(info: &Info, domain: &Domain, vcpus: u32) -> Result<(), Err
     if domain.frames > info.max_frames {
         let mib = |frames: u64| (frames * PAGE_SIZE) >> 20;
         return Err(Error::Memory {
-            wanted_mib: mib(domain.boot.ram_frames),
+            wanted_mib: mib(domain.boot.most()),
             max_mib: mib(info.max_frames),
         });
     }

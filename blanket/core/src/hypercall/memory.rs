@@ -3,15 +3,19 @@
 use super::super::context::{Context, Hyper};
 use crate::idx;
 use crate::machine::Machine;
-use blanket_abi::device::{RUN_DATA, exit};
-use blanket_abi::layout::M2P;
+use blanket_abi::device::{Boot, RUN_DATA, exit};
+use blanket_abi::layout::{M2P, added_later};
 use blanket_abi::xen::errno;
 use blanket_abi::xen::hypercall::memory;
 use blanket_abi::{Gfn, Va};
+use core::ops::Range;
 use core::sync::atomic::Ordering::Relaxed;
 
 /// E820 type of RAM.
 const E820_RAM: u32 = 1;
+/// E820 type of what is to be left alone. Linux notes it where it looks for room for
+/// memory that it adds; what is only reserved it does not note in a guest without PCI.
+const E820_UNUSABLE: u32 = 5;
 
 /// Frames that the host is told of at once: what the data of an exit has room for, and
 /// as many as Linux gives up in one call.
@@ -25,10 +29,27 @@ const fn low32(gfn: u64) -> u32 {
     gfn as u32
 }
 
+/// The guest's memory map: frames, and what they are.
+///
+/// RAM is one block from 0: the guest has nothing to remap. What of it lies above its start
+/// info's `nr_pages` it takes for memory that it may get later (Linux,
+/// `arch/x86/xen/setup.c`, `xen_memory_setup`). Beyond, what is no entry is room for memory
+/// that it adds, and it adds it at the first place that is large enough
+/// (`drivers/xen/balloon.c`, `additional_memory_resource`): where its frames are.
+fn memory_map(boot: &Boot) -> [Option<(Range<u64>, u32)>; 3] {
+    let most = boot.most();
+    let mut map = [Some((0..most, E820_RAM)), None, None];
+    let (first, end) = added_later(boot.start_frames, most);
+    if boot.start_frames != 0 && most < end && end == boot.ram_frames {
+        map[1] = (most < first).then_some((most..first, E820_UNUSABLE));
+        map[2] = Some((end..end + 1, E820_UNUSABLE));
+    }
+    map
+}
+
 impl<M: Machine> Context<'_, M> {
     /// `memory_op(cmd, ptr)`.
     pub(super) fn memory_op(&mut self, cmd: u64, ptr: u64) -> Hyper {
-        let ram = self.vm.boot.ram_frames;
         match cmd {
             memory::MACHPHYS_MAPPING => {
                 let frames = self.vm.nr_frames;
@@ -40,18 +61,23 @@ impl<M: Machine> Context<'_, M> {
                 if room & 0xffff_ffff == 0 {
                     return Err(errno::EINVAL);
                 }
-                // One block of RAM from 0: the guest has nothing to remap. What lies above
-                // its start info's nr_pages it takes for memory that it may get later
-                // (Linux, arch/x86/xen/setup.c, xen_memory_setup).
-                let mut entry = [0u8; 20];
-                entry[8..16].copy_from_slice(&(ram << 12).to_le_bytes());
-                entry[16..].copy_from_slice(&E820_RAM.to_le_bytes());
-                self.copy_out(Va(buffer), &entry)?;
-                self.write_u32(ptr, 1)?;
+                let mut count = 0;
+                let map = memory_map(&self.vm.boot);
+                for (range, kind) in map.into_iter().flatten().take(idx(room & 0xffff_ffff)) {
+                    let mut entry = [0u8; 20];
+                    entry[..8].copy_from_slice(&(range.start << 12).to_le_bytes());
+                    let size = (range.end - range.start) << 12;
+                    entry[8..16].copy_from_slice(&size.to_le_bytes());
+                    entry[16..].copy_from_slice(&kind.to_le_bytes());
+                    let at = buffer.wrapping_add(20 * u64::from(count));
+                    self.copy_out(Va(at), &entry)?;
+                    count += 1;
+                }
+                self.write_u32(ptr, count)?;
                 Ok(0)
             }
             memory::CURRENT_RESERVATION => Ok(self.frames_in().cast_signed()),
-            memory::MAXIMUM_RESERVATION => Ok(ram.cast_signed()),
+            memory::MAXIMUM_RESERVATION => Ok(self.vm.boot.most().cast_signed()),
             memory::MAXIMUM_RAM_PAGE => Ok(self.vm.nr_frames.cast_signed() - 1),
             memory::DECREASE_RESERVATION => self.decrease_reservation(ptr),
             memory::POPULATE_PHYSMAP => self.populate_physmap(ptr),
@@ -136,11 +162,12 @@ impl<M: Machine> Context<'_, M> {
     /// guest was so fast that the host had not taken them.
     fn populate_physmap(&mut self, ptr: u64) -> Hyper {
         let (list, n) = self.extents(ptr)?;
-        let ram = self.vm.boot.ram_frames;
-        let floor = match self.m.vm_page().target.load(Relaxed) {
-            0 => 0,
-            target => ram.saturating_sub(target),
+        let boot = &self.vm.boot;
+        let most = match self.m.vm_page().target.load(Relaxed) {
+            0 => boot.most(),
+            target => target.min(boot.most()),
         };
+        let floor = boot.ram_frames.saturating_sub(most);
         let mut done = 0;
         while done < n {
             self.breathe(1);
@@ -161,5 +188,47 @@ impl<M: Machine> Context<'_, M> {
             self.tell_balloon(&[]);
         }
         Ok(done.cast_signed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec::Vec;
+
+    fn map(start: u64, most: u64, ram: u64) -> Vec<(Range<u64>, u32)> {
+        let boot = Boot {
+            ram_frames: ram,
+            start_frames: start,
+            most_frames: most,
+            ..Boot::default()
+        };
+        memory_map(&boot).into_iter().flatten().collect()
+    }
+
+    #[test]
+    fn the_map_leaves_room_only_where_frames_are() {
+        const SECTION: u64 = 0x8000;
+        let ram = |most| (0..most, E820_RAM);
+        let closed = |from, to| (from..to, E820_UNUSABLE);
+        let page = |at| closed(at, at + 1);
+        // Nothing comes later.
+        assert_eq!(map(0, 0, 512), [ram(512)]);
+        assert_eq!(map(512, 512, 512), [ram(512)]);
+        // Numbers that are none of those that Linux would add.
+        assert_eq!(map(512, 1024, 1024), [ram(1024)]);
+        // Whole sections: 256 MiB grow to 512.
+        let (start, most, end) = (2 * SECTION, 4 * SECTION, 6 * SECTION);
+        assert_eq!(map(start, most, end), [ram(most), page(end)]);
+        // Linux starts at a section.
+        let (most, first) = (3 * SECTION + 1, 4 * SECTION);
+        let end = first + 2 * SECTION;
+        let want = [ram(most), closed(most, first), page(end)];
+        assert_eq!(map(start, most, end), want);
+        // Not around what is below 4 GiB.
+        let (most, high) = (20 * SECTION, 32 * SECTION);
+        let end = high + 18 * SECTION;
+        let want = [ram(most), closed(most, high), page(end)];
+        assert_eq!(map(start, most, end), want);
     }
 }

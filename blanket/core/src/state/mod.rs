@@ -36,6 +36,7 @@ use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 pub fn fits(boot: &Boot, nr_frames: u64, nr_vcpus: u32) -> bool {
     let end = boot.state_base.checked_add(boot.state_frames);
     boot.ram_frames <= nr_frames
+        && boot.most() <= boot.ram_frames
         && boot.state_base >= boot.ram_frames
         && end.is_some_and(|end| end <= nr_frames)
         && boot.state_frames >= state::frames(nr_vcpus, boot.ram_frames)

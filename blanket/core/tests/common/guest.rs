@@ -121,6 +121,7 @@ impl Guest {
         Boot {
             ram_frames: setup.ram,
             start_frames: setup.start,
+            most_frames: setup.most,
             shared_info: setup.shared_info(),
             grant_base: setup.ram + 1,
             grant_frames: super::GRANT_FRAMES,

@@ -157,6 +157,8 @@ pub struct Setup {
     pub ram: u64,
     /// Frames of it that the guest has at the start; 0 = all.
     pub start: u64,
+    /// Frames of it that the guest may have at once; 0 = all.
+    pub most: u64,
     /// Most pool pages.
     pub pool: u32,
     pub vcpus: u32,
@@ -168,6 +170,7 @@ impl Default for Setup {
         Self {
             ram: 128,
             start: 0,
+            most: 0,
             pool: 128,
             vcpus: 1,
             la57: false,

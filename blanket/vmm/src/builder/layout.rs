@@ -1,6 +1,6 @@
 //! Where everything of a new domain lies; pure arithmetic.
 
-use blanket_abi::layout::MAX_FRAMES;
+use blanket_abi::layout::{MAX_FRAMES, added_later};
 use blanket_abi::{Gfn, PAGE_SIZE, Va};
 
 use super::{Error, GRANT_FRAMES};
@@ -33,6 +33,14 @@ pub(super) struct Ram {
     pub start: u64,
     /// At most; not less.
     pub most: u64,
+}
+
+impl Ram {
+    /// Frame numbers that are RAM's: more than the guest may have at once, when it may get
+    /// some later.
+    pub fn numbers(self) -> u64 {
+        added_later(self.start, self.most).1
+    }
 }
 
 /// Frames that follow each other.
@@ -225,9 +233,9 @@ impl Layout {
             hypercall_page: notes
                 .hypercall_page
                 .map(|va| Gfn::containing(va - notes.virt_base)),
-            shared_info: Gfn(ram.most),
+            shared_info: Gfn(ram.numbers()),
             grants: FrameRange {
-                first: Gfn(ram.most + 1),
+                first: Gfn(ram.numbers() + 1),
                 count: GRANT_FRAMES,
             },
         };

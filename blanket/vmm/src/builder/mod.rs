@@ -21,7 +21,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use blanket_abi::device::{Boot, boot_flags};
-use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS};
+use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS, SECTION};
 use blanket_abi::state;
 use blanket_abi::xen::domid;
 use blanket_abi::xen::grant;
@@ -90,6 +90,16 @@ pub struct Domain {
     pub store: Gfn,
     /// The frame of the console's ring.
     pub console: Gfn,
+}
+
+impl Domain {
+    /// Pages that its shadow tables may have, unless the user says: by the memory that the
+    /// guest may have at once.
+    #[must_use]
+    pub fn pool_limit(&self) -> u64 {
+        let never_at_once = self.boot.ram_frames.saturating_sub(self.boot.most());
+        1024 + self.frames.saturating_sub(never_at_once) / 16
+    }
 }
 
 /// Why a domain cannot be built.
@@ -178,7 +188,7 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     let initrd_len = initrd.map_or(0, |bytes| bytes.len() as u64);
 
     let state_base = layout.grants.end();
-    let state_frames = state::frames(config.vcpus, ram.most);
+    let state_frames = state::frames(config.vcpus, ram.numbers());
     let frames = state_base + state_frames;
     let memory = allocate(frames * PAGE_SIZE, config.mergeable)?;
 
@@ -200,7 +210,7 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
     reserve_grants(&memory, &layout)?;
 
     let boot = Boot {
-        ram_frames: ram.most,
+        ram_frames: ram.numbers(),
         start_frames: ram.start,
         shared_info: layout.shared_info.0,
         grant_base: layout.grants.first.0,
@@ -221,7 +231,7 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
         hypercall_page: layout.hypercall_page.map_or(0, |page| layout.va(page).0),
         state_base,
         state_frames,
-        reserved: [0; 1],
+        most_frames: ram.most,
     };
     Ok(Domain {
         memory: Arc::new(memory),
@@ -234,6 +244,9 @@ pub fn build(kernel: &Kernel, initrd: Option<&[u8]>, config: &Config) -> Result<
 
 /// Frames of RAM that a VM with as many vCPUs as there can be may have.
 const MOST_RAM: u64 = MAX_FRAMES - 1 - GRANT_FRAMES - state::frames(MAX_VCPUS, MAX_FRAMES);
+
+// Numbers for what a guest adds end before what lies above RAM.
+const _: () = assert!(MAX_FRAMES - SECTION <= MOST_RAM);
 
 fn too_large(ram_frames: u64) -> Error {
     Error::TooLarge(format!(

@@ -242,7 +242,7 @@ impl Kvm {
         isolation: Isolation,
     ) -> Result<Arc<KvmVm>, Error> {
         let pool = match pool_limit {
-            0 => 1024 + domain.frames / 16,
+            0 => domain.pool_limit(),
             limit => limit.min(MAX_POOL),
         };
         let space = Space::build(&Plan {

@@ -769,7 +769,7 @@ fn boot_words(boot: &Boot) -> [u64; 15] {
         boot.start_frames,
         boot.state_base,
         boot.state_frames,
-        boot.reserved[0],
+        boot.most_frames,
     ]
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use blanket_abi::device::{Boot, boot_flags};
-use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS};
+use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS, added_later};
 use blanket_abi::{Gfn, PAGE_SIZE, state};
 use serde::{Deserialize, Serialize};
 
@@ -149,6 +149,7 @@ impl Machine {
             grant_frames: self.word("grant_frames")?,
             state_base: self.word("state_base")?,
             state_frames: self.word("state_frames")?,
+            most_frames: self.max_memory / PAGE_SIZE,
             flags: self.word("flags")? & flags | boot_flags::RESTORE,
             store_port: builder::STORE_PORT,
             console_port: builder::CONSOLE_PORT,
@@ -162,9 +163,11 @@ impl Machine {
             .filter(|end| *end <= MAX_FRAMES)
             .ok_or_else(|| impossible("it has more frames than there can be"))?;
         let grants = boot.grant_base.checked_add(boot.grant_frames);
+        // Earlier releases had no numbers for what a guest adds.
+        let (_, later) = added_later(boot.start_frames, boot.most_frames);
         let fits = (1..=MAX_VCPUS).contains(&self.vcpus)
-            && boot.ram_frames == self.max_memory / PAGE_SIZE
-            && boot.start_frames <= boot.ram_frames
+            && boot.start_frames <= boot.most_frames
+            && [boot.most_frames, later].contains(&boot.ram_frames)
             && (boot.ram_frames..boot.state_base).contains(&boot.shared_info)
             && boot.grant_base >= boot.ram_frames
             && grants.is_some_and(|end| end <= boot.state_base)
@@ -189,11 +192,16 @@ mod tests {
     use super::*;
 
     fn machine() -> Machine {
-        let (ram, grants) = (1024, 32);
+        of_size(1024, 1024, 1024)
+    }
+
+    /// Of a VM with `ram` frame numbers, of which it starts with `start` and may have `most`.
+    fn of_size(start: u64, most: u64, ram: u64) -> Machine {
+        let grants = 32;
         let base = ram + 1 + grants;
         let boot = Boot {
             ram_frames: ram,
-            start_frames: ram,
+            start_frames: start,
             shared_info: ram,
             grant_base: ram + 1,
             grant_frames: grants,
@@ -204,9 +212,9 @@ mod tests {
         Machine {
             name: "web".into(),
             uuid: String::new(),
-            memory: ram * PAGE_SIZE,
-            max_memory: ram * PAGE_SIZE,
-            target: ram * PAGE_SIZE,
+            memory: start * PAGE_SIZE,
+            max_memory: most * PAGE_SIZE,
+            target: start * PAGE_SIZE,
             vcpus: 1,
             kernel: "6.1".into(),
             devices: Vec::new(),
@@ -228,6 +236,18 @@ mod tests {
             domain.boot.state_base + domain.boot.state_frames
         );
         assert_ne!(domain.boot.flags & boot_flags::RESTORE, 0);
+    }
+
+    #[test]
+    fn a_domain_that_may_grow() {
+        let (start, most) = (1024, 2048);
+        let (_, later) = added_later(start, most);
+        let domain = of_size(start, most, later).domain(false).expect("it fits");
+        assert_eq!((domain.boot.ram_frames, domain.boot.most()), (later, most));
+        // Saved before there were numbers for what a guest adds.
+        assert!(of_size(start, most, most).domain(false).is_ok());
+        assert!(of_size(start, most, later - 1).domain(false).is_err());
+        assert!(of_size(most + 1, most, most).domain(false).is_err());
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl State {
             .iter()
             .try_fold(0u64, |sum, (count, _)| sum.checked_add(*count));
         let whole = self.vcpus.len() as u64 == u64::from(machine.vcpus)
-            && marked == Some(machine.max_memory / PAGE_SIZE)
+            && marked == machine.boot.get("ram_frames").copied()
             && self.vcpus.iter().all(|vcpu| vcpu.fpu.len() <= FPU)
             && self.ports.iter().all(|(port, _)| *port < PORTS);
         whole
