@@ -1,7 +1,7 @@
-# A VM that computes, and sends over a TCP connection, moves from one process to another and
+# A VM that computes, writes to its disks and sends over a TCP connection, moves from one process to another and
 # on, while it runs: MOVES of them, each on a host of HOSTS (module, kvm). No number that it
-# counts is missing or comes twice, nothing that it computes is wrong, and its connection
-# holds.
+# counts is missing or comes twice, nothing that it computes is wrong, its connection holds,
+# and its last images have all that it wrote.
 brctl addbr br0
 for tap in vm0 vm1; do
     tunctl -t $tap >/dev/null || fail "no tap"
@@ -13,7 +13,7 @@ ip link set br0 up
 tail -f /dev/null | nc -l -p 7000 >stream &
 
 cat >script <<'S'
-until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+until [ -e /sys/class/net/eth0 ] && [ -b /dev/xvda ] && [ -b /dev/xvdb ]; do sleep 0.1; done
 ip addr add 192.168.77.2/24 dev eth0
 ip link set eth0 up
 check() {
@@ -31,17 +31,37 @@ n=0
 until [ -e /tmp/end ]; do
     n=$((n + 1))
     echo "LINE $n" >&3
+    # Far from each other, so that most are in blocks of their own.
+    for disk in xvda xvdb; do
+        printf '%-512s' "BLOCK $n" | dd of=/dev/$disk bs=512 seek=$((n * 37)) conv=notrunc,fsync 2>/dev/null || echo WRONG disk
+    done
     echo "COUNT $n"
     # Its user ends it with a word on its console.
     read -t 1 word && [ "$word" = end ] && touch /tmp/end
 done
 exec 3>&-
+# Past its cache: what the images have.
+echo 3 >/proc/sys/vm/drop_caches
+for disk in xvda xvdb; do
+    i=0
+    while [ $i -lt $n ]; do
+        i=$((i + 1))
+        block=$(dd if=/dev/$disk bs=512 skip=$((i * 37)) count=1 2>/dev/null)
+        [ "$block" = "$(printf '%-512s' "BLOCK $i")" ] || echo "WRONG block $i of $disk: $block"
+    done
+done
 touch /tmp/stop
 wait $a && wait $b
 S
 lab-initrd script >initrd
 
 vm="--memory 192M --cpus 2"
+# Images of its own for each place: a raw one and a qcow2 one.
+images() {
+    [ -e $1.raw ] || blanket disk create --format raw --size 8M $1.raw >/dev/null || fail "no image"
+    [ -e $1.qcow2 ] || blanket disk create --format qcow2 --size 8M $1.qcow2 >/dev/null || fail "no image"
+    echo "--disk $1.raw --disk $1.qcow2"
+}
 net() { echo "--net tap=vm$1,mac=02:00:00:00:77:02"; }
 last() { cat *.log | tr -d '\r' | sed -n 's/^COUNT //p' | sort -n | tail -n 1; }
 counted() {
@@ -56,13 +76,13 @@ waits() {
     name=$1 tap=$2
     shift 2
     rm -f token
-    blanket run --incoming 127.0.0.1:7100 --token-file token --name $name $vm $(net $tap) --detach \
+    blanket run --incoming 127.0.0.1:7100 --token-file token --name $name $vm $(images $name) $(net $tap) --detach \
         --console file:$name.log "$@" >/dev/null || fail "$name does not wait"
 }
 
 : >none.log
 now=vm
-blanket run --name vm --kernel /guest/vmlinuz --initrd initrd $vm $(net 0) --detach \
+blanket run --name vm --kernel /guest/vmlinuz --initrd initrd $vm $(images vm) $(net 0) --detach \
     --console file:vm.log --cmdline "console=hvc0 panic=-1" >/dev/null || fail "it does not start"
 until grep -q '^COUNT' vm.log; do blanket stats vm >/dev/null 2>&1 || fail "it does not boot"; sleep 0.2; done
 counted 3
@@ -109,8 +129,14 @@ echo end | blanket console $now >/dev/null 2>&1 &
 until ! blanket stats $now >/dev/null 2>&1; do sleep 0.2; done
 tr -d '\r' <$now.log | grep -qx 'GUEST-EXIT 0' || fail "it did not end well"
 ! grep -h WRONG *.log || fail "it computes wrong"
+blanket disk info $now.qcow2 >/dev/null || fail "its qcow2 image is none"
 cat *.log | tr -d '\r' | sed -n 's/^COUNT //p' >counted
 seq $(tail -n 1 stream | sed 's/LINE //') >all
 sort -n counted | cmp - all || fail "numbers are missing, or come twice"
 sed 's/^/LINE /' all | cmp - stream || fail "the connection broke: $(tail -n 1 stream)"
+# The raw image; the guest has read the other one back.
+for n in $(cat all); do
+    block=$(dd if=$now.raw bs=512 skip=$((n * 37)) count=1 2>/dev/null)
+    [ "$block" = "$(printf '%-512s' "BLOCK $n")" ] || fail "block $n is $block"
+done
 echo "MIGRATE-OK"

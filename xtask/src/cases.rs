@@ -464,7 +464,7 @@ fn save(name: &str, script: &'static str) -> Case {
 /// A VM that moves while it runs.
 fn migrate(name: &str, script: &'static str) -> Case {
     Case {
-        drivers: &["xen_netfront"],
+        drivers: &["xen_blkfront", "xen_netfront"],
         modules: &["tun", "bridge"],
         ..hard_times(name, 900, script)
     }
