@@ -12,12 +12,12 @@ use crate::scripts::{
     BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
     DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
     KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
-    MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, NETWORK, NETWORK_4, SAVE,
-    SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS,
-    VMM_TRICKS_ALL,
+    MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_INSTANCES, NETWORK,
+    NETWORK_4, SAVE, SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK,
+    VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
-pub use case::{Adapter, Case, Expect, Guest, Work};
+pub use case::{Adapter, Case, Companion, Expect, Guest, Work};
 
 /// What every combination of the matrix runs: processes, memory, time, CPUs.
 const BASICS: &str = include_str!("../../tests/lab-scripts/basics.sh");
@@ -223,6 +223,15 @@ fn single() -> Vec<Case> {
         Case {
             cpu: "EPYC",
             ..migrate("migrate-between-hosts", MIGRATE_BETWEEN)
+        },
+        Case {
+            host: Flavour::Generic,
+            memory: "1G",
+            companion: Some(Companion {
+                cpu: "EPYC",
+                hardware: Hardware::NvmeE1000e,
+            }),
+            ..migrate("migrate-between-instances", MIGRATE_INSTANCES)
         },
         network("network", NETWORK, 900),
         long(kvm(network("kvm-network", NETWORK_4, 900))),

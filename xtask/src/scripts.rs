@@ -35,6 +35,8 @@ pub const SAVE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm'\n", "save.sh
 pub const MIGRATE: &str = with_common!("HOSTS='module module module'\n", "migrate.sh");
 pub const MIGRATE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm module'\n", "migrate.sh");
 
+pub const MIGRATE_INSTANCES: &str = with_common!("migrate-instances.sh");
+
 pub const DISKS: &str = with_common!("disks.sh");
 pub const DISK_FULL: &str = with_common!("disk-full.sh");
 pub const HOSTILE_DEVICES: &str = with_common!("hostile-devices.sh");

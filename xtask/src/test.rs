@@ -20,7 +20,7 @@ use crate::everywhere;
 use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels;
-use crate::lab::{Payload, find_command, find_module};
+use crate::lab::{self, Payload, find_command, find_module};
 use crate::package;
 use crate::project::Project;
 use crate::qemu::{self, End, Machine, Outcome};
@@ -497,6 +497,13 @@ impl<'a> Bench<'a> {
         } else if let Some(built) = find_module(project, &kernel, true)? {
             payload.archive.copy("root/blanket.ko", 0o644, &built);
         }
+        if let Some(companion) = case.companion {
+            payload.more_modules(project, &kernel, companion.hardware.modules())?;
+            if qemu::has_svm(companion.cpu) {
+                payload.more_modules(project, &kernel, &["kvm_amd"])?;
+            }
+            payload.archive.text("lab/companion", 0o644, "");
+        }
         payload.program(&self.command)?;
         let files = match case {
             Case {
@@ -555,12 +562,19 @@ impl<'a> Bench<'a> {
             icount: case.icount,
             append: case.append.into(),
             node: 1,
-            group: None,
+            group: case.companion.map(|_| lab::group_address()),
             extra: self.options(case)?,
         };
         let timeout = Duration::from_secs(case.timeout);
         let Some(event) = case.inject else {
-            return qemu::run(project, &[machine], &payload.archive, timeout, output);
+            let mut machines = vec![machine.clone()];
+            machines.extend(case.companion.map(|companion| Machine {
+                cpu: companion.cpu.into(),
+                hardware: companion.hardware,
+                node: 2,
+                ..machine
+            }));
+            return qemu::run(project, &machines, &payload.archive, timeout, output);
         };
         let dir = qemu::run_dir(project)?;
         let talk = UnixListener::bind(dir.join("script"))?;

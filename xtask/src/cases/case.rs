@@ -47,12 +47,24 @@ pub struct Case {
     pub network: bool,
     /// Seconds until the case is a failure.
     pub timeout: u64,
+    /// A second instance on the same network, whose shell the first one's work reaches
+    /// (`/lab/companion`).
+    pub companion: Option<Companion>,
     /// Somebody injects these into it ([`crate::everywhere`]).
     pub inject: Option<Event>,
     /// What runs in it.
     pub work: Work,
     /// What must hold for the output, beside exit code 0 and a silent kernel log.
     pub expect: Vec<Expect>,
+}
+
+/// An instance beside the one of a case: the same kernel on other hardware.
+#[derive(Clone, Copy)]
+pub struct Companion {
+    /// CPU model, as QEMU takes it.
+    pub cpu: &'static str,
+    /// Virtual hardware.
+    pub hardware: Hardware,
 }
 
 /// What VMs run on.
@@ -130,6 +142,7 @@ impl Default for Case {
             image: None,
             network: false,
             timeout: 180,
+            companion: None,
             inject: None,
             work: Work::Guest(Guest::default()),
             expect: Vec::new(),
