@@ -4,6 +4,8 @@
 mod machine;
 mod memory;
 mod state;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod testing;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -152,16 +154,25 @@ impl Instance {
     }
 
     fn read(&self, from: impl Read) -> Result<(Domain, Machine, State), ResumeError> {
-        let mut reader = Reader::new(from)?;
-        let machine: Machine = reader.text(Kind::Machine)?;
-        machine.fits(self)?;
-        let domain = machine.domain(self.spec().mergeable)?;
-        memory::read(&mut reader, &domain)?;
-        let state: State = reader.text(Kind::State)?;
-        reader.finish()?;
-        state.check(&machine)?;
-        Ok((domain, machine, state))
+        read(from, self.spec().mergeable, |machine| machine.fits(self))
     }
+}
+
+/// What is in a saved VM, if its machine `fits`.
+fn read(
+    from: impl Read,
+    mergeable: bool,
+    fits: impl FnOnce(&Machine) -> Result<(), ResumeError>,
+) -> Result<(Domain, Machine, State), ResumeError> {
+    let mut reader = Reader::new(from)?;
+    let machine: Machine = reader.text(Kind::Machine)?;
+    fits(&machine)?;
+    let domain = machine.domain(mergeable)?;
+    memory::read(&mut reader, &domain)?;
+    let state: State = reader.text(Kind::State)?;
+    reader.finish()?;
+    state.check(&machine)?;
+    Ok((domain, machine, state))
 }
 
 /// What a saved VM is made of, from its beginning alone.

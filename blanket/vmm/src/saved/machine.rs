@@ -46,7 +46,7 @@ pub struct Machine {
 }
 
 /// The boot record as names and numbers; how it started is of no use any more.
-fn words(boot: &Boot) -> [(&'static str, u64); 8] {
+pub(super) fn words(boot: &Boot) -> [(&'static str, u64); 8] {
     [
         ("ram_frames", boot.ram_frames),
         ("start_frames", boot.start_frames),
@@ -175,39 +175,8 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::sample as machine;
     use super::*;
-
-    fn machine() -> Machine {
-        let (ram, grants) = (1024, 32);
-        let base = ram + 1 + grants;
-        let boot = Boot {
-            ram_frames: ram,
-            start_frames: ram,
-            shared_info: ram,
-            grant_base: ram + 1,
-            grant_frames: grants,
-            state_base: base,
-            state_frames: state::frames(1, ram),
-            ..Boot::default()
-        };
-        Machine {
-            name: "web".into(),
-            uuid: String::new(),
-            memory: ram * PAGE_SIZE,
-            max_memory: ram * PAGE_SIZE,
-            target: ram * PAGE_SIZE,
-            vcpus: 1,
-            kernel: "6.1".into(),
-            devices: Vec::new(),
-            xcr0_mask: 7,
-            core: state::VERSION,
-            boot: words(&boot)
-                .map(|(name, word)| (name.to_owned(), word))
-                .into(),
-            rings: [1, 2],
-            stopped_at: 0,
-        }
-    }
 
     #[test]
     fn a_domain_of_numbers_that_fit() {
