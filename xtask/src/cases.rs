@@ -13,8 +13,8 @@ use crate::scripts::{
     DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
     KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
     MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_INSTANCES, NETWORK,
-    NETWORK_4, SAVE, SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, TAKEN_SAMPLE, TAKEN_SOAK,
-    VMM_TRICKS, VMM_TRICKS_ALL,
+    NETWORK_4, SAVE, SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, SYSTEMD_SCOPE,
+    TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 pub use case::{Adapter, Case, Companion, Expect, Guest, Work};
@@ -244,6 +244,13 @@ fn single() -> Vec<Case> {
             DEBIAN_POSTGRES,
         )),
         long(kvm(debian("kvm-debian", Variant::Base, 3600, DEBIAN))),
+        Case {
+            long: true,
+            image: Some(Variant::Base),
+            whole_system: true,
+            ..hard_times("systemd-scope", 2400, SYSTEMD_SCOPE)
+        }
+        .expecting("SYSTEMD-SCOPE-OK"),
         guest("fork-exec", 600, 2, FORK_EXEC),
         guest("stress", 600, 2, "N=20 sh /tests/stress.sh"),
         Case {

@@ -14,6 +14,7 @@ use crate::kernels::{self, Flavour, Kernel};
 use crate::project::Project;
 use crate::qemu::{self, End, Hardware, Machine};
 use crate::setup::{self, Need};
+use crate::system;
 
 /// Arguments of `lab`.
 #[derive(clap::Args)]
@@ -216,8 +217,7 @@ fn command_text(words: &[String]) -> String {
     }
 }
 
-/// Init of an instance. The second serial line carries the command's output and
-/// the end frame; kernel messages have the first to themselves.
+/// Init of an instance.
 const INIT: &str = r#"#!/bin/sh
 export PATH=/bin HOME=/root TERM=linux
 # Out of the initramfs, whose root nobody can leave: passt wants to.
@@ -232,6 +232,7 @@ if [ -e /lab/leave-initramfs ]; then
     cp -a /dev/console /dev/null /new/dev/
     exec /new/bin/busybox switch_root /new /init
 fi
+if [ -e /lab/hand-over ]; then . /lab/hand-over; fi
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
@@ -259,23 +260,29 @@ if [ "$LAB_NODE" != 1 ]; then
     while [ -e /lab/companion ]; do nc -l -p 7001 -e /bin/sh; done
     exec sleep 2147483647
 elif [ -e /lab/command ]; then
-    exec 3<>$line
-    stty -F $line raw -echo clocal
-    sh /lab/command </dev/null >&3 2>&1
-    code=$?
-    bad='WARNING: CPU|BUG: |Oops: |INFO: task|rcu.*(stall|detected)|Call Trace:'
-    complaints=$(dmesg | grep -cE "$bad")
-    if [ $code != 0 ] || [ $complaints != 0 ]; then
-        dmesg | tail -n 80 >/dev/ttyS0
-        if [ $complaints != 0 ]; then dmesg | grep -E -A 8 "$bad" | head -n 60 >/dev/ttyS0; fi
-    fi
-    printf '\036LAB-EXIT %s %s %s\n' $LAB_NONCE $code $complaints >&3
+    sh /lab/run
 else
     stty -F $line sane
     echo "Instance $(uname -r). The shell's end is the instance's end." >$line
     setsid -c sh -l <$line >$line 2>&1
 fi
 poweroff -f
+"#;
+
+/// Runs the command. The second serial line carries its output and the end frame; kernel
+/// messages have the first to themselves.
+const RUN: &str = r#"#!/bin/sh
+exec 3<>/dev/ttyS1
+stty -F /dev/ttyS1 raw -echo clocal
+sh /lab/command </dev/null >&3 2>&1
+code=$?
+bad='WARNING: CPU|BUG: |Oops: |INFO: task|rcu.*(stall|detected)|Call Trace:'
+complaints=$(dmesg | grep -cE "$bad")
+if [ $code != 0 ] || [ $complaints != 0 ]; then
+    dmesg | tail -n 80 >/dev/ttyS0
+    if [ $complaints != 0 ]; then dmesg | grep -E -A 8 "$bad" | head -n 60 >/dev/ttyS0; fi
+fi
+printf '\036LAB-EXIT %s %s %s\n' $LAB_NONCE $code $complaints >&3
 "#;
 
 /// Makes a VM's initramfs inside an instance: `lab-initrd SCRIPT [FILE...]`.
@@ -308,6 +315,7 @@ impl Payload {
     pub fn new(project: &Project, kernel: &Kernel, hardware: Hardware, cpu: &str) -> Result<Self> {
         let mut archive = Initramfs::with_busybox(project)?;
         archive.text("init", 0o755, INIT);
+        archive.text("lab/run", 0o755, RUN);
         archive.text("bin/lab-initrd", 0o755, LAB_INITRD);
         let mut this = Self {
             archive,
@@ -347,6 +355,12 @@ impl Payload {
     pub fn network_tools(&mut self, tools: &Files) {
         self.archive.add(tools);
         self.archive.text("lab/leave-initramfs", 0o644, "");
+    }
+
+    /// Has init hand the instance over to the Debian on its second disk.
+    pub fn hand_over(&mut self, project: &Project, kernel: &Kernel) -> Result<()> {
+        self.archive.text("lab/hand-over", 0o644, system::HAND_OVER);
+        self.more_modules(project, kernel, system::MODULES)
     }
 
     /// Has init load this module.

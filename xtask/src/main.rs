@@ -28,6 +28,7 @@ mod qemu;
 mod scripts;
 mod setup;
 mod storm;
+mod system;
 mod test;
 
 use std::process::ExitCode;

@@ -20,6 +20,7 @@ pub const HOST_CPUS: &str = with_common!("host-cpus.sh");
 pub const SUSPEND: &str = with_common!("suspend.sh");
 pub const MEMORY_SHORT: &str = with_common!("memory-short.sh");
 pub const CONFINED: &str = with_common!("confined.sh");
+pub const SYSTEMD_SCOPE: &str = with_common!("systemd-scope.sh");
 pub const MEMORY_SHORT_INSTANCE: &str = with_common!("WHOLE=yes\n", "memory-short.sh");
 
 pub const HOSTILE: &str = with_common!("hostile.sh");

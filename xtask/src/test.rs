@@ -25,6 +25,7 @@ use crate::package;
 use crate::project::Project;
 use crate::qemu::{self, End, Machine, Outcome};
 use crate::setup::{self, Need, on_path};
+use crate::system;
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
@@ -519,6 +520,9 @@ impl<'a> Bench<'a> {
         if case.network {
             payload.network_tools(&self.network_tools);
         }
+        if case.whole_system {
+            payload.hand_over(project, &kernel)?;
+        }
         payload.archive.text("bin/guest", 0o755, GUEST);
         let mut guest_files = files.clone();
         if case.fio {
@@ -553,6 +557,11 @@ impl<'a> Bench<'a> {
             }
             Work::Instance { script, .. } => payload.command(&format!("{settings}{script}")),
         }
+        let append = if case.whole_system {
+            format!("{} {}", system::APPEND, case.append)
+        } else {
+            case.append.into()
+        };
         let machine = Machine {
             cpu: case.cpu.into(),
             hardware: case.hardware,
@@ -560,7 +569,7 @@ impl<'a> Bench<'a> {
             memory: case.memory.into(),
             smp: case.smp,
             icount: case.icount,
-            append: case.append.into(),
+            append,
             node: 1,
             group: case.companion.map(|_| lab::group_address()),
             extra: self.options(case)?,

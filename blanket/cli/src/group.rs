@@ -21,6 +21,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// There is systemd if this is (sd_booted(3)).
 const SYSTEMD: &str = "/run/systemd/system";
 
+/// What to do where systemd makes no scope, or one without limits.
+const NEXT_OF_SYSTEMD: &str = "leave the limits out, or give --cgroup a group of yours; users other \
+than root need a login session with a bus of theirs (Debian: apt install dbus-user-session, and \
+log in again)";
+
 /// What `--cgroup` is.
 pub const HELP: &str = "\
 Which control group (version 2) the VM's process is moved into, so that what it uses has limits. `auto`: where \
@@ -65,7 +70,7 @@ pub struct Limited {
     pub cpu_max_percent: Option<u32>,
     /// Threads and processes.
     pub pids_max: Option<u64>,
-    /// Why it has no group of its own.
+    /// Why it has no group of its own, or not all of its limits.
     pub unlimited: Option<String>,
 }
 
@@ -152,44 +157,74 @@ impl Place {
 
     /// Moves this process there.
     pub fn enter(self, run: &Run) -> Result<Limited> {
-        let path = match self {
-            Self::Nowhere(why) => return Ok(unlimited(why)),
+        match self {
+            Self::Nowhere(why) => Ok(unlimited(why)),
             Self::Group(group) => {
                 group.enter()?;
-                group.path().to_owned()
+                Ok(limited(group.path().to_owned()))
             }
-            Self::Scope(unit, limits) => match scope(&unit, &limits) {
-                Ok(path) => path,
-                Err(error) if asked(run) => {
-                    let next = "leave the limits out, or give --cgroup a group of yours";
-                    return Err(hint(&error, next));
+            Self::Scope(unit, limits) => {
+                let found = scope(&unit, &limits).map(limited);
+                let missing = match &found {
+                    Ok(limited) => limited.lacking(&limits),
+                    Err(error) => Some(format!("{error:#}")),
+                };
+                match missing {
+                    Some(why) if asked(run) => Err(hint(&anyhow!(why), NEXT_OF_SYSTEMD)),
+                    Some(why) => Ok(Limited {
+                        unlimited: Some(told(why)),
+                        ..found.unwrap_or_default()
+                    }),
+                    None => found,
                 }
-                Err(error) => return Ok(unlimited(format!("{error:#}"))),
-            },
+            }
+        }
+    }
+}
+
+impl Limited {
+    /// What systemd left out of what it was asked for: a manager has the controllers that it
+    /// was given.
+    fn lacking(&self, asked: &Limits) -> Option<String> {
+        let got = Limits {
+            memory: self.memory_max_bytes,
+            cpu: self.cpu_max_percent,
+            pids: self.pids_max,
         };
-        let limits = cgroup::limits(&path);
-        Ok(Limited {
-            cgroup: Some(path),
-            memory_max_bytes: limits.memory,
-            cpu_max_percent: limits.cpu,
-            pids_max: limits.pids,
-            unlimited: None,
-        })
+        let controller = cgroup::lacking(asked, &got)?;
+        let scope = self.cgroup.as_deref().unwrap_or(Path::new("")).display();
+        Some(format!("systemd gave {scope} no limit of {controller}"))
+    }
+}
+
+/// The limits of a group that this process is in.
+fn limited(path: PathBuf) -> Limited {
+    let limits = cgroup::limits(&path);
+    Limited {
+        cgroup: Some(path),
+        memory_max_bytes: limits.memory,
+        cpu_max_percent: limits.cpu,
+        pids_max: limits.pids,
+        unlimited: None,
     }
 }
 
 fn unlimited(why: String) -> Limited {
-    tracing::info!("the VM has no control group of its own: {why}");
     Limited {
-        unlimited: Some(why),
+        unlimited: Some(told(why)),
         ..Limited::default()
     }
+}
+
+fn told(why: String) -> String {
+    tracing::info!("the VM has not all limits: {why}");
+    why
 }
 
 /// Whether VMs that are started as this process was can have limits, and by what.
 pub fn outlook() -> Result<String, String> {
     if Path::new(SYSTEMD).exists() {
-        return Ok("VMs get scopes of systemd's".into());
+        return bus().map(|()| "VMs get scopes of systemd's".into());
     }
     let all = Limits {
         memory: Some(0),
@@ -206,6 +241,29 @@ pub fn outlook() -> Result<String, String> {
         }
         Ok(group) => Err(format!("{} may not be written", group.display())),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Whether `busctl` can find this user's manager.
+fn bus() -> Result<(), String> {
+    let socket = if rustix::process::geteuid().is_root() {
+        PathBuf::from("/run/dbus/system_bus_socket")
+    } else if std::env::var_os("DBUS_SESSION_BUS_ADDRESS").is_some() {
+        return Ok(());
+    } else if let Some(directory) = std::env::var_os("XDG_RUNTIME_DIR") {
+        Path::new(&directory).join("bus")
+    } else {
+        return Err(
+            "systemd makes scopes only for who has a bus, and XDG_RUNTIME_DIR is not set".into(),
+        );
+    };
+    if socket.exists() {
+        Ok(())
+    } else {
+        let socket = socket.display();
+        Err(format!(
+            "systemd makes scopes only for who has a bus, and there is no {socket}"
+        ))
     }
 }
 
@@ -305,8 +363,11 @@ fn scope(unit: &str, limits: &Limits) -> Result<PathBuf> {
     loop {
         let now = cgroup::current()?;
         if now != before && now.ends_with(unit) {
-            if limits.memory.is_some() && cgroup::limits(&now).memory.is_none() {
-                bail!("systemd's scope {} has no limit of memory", now.display());
+            // Scopes have OOMPolicy= only since systemd 253.
+            if limits.memory.is_some()
+                && let Err(error) = cgroup::end_as_one(&now)
+            {
+                tracing::info!("{error}");
             }
             return Ok(now);
         }
@@ -376,6 +437,26 @@ mod tests {
             none.ends_with("fail 2 PIDs au 1 7 CollectMode s inactive-or-failed 0"),
             "{none}"
         );
+    }
+
+    #[test]
+    fn what_systemd_left_out_is_named() {
+        let asked = Limits {
+            memory: Some(1 << 20),
+            cpu: Some(50),
+            pids: Some(9),
+        };
+        let mut got = Limited {
+            cgroup: Some("/sys/fs/cgroup/a.scope".into()),
+            memory_max_bytes: asked.memory,
+            cpu_max_percent: asked.cpu,
+            pids_max: asked.pids,
+            unlimited: None,
+        };
+        assert_eq!(got.lacking(&asked), None);
+        got.cpu_max_percent = None;
+        let why = got.lacking(&asked).expect("no CPU time");
+        assert_eq!(why, "systemd gave /sys/fs/cgroup/a.scope no limit of cpu");
     }
 
     #[test]

@@ -123,8 +123,7 @@ impl Group {
         };
         if let Some(bytes) = limits.memory {
             set("memory.max", &bytes)?;
-            // Half a VM is none.
-            set("memory.oom.group", &1)?;
+            end_as_one(&self.0)?;
         }
         if let Some(percent) = limits.cpu {
             let quota = u64::from(percent) * PERIOD / 100;
@@ -158,6 +157,15 @@ impl Group {
 pub fn add(group: &Path, process: u32) -> Result<(), Error> {
     let path = group.join("cgroup.procs");
     fs::write(&path, process.to_string()).map_err(at(&path))
+}
+
+/// Has the kernel end all that is in a group when its memory is used up: half a VM is none.
+///
+/// # Errors
+/// The host's answer.
+pub fn end_as_one(group: &Path) -> Result<(), Error> {
+    let path = group.join("memory.oom.group");
+    fs::write(&path, "1").map_err(at(&path))
 }
 
 /// The limits that a group has.
@@ -216,6 +224,12 @@ pub fn remove(group: &Path) -> io::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// The controller of a limit that was asked for and is not there, if there is one.
+#[must_use]
+pub fn lacking(asked: &Limits, got: &Limits) -> Option<&'static str> {
+    controllers(asked).find(|name| !controllers(got).any(|has| has == *name))
 }
 
 /// The controllers that limits need.
@@ -322,6 +336,19 @@ mod tests {
         fs::write(none.path().join("memory.max"), "max\n").expect("written");
         fs::write(none.path().join("cpu.max"), "max 100000\n").expect("written");
         assert_eq!(super::limits(none.path()), Limits::default());
+    }
+
+    #[test]
+    fn a_limit_that_is_not_there() {
+        let asked = Limits {
+            memory: Some(1),
+            cpu: Some(50),
+            pids: None,
+        };
+        assert_eq!(lacking(&asked, &asked), None);
+        assert_eq!(lacking(&Limits::default(), &asked), None);
+        let got = Limits { cpu: None, ..asked };
+        assert_eq!(lacking(&asked, &got), Some("cpu"));
     }
 
     #[test]

@@ -110,7 +110,11 @@ impl<W: Write> Writer<W> {
         })
     }
 
-    fn chunk(&mut self, kind: Kind, bytes: &[u8]) -> Result<(), Error> {
+    /// A chunk of any bytes.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn chunk(&mut self, kind: Kind, bytes: &[u8]) -> Result<(), Error> {
         let length = u32::try_from(bytes.len())
             .ok()
             .filter(|_| bytes.len() <= MAX_CHUNK)

@@ -4,6 +4,8 @@
 mod machine;
 pub(crate) mod memory;
 mod state;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod testing;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -207,21 +209,32 @@ impl Instance {
     fn read(
         &self,
         from: impl Read,
-        mut images: Option<&mut Images>,
+        images: Option<&mut Images>,
     ) -> Result<(Domain, Machine, State), ResumeError> {
-        let mut reader = Reader::new(from)?;
-        let machine: Machine = reader.text(Kind::Machine)?;
-        machine.fits(self)?;
-        let domain = machine.domain(self.spec().mergeable)?;
-        memory::read(&mut reader, &domain, images.as_deref_mut())?;
-        if let Some(images) = images {
-            images.flush()?;
-        }
-        let state: State = reader.text(Kind::State)?;
-        reader.finish()?;
-        state.check(&machine)?;
-        Ok((domain, machine, state))
+        let mergeable = self.spec().mergeable;
+        read(from, mergeable, images, |machine| machine.fits(self))
     }
+}
+
+/// What is in a saved VM, if its machine `fits`.
+fn read(
+    from: impl Read,
+    mergeable: bool,
+    mut images: Option<&mut Images>,
+    fits: impl FnOnce(&Machine) -> Result<(), ResumeError>,
+) -> Result<(Domain, Machine, State), ResumeError> {
+    let mut reader = Reader::new(from)?;
+    let machine: Machine = reader.text(Kind::Machine)?;
+    fits(&machine)?;
+    let domain = machine.domain(mergeable)?;
+    memory::read(&mut reader, &domain, images.as_deref_mut())?;
+    if let Some(images) = images {
+        images.flush()?;
+    }
+    let state: State = reader.text(Kind::State)?;
+    reader.finish()?;
+    state.check(&machine)?;
+    Ok((domain, machine, state))
 }
 
 /// What a saved VM is made of, from its beginning alone.

@@ -174,6 +174,15 @@ fn size(value: &Value) -> usize {
     }
 }
 
+/// Changes one of the values in this one, by numbers from the front of `data`.
+pub fn damaged(value: &mut Value, data: &mut &[u8]) {
+    let mut take = Take(data);
+    let place = take.below(256) * 256 + take.below(256);
+    let mut at = place % size(value);
+    damage(value, &mut at, &mut take);
+    *data = take.0;
+}
+
 /// Changes the value with this number, counted as [`size`] does.
 fn damage(value: &mut Value, at: &mut usize, take: &mut Take<'_>) {
     let here = *at == 0;
@@ -256,9 +265,7 @@ pub fn state(data: &[u8]) {
     let json = |saved| serde_json::to_value(saved).expect("plain data");
     let mut saved = json(store.save());
     for _ in 0..take.below(3) {
-        let place = take.below(256) * 256 + take.below(256);
-        let mut at = place % size(&saved);
-        damage(&mut saved, &mut at, &mut take);
+        damaged(&mut saved, &mut take.0);
     }
     let Ok(state) = serde_json::from_value::<StoreState>(saved) else {
         return;
@@ -271,9 +278,7 @@ pub fn state(data: &[u8]) {
     for end in &ends {
         let mut saved = serde_json::to_value(end.save()).expect("plain data");
         if take.byte().is_multiple_of(4) {
-            let place = take.below(256);
-            let mut at = place % size(&saved);
-            damage(&mut saved, &mut at, &mut take);
+            damaged(&mut saved, &mut take.0);
         }
         if let Ok(state) = serde_json::from_value::<ConnectionState>(saved)
             && let Ok(end) = Connection::restore(state, &store)

@@ -43,6 +43,8 @@ pub struct Case {
     pub drivers: &'static [&'static str],
     /// The instance has a disk of this image at /dev/vdb.
     pub image: Option<Variant>,
+    /// The instance is that image's system, with systemd.
+    pub whole_system: bool,
     /// The instance has Debian's ssh, passt and iperf3.
     pub network: bool,
     /// Seconds until the case is a failure.
@@ -140,6 +142,7 @@ impl Default for Case {
             net_check: false,
             drivers: &[],
             image: None,
+            whole_system: false,
             network: false,
             timeout: 180,
             companion: None,

@@ -375,6 +375,8 @@ fn limits(facts: &Facts) -> Check {
                 found.mend(
                     "sudo mkdir -p /sys/fs/cgroup && sudo mount -t cgroup2 cgroup2 /sys/fs/cgroup",
                 )
+            } else if why.contains("has a bus") {
+                found.mend("log in anew; if that is not it: sudo apt install dbus-user-session")
             } else {
                 found.mend("blanket run --cgroup PATH, of a control group that is yours")
             }

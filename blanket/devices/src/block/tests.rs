@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::protocol::op;
+use super::protocol::{Status, op};
 use super::*;
 use crate::bus::{Bus, State};
 use crate::testing::{Blkfront, FakeGuest, MemoryDisk, Shared};
@@ -381,6 +381,12 @@ fn persistent_grants_stay_until_the_end() {
         assert_eq!(front.answer(id), (op, 0));
     }
     assert!(!w.guest.revoke(page), "kept");
+    // What may be kept is mapped for writing, so a grant for reading is of no use.
+    let readonly = w.guest.grant(filled(&w.guest, 5), true);
+    let id = front.request(op::WRITE, 0, &[(readonly, 0, 7)]);
+    front.push();
+    assert_eq!(front.answer(id), (op::WRITE, Status::Error as i16));
+    assert!(w.guest.revoke(readonly), "not kept");
     front.state(5);
     w.guest
         .wait_for(&format!("{}/state", front.backend()), Some("5"));

@@ -46,7 +46,7 @@ pub struct Machine {
 }
 
 /// The boot record as names and numbers; how it started is of no use any more.
-fn words(boot: &Boot) -> [(&'static str, u64); 8] {
+pub(super) fn words(boot: &Boot) -> [(&'static str, u64); 8] {
     [
         ("ram_frames", boot.ram_frames),
         ("start_frames", boot.start_frames),
@@ -189,45 +189,8 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{of_size, sample as machine};
     use super::*;
-
-    fn machine() -> Machine {
-        of_size(1024, 1024, 1024)
-    }
-
-    /// Of a VM with `ram` frame numbers, of which it starts with `start` and may have `most`.
-    fn of_size(start: u64, most: u64, ram: u64) -> Machine {
-        let grants = 32;
-        let base = ram + 1 + grants;
-        let boot = Boot {
-            ram_frames: ram,
-            start_frames: start,
-            shared_info: ram,
-            grant_base: ram + 1,
-            grant_frames: grants,
-            state_base: base,
-            state_frames: state::frames(1, ram),
-            ..Boot::default()
-        };
-        Machine {
-            name: "web".into(),
-            uuid: String::new(),
-            memory: start * PAGE_SIZE,
-            max_memory: most * PAGE_SIZE,
-            target: start * PAGE_SIZE,
-            vcpus: 1,
-            kernel: "6.1".into(),
-            devices: Vec::new(),
-            disks: Vec::new(),
-            xcr0_mask: 7,
-            core: state::VERSION,
-            boot: words(&boot)
-                .map(|(name, word)| (name.to_owned(), word))
-                .into(),
-            rings: [1, 2],
-        }
-    }
-
     #[test]
     fn a_domain_of_numbers_that_fit() {
         let domain = machine().domain(false).expect("it fits");

@@ -13,6 +13,8 @@ use crate::builder::{self, GuestMemory};
 use crate::kernel::Kernel;
 use crate::ring::{Place, Ring};
 
+pub use crate::saved::testing::saved;
+
 /// Takes numbers from the front of some bytes; zeros when they are used up.
 struct Take<'a>(&'a [u8]);
 

@@ -1,0 +1,233 @@
+//! Any file as a saved VM: what must hold whatever is in it. Run by unit tests with bytes at
+//! random, and by a fuzz target.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use blanket_abi::device::Boot;
+use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS};
+use blanket_abi::xen::domid;
+use blanket_abi::{PAGE_SIZE, state};
+use blanket_snapshot::{Kind, PAGE, Writer};
+use blanket_xenstore::DomainSpec;
+use blanket_xenstore::testing::damaged;
+use serde_json::Value;
+
+use super::machine::words;
+use super::{Machine, State, read};
+use crate::builder::{self, Domain};
+use crate::hypervisor::{self, Hypervisor as _, Isolation};
+use crate::testing::{Fake, Guest};
+use crate::xenstore::Xenstore;
+
+/// Frames of the sample's RAM.
+const RAM: u64 = 1024;
+/// How long the sample was away, ns.
+const AWAY: u64 = 1_000_000;
+
+/// A machine that can be.
+pub(super) fn sample() -> Machine {
+    of_size(RAM, RAM, RAM)
+}
+
+/// Of a VM with `ram` frame numbers, of which it starts with `start` and may have `most`.
+pub(super) fn of_size(start: u64, most: u64, ram: u64) -> Machine {
+    let grants = 32;
+    let base = ram + 1 + grants;
+    let boot = Boot {
+        ram_frames: ram,
+        start_frames: start,
+        shared_info: ram,
+        grant_base: ram + 1,
+        grant_frames: grants,
+        state_base: base,
+        state_frames: state::frames(1, ram),
+        ..Boot::default()
+    };
+    let named = |(name, word): (&str, u64)| (name.to_owned(), word);
+    Machine {
+        name: "web".into(),
+        uuid: "00000000-0000-4000-8000-000000000000".into(),
+        memory: start * PAGE_SIZE,
+        max_memory: most * PAGE_SIZE,
+        target: start * PAGE_SIZE,
+        vcpus: 1,
+        kernel: "6.1".into(),
+        devices: vec![("vbd".into(), 0)],
+        disks: vec![(0, 1 << 20)],
+        xcr0_mask: 7,
+        core: state::VERSION,
+        boot: BTreeMap::from(words(&boot).map(named)),
+        rings: [1, 2],
+    }
+}
+
+/// A machine without vCPUs that run.
+fn machine_of(domain: &Domain) -> Arc<dyn hypervisor::Machine> {
+    let fake = Fake::new(|_, _| Box::new(|_: &Guest| unreachable!("no vCPU runs")));
+    fake.create(domain, 0, 0, Isolation::Off).expect("a fake")
+}
+
+/// Machine and state of a VM that has a store and one vCPU, as text.
+fn texts() -> [Value; 2] {
+    static TEXTS: OnceLock<[Value; 2]> = OnceLock::new();
+    let made = || {
+        let machine = sample();
+        let domain = machine.domain(false).expect("it fits");
+        let spec = DomainSpec {
+            domain: domid::GUEST,
+            name: machine.name.clone(),
+            uuid: machine.uuid.clone(),
+            generation: "0:0".into(),
+            memory_kib: machine.memory >> 10,
+            max_memory_kib: machine.max_memory >> 10,
+            vcpus: 1,
+            store_ring: (machine.rings[0], builder::STORE_PORT),
+            console_ring: (machine.rings[1], builder::CONSOLE_PORT),
+        };
+        let store = Xenstore::new(&domain, &spec, machine_of(&domain)).expect("a store");
+        let state = store
+            .standing_still(|store| State::read(&domain, 1, store, [3, 4]))
+            .expect("memory");
+        [
+            serde_json::to_value(&machine).expect("plain data"),
+            serde_json::to_value(&state).expect("plain data"),
+        ]
+    };
+    TEXTS.get_or_init(made).clone()
+}
+
+/// Takes numbers from the front of some bytes; zeros when they are used up.
+fn byte(data: &mut &[u8]) -> u8 {
+    let Some((first, rest)) = data.split_first() else {
+        return 0;
+    };
+    *data = rest;
+    *first
+}
+
+fn word(data: &mut &[u8]) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|_| byte(data)))
+}
+
+/// A file whose sums are right, whatever else is.
+fn written(data: &mut &[u8]) -> Vec<u8> {
+    let [mut machine, mut state] = texts();
+    for _ in 0..byte(data) % 3 {
+        damaged(&mut machine, data);
+    }
+    for _ in 0..byte(data) % 4 {
+        damaged(&mut state, data);
+    }
+    let mut writer = Writer::new(Vec::new()).expect("memory");
+    writer.text(Kind::Machine, &machine).expect("memory");
+    for _ in 0..byte(data) % 4 {
+        let how = byte(data);
+        let first = match how % 4 {
+            0 => word(data),
+            _ => u64::from(byte(data)),
+        };
+        if how & 64 == 0 {
+            let count = usize::from(how / 4 % 4) + 1;
+            writer
+                .pages(first, &vec![how; count * PAGE])
+                .expect("memory");
+        } else {
+            let length = usize::from(how % 64).min(data.len());
+            let (bytes, rest) = data.split_at(length);
+            *data = rest;
+            let kind =
+                [Kind::Pages, Kind::Disk, Kind::State, Kind::End][usize::from(byte(data) % 4)];
+            writer.chunk(kind, bytes).expect("memory");
+        }
+    }
+    writer.text(Kind::State, &state).expect("memory");
+    writer.finish().expect("memory").0
+}
+
+/// A file: the bytes as they are, or a saved VM with other bytes in it, or one that is wrong and
+/// has the right sums. It is refused, or what comes of it is a domain whose state can be laid,
+/// and which can be saved and taken up again.
+///
+/// # Panics
+/// If that does not hold.
+pub fn saved(mut data: &[u8]) {
+    let how = byte(&mut data);
+    let file = match how % 8 {
+        0 => data.to_vec(),
+        1 => {
+            let mut file = written(&mut &[][..]);
+            let whole = file.clone();
+            for _ in 0..=how / 64 {
+                let at = usize::from(byte(&mut data)) << 8 | usize::from(byte(&mut data));
+                let length = file.len();
+                file[at % length] ^= byte(&mut data);
+            }
+            if file != whole {
+                assert!(
+                    read(&file[..], false, None, |_| Ok(())).is_err(),
+                    "not noticed"
+                );
+            }
+            return;
+        }
+        _ => written(&mut data),
+    };
+    let Ok((domain, machine, state)) = read(&file[..], false, None, |_| Ok(())) else {
+        return;
+    };
+    assert!(domain.frames <= MAX_FRAMES && (1..=MAX_VCPUS).contains(&machine.vcpus));
+    assert!(
+        domain.boot.state_base + state::frames(machine.vcpus, domain.boot.ram_frames)
+            <= domain.frames
+    );
+    let _ = state.away();
+    // A core, or the store, may refuse what this did not look at.
+    let Ok(ram) = state.lay(&domain, 0, AWAY) else {
+        return;
+    };
+    assert!(ram <= domain.boot.ram_frames);
+    let Ok((store, console)) = state.backends(&domain, &machine_of(&domain)) else {
+        return;
+    };
+    let again = || {
+        store
+            .standing_still(|store| State::read(&domain, machine.vcpus, store, console))
+            .expect("memory")
+    };
+    let mut writer = Writer::new(Vec::new()).expect("memory");
+    writer.text(Kind::Machine, &machine).expect("memory");
+    let state = again();
+    writer.text(Kind::State, &state).expect("memory");
+    let file = writer.finish().expect("memory").0;
+    let (other, same, read) = read(&file[..], false, None, |_| Ok(())).expect("saved by us");
+    assert_eq!((&same, &read), (&machine, &state));
+    read.lay(&other, 0, AWAY).expect("it was laid before");
+    read.backends(&other, &machine_of(&other))
+        .expect("it was taken up before");
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_saved_vm_that_nobody_damaged() {
+        let file = super::written(&mut &[][..]);
+        let (domain, machine, state) =
+            super::read(&file[..], false, None, |_| Ok(())).expect("read");
+        assert_eq!(machine, super::sample());
+        state.lay(&domain, 0, 1).expect("laid");
+        state
+            .backends(&domain, &super::machine_of(&domain))
+            .expect("taken up");
+        super::saved(&[2]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_file(data in proptest::collection::vec(any::<u8>(), 0..300)) {
+            super::saved(&data);
+        }
+    }
+}
