@@ -352,3 +352,173 @@ fn hand_over(link: Link, out: &Outgoing) -> Result<(), SendError> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use blanket_migration::link::Server;
+    use blanket_migration::message::Hello;
+
+    use super::super::outgoing::Options;
+    use super::*;
+
+    /// A destination that is played by hand.
+    struct Played {
+        listener: TcpListener,
+        server: Server,
+        out: Outgoing,
+    }
+
+    impl Played {
+        fn new() -> Self {
+            let server = Server::new().expect("made");
+            let out = Outgoing::new(Options::default(), server.token()).expect("random bytes");
+            out.note(|progress| progress.stage = Stage::Standing);
+            Self {
+                listener: TcpListener::bind("127.0.0.1:0").expect("a port"),
+                server,
+                out,
+            }
+        }
+
+        /// A link: the source's end, once the destination has its own.
+        fn link(&self) -> Link {
+            let at = self.listener.local_addr().expect("an address");
+            let socket = TcpStream::connect(at).expect("connected");
+            Link::to(socket, self.server.token()).expect("the right one")
+        }
+
+        fn answer(&self) -> Link {
+            let (socket, _) = self.listener.accept().expect("a connection");
+            self.server.answer(socket).expect("TLS")
+        }
+
+        /// What the source makes of what the destination does on one link and the next.
+        fn play(
+            &self,
+            first: impl FnOnce(Link) + Send,
+            second: impl FnOnce(&Self) + Send,
+        ) -> Result<(), SendError> {
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    first(self.answer());
+                    second(self);
+                });
+                let moved = hand_over(self.link(), &self.out);
+                self.out.note(|progress| progress.stage = Stage::Over);
+                moved
+            })
+        }
+
+        /// The source is in doubt, and gets another link, on which the destination says this.
+        fn asked(&self, says: Message) -> Option<Message> {
+            self.out.wait();
+            assert_eq!(self.out.progress().stage, Stage::Doubt);
+            std::thread::scope(|s| {
+                let other = s.spawn(|| {
+                    let mut link = self.answer();
+                    let hello = Hello::read(&mut link).expect("it greets");
+                    assert!(hello.again && hello.id == self.out.hello.id);
+                    says.write(&mut link).expect("said");
+                    Message::read(&mut link).ok()
+                });
+                self.out.ask(self.link());
+                other.join().expect("no panic")
+            })
+        }
+    }
+
+    fn hears(link: &mut Link, wanted: Message) {
+        assert_eq!(Message::read(link).expect("a word"), wanted);
+    }
+
+    fn says_ready_hears_go(mut link: Link) -> Link {
+        Message::Ready.write(&mut link).expect("said");
+        hears(&mut link, Message::Go);
+        link
+    }
+
+    #[test]
+    fn it_moves() {
+        let moved = Played::new().play(
+            |link| {
+                let mut link = says_ready_hears_go(link);
+                Message::Runs.write(&mut link).expect("said");
+                hears(&mut link, Message::Known);
+            },
+            |_| (),
+        );
+        assert!(moved.is_ok(), "{moved:?}");
+    }
+
+    #[test]
+    fn it_stays_where_the_link_breaks_before_go() {
+        let moved = Played::new().play(drop, |_| ());
+        assert!(matches!(moved, Err(SendError::Link(_))), "{moved:?}");
+        let refuses = |mut link| Message::Gone.write(&mut link).expect("said");
+        let moved = Played::new().play(refuses, |_| ());
+        assert!(matches!(moved, Err(SendError::Refused)), "{moved:?}");
+    }
+
+    #[test]
+    fn it_asks_where_the_link_breaks_after_go() {
+        let played = Played::new();
+        let moved = played.play(
+            |link| drop(says_ready_hears_go(link)),
+            |played| assert_eq!(played.asked(Message::Runs), Some(Message::Known)),
+        );
+        assert!(moved.is_ok(), "{moved:?}");
+
+        let moved = Played::new().play(
+            |link| drop(says_ready_hears_go(link)),
+            |played| assert_eq!(played.asked(Message::Gone), None),
+        );
+        assert!(matches!(moved, Err(SendError::Refused)), "{moved:?}");
+    }
+
+    #[test]
+    fn its_word_is_said_again_where_it_was_lost() {
+        let moved = Played::new().play(
+            |link| drop(says_ready_hears_go(link)),
+            |played| {
+                assert_eq!(played.asked(Message::Ready), Some(Message::Go));
+                // That link breaks, too.
+                assert_eq!(played.asked(Message::Runs), Some(Message::Known));
+            },
+        );
+        assert!(moved.is_ok(), "{moved:?}");
+    }
+
+    #[test]
+    fn its_user_knows_better() {
+        let moved = Played::new().play(
+            |link| drop(says_ready_hears_go(link)),
+            |played| {
+                played.out.wait();
+                assert!(played.out.claim());
+            },
+        );
+        assert!(matches!(moved, Err(SendError::Refused)), "{moved:?}");
+        assert!(!Played::new().out.claim(), "there is no doubt");
+    }
+
+    #[test]
+    fn it_is_cancelled_before_go_only() {
+        let played = Played::new();
+        played.out.cancel();
+        let moved = played.play(|mut link| hears(&mut link, Message::Cancel), |_| ());
+        assert!(matches!(moved, Err(SendError::Cancelled)), "{moved:?}");
+
+        let played = Played::new();
+        let moved = played.play(
+            |link| {
+                let mut link = says_ready_hears_go(link);
+                played.out.cancel();
+                Message::Runs.write(&mut link).expect("said");
+            },
+            |_| (),
+        );
+        assert!(moved.is_ok(), "{moved:?}");
+    }
+}
