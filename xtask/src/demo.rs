@@ -1,5 +1,6 @@
-//! `demo`: two stock kernels as VMs on an instance without nested virtualization, a whole
-//! Debian there, and the two kernels on an instance that has it.
+//! `demo`: a VM that moves between two instances; two stock kernels as VMs on an instance
+//! without nested virtualization, a whole Debian there, and the two kernels on an instance that
+//! has it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +14,10 @@ use crate::debian;
 use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour, Kernel};
-use crate::lab::Payload;
+use crate::lab::{self, Payload};
 use crate::project::Project;
 use crate::qemu::{self, Accelerator, End, Hardware, Machine};
-use crate::scripts::DEBIAN_DEMO;
+use crate::scripts::{DEBIAN_DEMO, MIGRATE_INSTANCES};
 use crate::setup::{self, Need};
 
 /// Arguments of `demo`.
@@ -59,6 +60,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if args.here {
         with_module_here(project, &guests, &steps)?
     } else {
+        moves(project, &guests, &steps)?;
         in_lab(project, WITHOUT, &guests, &steps)?;
         debian(project, &steps)?;
         if kvm_works(project)? {
@@ -124,12 +126,48 @@ fn in_lab(project: &Project, cpu: &str, guests: &[Kernel], steps: &Steps) -> Res
     steps.say(&format!(
         "booting an instance with 2 CPUs and 2 GiB, {by}; times below are its own"
     ));
-    show(project, machine, &payload, 600)?;
+    show(project, &[machine], &payload, 600)?;
     steps.say(if inside_kvm {
         "VMs ended, instance powered off"
     } else {
         "VMs ended, module unloaded, instance powered off"
     });
+    Ok(())
+}
+
+/// A VM moves, while it runs, between two instances with different virtual hardware: as two
+/// clouds, of which one gives virtualization.
+fn moves(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
+    let host = kernels::fetch(project, Flavour::Generic)?;
+    let guest = guests.first().context("no kernel")?;
+    let mut payload = Payload::new(project, &host, Hardware::Virtio, WITHOUT)?;
+    let drivers = [
+        &["kvm_amd", "tun", "bridge"],
+        Hardware::NvmeE1000e.modules(),
+    ]
+    .concat();
+    payload.more_modules(project, &host, &drivers)?;
+    payload.module(&build::module_for(project, &host)?);
+    payload.program(&build::command(project)?)?;
+    payload.guest_kernel(guest);
+    let mut initrd = initramfs::guest(project, None, &Files::new())?;
+    initrd.modules(project, guest, &["xen_blkfront", "xen_netfront"])?;
+    payload.guest_initrd(&initrd)?;
+    payload.archive.text("lab/companion", 0o644, "");
+    payload.command(MIGRATE_INSTANCES);
+    steps.say("a VM that moves, while it runs, between two instances as of two clouds:");
+    let here = Machine {
+        group: Some(lab::group_address()),
+        ..Machine::new(WITHOUT, host, "1G")
+    };
+    let there = Machine {
+        cpu: WITH.into(),
+        hardware: Hardware::NvmeE1000e,
+        node: 2,
+        ..here.clone()
+    };
+    show(project, &[here, there], &payload, 900)?;
+    steps.say("VM ended, instances powered off");
     Ok(())
 }
 
@@ -149,16 +187,16 @@ fn debian(project: &Project, steps: &Steps) -> Result<()> {
         extra: drive,
         ..Machine::new(WITHOUT, host, "3G")
     };
-    show(project, machine, &payload, 2700)?;
+    show(project, &[machine], &payload, 2700)?;
     steps.say("VM ended, instance powered off");
     Ok(())
 }
 
-/// Boots an instance and shows what its command says.
-fn show(project: &Project, machine: Machine, payload: &Payload, seconds: u64) -> Result<()> {
+/// Boots an instance, and others beside it, and shows what its command says.
+fn show(project: &Project, machines: &[Machine], payload: &Payload, seconds: u64) -> Result<()> {
     let timeout = Duration::from_secs(seconds);
     let mut out = std::io::stdout().lock();
-    let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut out)?;
+    let outcome = qemu::run(project, machines, &payload.archive, timeout, &mut out)?;
     drop(out);
     if outcome.end == End::Exit(0) && outcome.complaints == 0 {
         outcome.discard();
