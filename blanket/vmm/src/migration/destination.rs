@@ -100,6 +100,7 @@ impl Instance {
             let _ = message.write(&mut link);
         }
         let received = received?;
+        tracing::debug!("all of the VM is here");
         let mut link = Some(link);
         let vm = self.go_on(received, true, || {
             given.wait(&incoming, &self.killed, &mut link)
@@ -111,6 +112,7 @@ impl Instance {
             }
         }
         let vm = vm?;
+        tracing::debug!("the VM runs");
         for network in self.networks() {
             network.announce();
         }
@@ -148,7 +150,10 @@ impl Given {
                 None => DestinationDoes::Listens,
             };
             match does {
-                DestinationDoes::Starts => return Ok(()),
+                DestinationDoes::Starts => {
+                    tracing::debug!("the VM is given");
+                    return Ok(());
+                }
                 DestinationDoes::Discards => return Err(NotGiven::Kept.into()),
                 DestinationDoes::Says(message) => {
                     if let Some(link) = link {

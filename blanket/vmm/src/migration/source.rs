@@ -87,6 +87,7 @@ impl Instance {
         let outcome = running.handle.standing_still_logged(
             || {
                 stood = Instant::now();
+                tracing::debug!("all vCPUs stand still");
                 out.note(|progress| progress.stage = Stage::Standing);
                 running.bus.hold();
             },
@@ -253,6 +254,7 @@ impl<'a> Sending<'a> {
         mut rest: Rest,
         state: impl FnOnce(&crate::builder::Domain, u32) -> Result<State, E>,
     ) -> Result<Link, SendError> {
+        tracing::debug!("its core has written itself down");
         let domain = &self.running.domain;
         // The core notes nothing any more, and could not be told so while it stands still.
         std::mem::forget(self.logged);
@@ -271,6 +273,7 @@ impl<'a> Sending<'a> {
         let text = self.writer.text(Kind::State, &state);
         text.map_err(SaveError::from)?;
         let (to, _) = self.writer.finish().map_err(SaveError::from)?;
+        tracing::debug!("all of the VM is sent");
         let link = to.to.into_inner();
         Ok(link.map_err(std::io::IntoInnerError::into_error)?)
     }
