@@ -92,7 +92,9 @@ impl Instance {
             id: hello.id,
             state: Mutex::new(Destination::Receiving),
         });
-        let received = Images::of(&lock(&self.devices))
+        // Not held while it is received: devices are looked at then, too.
+        let images = Images::of(&lock(&self.devices));
+        let received = images
             .and_then(|mut images| self.receive(BufReader::new(&mut link), Some(&mut images)));
         let does = lock(&given.state).received(received.is_ok());
         if let DestinationDoes::Says(message) = does {
