@@ -24,7 +24,7 @@ use rustls::{
 use sha2::{Digest as _, Sha256};
 
 /// How long one side waits for the other: longer than a destination takes to make a VM.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The name that certificates are made for; nobody looks at it.
 const NAME: &str = "blanket";

@@ -235,31 +235,40 @@ impl Outgoing {
     }
 }
 
-/// Writes no faster than it may, and not at all once it was cancelled.
-pub(super) struct Paced<'a, W> {
-    pub(super) to: W,
+/// Writes no faster than it may, and not at all once it was cancelled or an error came: who
+/// gathers what is written would wait for a link that is lost once more for the rest.
+pub(super) struct Paced<'a> {
+    pub(super) link: Link,
     out: &'a Outgoing,
     begun: Instant,
     sent: u64,
+    broken: bool,
 }
 
-impl<'a, W> Paced<'a, W> {
-    pub(super) fn new(to: W, out: &'a Outgoing) -> Self {
+impl<'a> Paced<'a> {
+    pub(super) fn new(link: Link, out: &'a Outgoing) -> Self {
         Self {
-            to,
+            link,
             out,
             begun: Instant::now(),
             sent: 0,
+            broken: false,
         }
+    }
+
+    fn unbroken<T>(&mut self, done: io::Result<T>) -> io::Result<T> {
+        self.broken |= matches!(&done, Err(error) if error.kind() != io::ErrorKind::Interrupted);
+        done
     }
 }
 
-impl<W: Write> Write for Paced<'_, W> {
+impl Write for Paced<'_> {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
-        if self.out.is_cancelled() {
-            return Err(io::Error::other("it was cancelled"));
+        if self.broken || self.out.is_cancelled() {
+            return Err(io::Error::other("it is not sent any more"));
         }
-        let count = self.to.write(from)?;
+        let written = self.link.write(from);
+        let count = self.unbroken(written)?;
         self.sent += count as u64;
         let sent = self.sent;
         self.out.note(|progress| progress.bytes = sent);
@@ -277,6 +286,10 @@ impl<W: Write> Write for Paced<'_, W> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.to.flush()
+        if self.broken {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let flushed = self.link.flush();
+        self.unbroken(flushed)
     }
 }

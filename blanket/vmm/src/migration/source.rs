@@ -125,7 +125,7 @@ impl Instance {
     }
 }
 
-type Stream<'a> = Writer<Paced<'a, BufWriter<Link>>>;
+type Stream<'a> = Writer<BufWriter<Paced<'a>>>;
 
 /// A VM that is being sent. It is logged what is written until this is dropped.
 struct Sending<'a> {
@@ -164,7 +164,7 @@ impl<'a> Sending<'a> {
         link: Link,
         disks: &'a Moving,
     ) -> Result<Self, SendError> {
-        let to = Paced::new(BufWriter::with_capacity(BUFFER, link), out);
+        let to = BufWriter::with_capacity(BUFFER, Paced::new(link, out));
         let writer = Writer::new(to).map_err(SaveError::from)?;
         running.grants.log(true);
         let logged = Logged(running);
@@ -274,8 +274,9 @@ impl<'a> Sending<'a> {
         text.map_err(SaveError::from)?;
         let (to, _) = self.writer.finish().map_err(SaveError::from)?;
         tracing::debug!("all of the VM is sent");
-        let link = to.to.into_inner();
-        Ok(link.map_err(std::io::IntoInnerError::into_error)?)
+        let to = to.into_inner();
+        let to = to.map_err(std::io::IntoInnerError::into_error)?;
+        Ok(to.link)
     }
 }
 
