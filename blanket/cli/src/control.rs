@@ -4,7 +4,7 @@
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -24,6 +24,8 @@ use crate::saved;
 use crate::setting::Confinement;
 use crate::stats::Stats;
 
+/// How long an ended VM's process stays for answers.
+const SETTLE: Duration = Duration::from_secs(10);
 /// Longest request.
 const LINE_MAX: usize = 1 << 20;
 /// Longest answer: a whole trace of as many vCPUs as there may be.
@@ -251,16 +253,57 @@ pub struct About {
     pub confinement: Confinement,
 }
 
+/// The requests that have no answer yet.
+#[derive(Clone, Default)]
+pub struct Unanswered(Arc<(Mutex<usize>, Condvar)>);
+
+impl Unanswered {
+    fn change(&self, by: impl FnOnce(usize) -> usize) {
+        let mut count = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = by(*count);
+        self.0.1.notify_all();
+    }
+
+    /// Waits until there are none, for a while at most: whoever has had the VM ended by what
+    /// it asked for is to hear what came of it, before this process is gone.
+    pub fn settle(&self) {
+        let count = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self
+            .0
+            .1
+            .wait_timeout_while(count, SETTLE, |count| *count > 0);
+    }
+}
+
+/// One of them, until it is dropped.
+struct Asked<'a>(&'a Unanswered);
+
+impl<'a> Asked<'a> {
+    fn new(all: &'a Unanswered) -> Self {
+        all.change(|count| count + 1);
+        Self(all)
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        self.0.change(|count| count.saturating_sub(1));
+    }
+}
+
 /// Serves a VM's socket for as long as the process lives.
-pub fn serve(listener: UnixListener, instance: Arc<Instance>, about: About) -> Result<()> {
+pub fn serve(listener: UnixListener, instance: Arc<Instance>, about: About) -> Result<Unanswered> {
     let about = Arc::new(about);
+    let unanswered = Unanswered::default();
+    let all = unanswered.clone();
     blanket_vmm::thread::named("control")
         .spawn(move || {
             for stream in listener.incoming() {
                 let Ok(stream) = stream else { continue };
                 let (instance, about) = (Arc::clone(&instance), Arc::clone(&about));
+                let all = all.clone();
                 let client = blanket_vmm::thread::named("control-client").spawn(move || {
-                    if let Err(error) = answer(stream, &instance, &about) {
+                    if let Err(error) = answer(stream, &instance, &about, &all) {
                         tracing::debug!("a control client: {error:#}");
                     }
                 });
@@ -270,15 +313,21 @@ pub fn serve(listener: UnixListener, instance: Arc<Instance>, about: About) -> R
             }
         })
         .context("cannot start the control thread")?;
-    Ok(())
+    Ok(unanswered)
 }
 
-fn answer(stream: UnixStream, instance: &Arc<Instance>, about: &About) -> Result<()> {
+fn answer(
+    stream: UnixStream,
+    instance: &Arc<Instance>,
+    about: &About,
+    all: &Unanswered,
+) -> Result<()> {
     let (line, handed) = handing::receive(&stream, LINE_MAX)?;
     if line.is_empty() {
         // Somebody who only looked whether we are here.
         return Ok(());
     }
+    let asked = Asked::new(all);
     let request = serde_json::from_slice(&line);
     let answer = match &request {
         Ok(Request::Info) => {
@@ -390,6 +439,7 @@ fn answer(stream: UnixStream, instance: &Arc<Instance>, about: &About) -> Result
         Err(error) => Answer::Error(format!("not a request: {error}")),
     };
     send(&stream, &answer)?;
+    drop(asked);
     match request {
         Ok(Request::Console) => instance.console().attach(stream.into()),
         // Held until this process, and with it the VM's memory and name, is gone,

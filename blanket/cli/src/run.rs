@@ -194,7 +194,7 @@ fn live(
         (Sink::Pty | Sink::None, _) => "none".into(),
     };
     // Before the boot, which takes a while: whoever finds the VM can ask and kill it.
-    control::serve(
+    let unanswered = control::serve(
         listener,
         Arc::clone(instance),
         control::About {
@@ -230,6 +230,7 @@ fn live(
         }
     }
     let end = instance.run(vm);
+    unanswered.settle();
     // Its last output first, then whatever there is to say about the end.
     io.finish();
     drop(entry);
