@@ -564,10 +564,14 @@ impl Shared {
                     self.go(key, slot, State::InitWait);
                 }
             }
-            State::Initialised | State::Connected if slot.backend == State::InitWait => {
+            State::Initialised | State::Connected
+                if matches!(slot.backend, State::Initialising | State::InitWait) =>
+            {
                 if slot.leaving {
                     self.go(key, slot, State::Closing);
                 } else {
+                    // One that did not wait for it, and was seen late.
+                    self.go(key, slot, State::InitWait);
                     self.connect(key, slot);
                 }
             }

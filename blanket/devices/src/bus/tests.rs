@@ -95,6 +95,19 @@ fn both_ends_find_each_other() {
 }
 
 #[test]
+fn a_frontend_that_is_faster_than_its_backend_is_connected() {
+    let guest = FakeGuest::new(1);
+    let bus = Bus::new(Arc::clone(&guest) as _).expect("a bus");
+    guest.set_bus(bus.changed());
+    // Not looked at before the frontend is ready.
+    bus.hold();
+    bus.attach(Arc::new(Counting::default())).expect("attached");
+    guest.put(&format!("{FRONT}/state"), "3");
+    bus.go_on();
+    guest.wait_for(&format!("{BACK}/state"), Some("4"));
+}
+
+#[test]
 fn what_the_frontend_says_wrong_is_named() {
     let (guest, bus, _) = world(Counting {
         refuse: true,
