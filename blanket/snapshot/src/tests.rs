@@ -94,9 +94,12 @@ fn every_end_that_is_too_early_is_found() {
 
 #[test]
 fn other_versions_kinds_and_fields_are_refused() {
-    let mut newer = saved();
-    newer[8] = 2;
-    assert!(matches!(read(&newer), Err(Error::Version(2))));
+    // The one before, and the next.
+    for version in [crate::VERSION - 1, crate::VERSION + 1] {
+        let mut other = saved();
+        other[8..12].copy_from_slice(&version.to_le_bytes());
+        assert!(matches!(read(&other), Err(Error::Version(found)) if found == version));
+    }
 
     let mut writer = Writer::new(Vec::new()).expect("a writer");
     writer.text(Kind::State, &text()).expect("written");
@@ -163,5 +166,42 @@ proptest! {
     #[test]
     fn arbitrary_packed_pages_do_no_harm(bytes: Vec<u8>) {
         let _ = pages::unpack(&bytes);
+    }
+}
+
+#[test]
+fn pieces_of_disks_are_among_the_pages() {
+    let bytes = vec![5; 1536];
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer.pages(3, &page(1)).expect("written");
+    writer.disk(51712, 65536, &bytes).expect("written");
+    writer.text(Kind::State, &text()).expect("written");
+    for wrong in [vec![], vec![0; MAX_PIECE + 1]] {
+        assert!(writer.disk(0, 0, &wrong).is_err());
+    }
+    let (file, _) = writer.finish().expect("written");
+    let mut reader = Reader::new(&file[..]).expect("one of ours");
+    assert!(matches!(reader.part(), Ok(Some(Part::Pages(run))) if run.first == 3));
+    let piece = Piece {
+        number: 51712,
+        offset: 65536,
+        bytes,
+    };
+    assert!(matches!(reader.part(), Ok(Some(Part::Disk(found))) if found == piece));
+    assert!(matches!(reader.part(), Ok(None)));
+    let _: Text = reader.text(Kind::State).expect("a state");
+    reader.finish().expect("the end");
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_as_a_piece(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+        let mut writer = Writer::new(Vec::new()).expect("a writer");
+        writer.chunk(Kind::Disk, &bytes).expect("written");
+        let (file, _) = writer.finish().expect("written");
+        let part = Reader::new(&file[..]).expect("one of ours").part();
+        if let Ok(Some(Part::Disk(piece))) = part {
+            prop_assert!((1..=MAX_PIECE).contains(&piece.bytes.len()));
+        }
     }
 }
