@@ -14,7 +14,7 @@ use crate::debian;
 use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour, Kernel};
-use crate::lab::{self, Payload};
+use crate::lab::Payload;
 use crate::project::Project;
 use crate::qemu::{self, Accelerator, End, Hardware, Machine};
 use crate::scripts::{DEBIAN_DEMO, MIGRATE_INSTANCES};
@@ -157,7 +157,7 @@ fn moves(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     payload.command(MIGRATE_INSTANCES);
     steps.say("a VM that moves, while it runs, between two instances as of two clouds:");
     let here = Machine {
-        group: Some(lab::group_address()),
+        pair: true,
         ..Machine::new(WITHOUT, host, "1G")
     };
     let there = Machine {

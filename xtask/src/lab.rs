@@ -118,6 +118,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             append: args.append.clone(),
             node,
             group: group.clone(),
+            pair: false,
             extra: extra.clone(),
         })
         .collect();

@@ -272,6 +272,7 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
         append: String::new(),
         node: 1,
         group: None,
+        pair: false,
         extra: vec![
             "-drive".into(),
             format!(

@@ -109,6 +109,9 @@ pub struct Machine {
     pub node: u32,
     /// Address of the group's network (`ADDRESS:PORT`, multicast); none alone.
     pub group: Option<String>,
+    /// It is one of two, joined by a link that nobody else is on and that gives nobody its own
+    /// packets back: a group's network does, and a bridge in an instance goes wrong by that.
+    pub pair: bool,
     /// More options for QEMU.
     pub extra: Vec<String>,
 }
@@ -126,6 +129,7 @@ impl Machine {
             append: String::new(),
             node: 1,
             group: None,
+            pair: false,
             extra: Vec::new(),
         }
     }
@@ -193,6 +197,16 @@ impl Machine {
             "-no-reboot",
         ]);
         let netdev = match &self.group {
+            _ if self.pair => {
+                let (own, other) = if self.node == 1 {
+                    ("link", "node2/link")
+                } else {
+                    ("link", "../link")
+                };
+                format!(
+                    "dgram,id=net,local.type=unix,local.path={own},remote.type=unix,remote.path={other}"
+                )
+            }
             Some(group) => format!("socket,id=net,mcast={group},localaddr=127.0.0.1"),
             None => "user,id=net,restrict=on".into(),
         };

@@ -20,7 +20,7 @@ use crate::everywhere;
 use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels;
-use crate::lab::{self, Payload, find_command, find_module};
+use crate::lab::{Payload, find_command, find_module};
 use crate::package;
 use crate::project::Project;
 use crate::qemu::{self, End, Machine, Outcome};
@@ -571,7 +571,8 @@ impl<'a> Bench<'a> {
             icount: case.icount,
             append,
             node: 1,
-            group: case.companion.map(|_| lab::group_address()),
+            group: None,
+            pair: case.companion.is_some(),
             extra: self.options(case)?,
         };
         let timeout = Duration::from_secs(case.timeout);
