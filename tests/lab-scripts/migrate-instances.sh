@@ -3,8 +3,9 @@
 # back. It counts, writes the numbers to its disk and sends them to the first instance over
 # TCP; it keeps its address, its connection and its disk. What its client saw is printed.
 say() { read -r up _ </proc/uptime; echo "  [$up s] $*"; }
-other() { echo "cd /root; $*" | nc 10.77.0.2 7001; }
-until other true 2>/dev/null; do sleep 0.2; done
+# A command in the other instance, whose shell listens anew after each.
+other() { until echo "cd /root; $*" | nc 10.77.0.2 7001 2>/dev/null; do sleep 0.2; done; }
+other true
 say "two instances: here virtio without virtualization; there NVMe, e1000e and SVM"
 
 bridge='brctl addbr br0; brctl addif br0 eth0; tunctl -t vm0 >/dev/null; brctl addif br0 vm0
@@ -12,7 +13,7 @@ bridge='brctl addbr br0; brctl addif br0 eth0; tunctl -t vm0 >/dev/null; brctl a
 # The connection that this comes over breaks with the address.
 other "(sleep 0.2; ${bridge%NODE*}2${bridge#*NODE}) >/dev/null 2>&1 &"
 eval "${bridge%NODE*}1${bridge#*NODE}"
-until other true 2>/dev/null; do sleep 0.2; done
+until [ "$(other echo bridged)" = bridged ]; do sleep 0.2; done
 # The client: each line with the time at which it came.
 tail -f /dev/null | nc -l -p 7000 | while read -r line; do
     read -r up _ </proc/uptime
