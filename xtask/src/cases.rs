@@ -261,7 +261,14 @@ fn single() -> Vec<Case> {
         Case {
             long: true,
             stress_ng: true,
-            ..guest("stress-ng-long", 7200, 4, "sh /tests/stress-ng.sh all")
+            // Four workers of each stressor; some want 80 MiB each.
+            work: Work::Guest(Guest {
+                vcpus: 4,
+                memory: "640M",
+                script: "sh /tests/stress-ng.sh all",
+                ..Guest::default()
+            }),
+            ..guest("stress-ng-long", 7200, 4, "")
         },
         disks("disks", 600, DISKS),
         disks("disk-full", 420, DISK_FULL),
