@@ -26,6 +26,9 @@ use sha2::{Digest as _, Sha256};
 /// How long one side waits for the other: longer than a destination takes to make a VM.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long it waits for a piece of the greeting: others may connect, too, and wait.
+const GREETING: Duration = Duration::from_secs(10);
+
 /// The name that certificates are made for; nobody looks at it.
 const NAME: &str = "blanket";
 
@@ -226,11 +229,13 @@ impl Server {
     /// What connects speaks something else.
     pub fn answer(&self, socket: TcpStream) -> Result<Link, Error> {
         patient(&socket)?;
+        socket.set_read_timeout(Some(GREETING))?;
         let connection = ServerConnection::new(Arc::clone(&self.config))?;
         let mut stream = StreamOwned::new(connection, socket);
         while stream.conn.is_handshaking() {
             stream.conn.complete_io(&mut stream.sock)?;
         }
+        stream.sock.set_read_timeout(Some(PATIENCE))?;
         Ok(Link(Box::new(stream)))
     }
 }
