@@ -95,7 +95,16 @@ impl Machine {
         if (self.vcpus, self.memory, self.max_memory)
             != (spec.vcpus, spec.memory, spec.most_memory())
         {
-            return impossible("it has another size".into());
+            return impossible(format!(
+                "it has {} vCPUs and {} MiB of memory ({} at most), and here it would have {} and {} \
+                 ({}): give --cpus, --memory and --max-memory as at its start",
+                self.vcpus,
+                self.memory >> 20,
+                self.max_memory >> 20,
+                spec.vcpus,
+                spec.memory >> 20,
+                spec.most_memory() >> 20
+            ));
         }
         let here = instance.xcr0_mask();
         if self.xcr0_mask & !here != 0 || (self.xcr0_mask == 0) != (here == 0) {
