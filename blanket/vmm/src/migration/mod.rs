@@ -1,7 +1,10 @@
 //! A running VM moves to another host, or comes from one (`docs/migration.md`).
 //!
-//! [`Instance::send_to`] sends memory in rounds while the VM runs, then stops it, sends
-//! the rest, and hands it over. [`Instance::receive_from`] is the other side.
+//! [`send_to`] sends memory in rounds while the VM runs, then stops it, sends the rest, and
+//! hands it over. [`receive_from`] is the other side.
+//!
+//! [`send_to`]: crate::instance::Instance::send_to
+//! [`receive_from`]: crate::instance::Instance::receive_from
 
 mod destination;
 mod dirty;
@@ -21,9 +24,6 @@ pub use outgoing::{Moved, Options, Outgoing, Progress, Stage};
 
 pub(crate) use dirty::Dirty;
 pub(crate) use disks::Images;
-
-#[allow(unused_imports, reason = "for the links in the text above")]
-use crate::instance::Instance;
 
 /// Why a VM has not moved: it goes on.
 #[derive(Debug, thiserror::Error)]
