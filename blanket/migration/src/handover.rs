@@ -178,8 +178,8 @@ impl Destination {
         }
     }
 
-    /// The VM runs, or could not be started: not one instruction was done then, and no
-    /// backend has begun.
+    /// The VM runs, or could not be started: not one instruction of it was done then. What
+    /// its backends may have begun is the destination's own, as its images are.
     #[must_use]
     pub fn started(&mut self, runs: bool) -> Message {
         if runs {
