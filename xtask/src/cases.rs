@@ -261,10 +261,10 @@ fn single() -> Vec<Case> {
         Case {
             long: true,
             stress_ng: true,
-            // Four workers of each stressor; some want 80 MiB each.
+            // Four workers of each stressor; those of `clone` want 130 MiB each.
             work: Work::Guest(Guest {
                 vcpus: 4,
-                memory: "640M",
+                memory: "1G",
                 script: "sh /tests/stress-ng.sh all",
                 ..Guest::default()
             }),
