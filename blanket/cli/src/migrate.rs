@@ -106,6 +106,12 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
     let link = || Link::to(TcpStream::from(socket), &token);
     if wanted.again {
         let out = instance.outgoing().context("no VM was sent from here")?;
+        if !out.is_to(&token) {
+            bail!(
+                "it was sent to another destination: ask that one, with its token, or say with \
+                 --keep that it does not run there"
+            );
+        }
         match out.progress().stage {
             Stage::Doubt => out.ask(link()?),
             // The destination waits for a VM that is not given.

@@ -113,6 +113,13 @@ impl Outgoing {
         })
     }
 
+    /// Whether a token is of the destination that the VM was sent to. Any other one has never
+    /// had the VM and would say so, as if that told where it is.
+    #[must_use]
+    pub fn is_to(&self, token: &Token) -> bool {
+        token.is_secret(&self.hello.secret)
+    }
+
     /// How a connection begins over which the destination is asked once more.
     pub(super) fn again(&self) -> Hello {
         Hello {

@@ -495,6 +495,13 @@ mod tests {
     }
 
     #[test]
+    fn another_destination_is_not_asked() {
+        let (played, other) = (Played::new(), Server::new().expect("made"));
+        assert!(played.out.is_to(played.server.token()));
+        assert!(!played.out.is_to(other.token()));
+    }
+
+    #[test]
     fn its_user_knows_better() {
         let moved = Played::new().play(
             |link| drop(says_ready_hears_go(link)),
