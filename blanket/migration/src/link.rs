@@ -117,17 +117,6 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-/// Random bytes.
-///
-/// # Errors
-/// [`Error::Random`].
-pub fn random<const N: usize>() -> Result<[u8; N], Error> {
-    let mut bytes = [0; N];
-    let filled = provider().secure_random.fill(&mut bytes);
-    filled.map_err(|_| Error::Random)?;
-    Ok(bytes)
-}
-
 trait Stream: Read + Write + Send {}
 impl<T: Read + Write + Send> Stream for T {}
 
@@ -202,9 +191,12 @@ impl Server {
     pub fn new() -> Result<Self, Error> {
         let made = rcgen::generate_simple_self_signed([NAME.to_owned()])?;
         let certificate = made.cert.der().clone();
+        let mut secret = [0; 32];
+        let filled = provider().secure_random.fill(&mut secret);
+        filled.map_err(|_| Error::Random)?;
         let token = Token {
             fingerprint: Sha256::digest(&certificate).into(),
-            secret: random()?,
+            secret,
         };
         let key = PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into());
         let config = ServerConfig::builder_with_provider(provider())

@@ -75,7 +75,6 @@ impl Devices {
         self.iter().map(each).collect()
     }
 
-    /// All of them, in the order in which they were added.
     /// Number and size, bytes, of each disk.
     pub(crate) fn sizes(&self) -> Vec<(u32, u64)> {
         self.iter()
@@ -86,6 +85,7 @@ impl Devices {
             .collect()
     }
 
+    /// All of them, in the order in which they were added.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &AnyDevice> {
         self.0.iter().map(|slot| &slot.device)
     }

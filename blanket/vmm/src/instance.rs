@@ -355,6 +355,7 @@ impl Instance {
             }
         };
         let xenstore = Arc::new(xenstore);
+        gate()?;
         self.console.connect(&domain, Arc::clone(&machine), console);
 
         if lock(&self.now).traced {
@@ -366,7 +367,6 @@ impl Instance {
         // Until the bus is known: nobody attaches or detaches one in between.
         let mut devices = lock(&self.devices);
         devices.prune(None);
-        gate()?;
         let (bus, grants) = self.bus(&devices, &domain, &machine, &ports, &xenstore, goes_on)?;
         let balloon = Balloon::new(Arc::clone(&domain.memory), frames);
         let balloon = Arc::new(balloon);

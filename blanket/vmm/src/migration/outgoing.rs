@@ -4,10 +4,11 @@ use std::io::{self, Write};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use blanket_migration::link::{self, Link, Token};
+use blanket_migration::link::{Link, Token};
 use blanket_migration::message::{Hello, Message};
 use blanket_migration::precopy::Wishes;
 
+use crate::entropy;
 use crate::sync::lock;
 
 /// How it is to be done.
@@ -93,7 +94,7 @@ impl Outgoing {
     ///
     /// # Errors
     /// The host gave no random bytes.
-    pub fn new(options: Options, token: &Token) -> Result<Self, link::Error> {
+    pub fn new(options: Options, token: &Token) -> io::Result<Self> {
         let progress = Progress {
             share: 100,
             ..Progress::default()
@@ -101,7 +102,7 @@ impl Outgoing {
         Ok(Self {
             options,
             hello: Hello {
-                id: link::random()?,
+                id: entropy::bytes()?,
                 secret: token.secret(),
                 again: false,
             },
