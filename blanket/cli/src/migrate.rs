@@ -204,12 +204,21 @@ pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
         rounds: args.rounds,
         bandwidth: args.bandwidth,
     };
+    let is_at = |stage: &str| {
+        matches!(
+            ask_vm(name, &Request::Migration),
+            Ok(Answer::Migration(it)) if it.stage == stage
+        )
+    };
     // A VM whose whereabouts are in doubt is not sent again, but asked for.
-    let again = matches!(
-        ask_vm(name, &Request::Migration),
-        Ok(Answer::Migration(it)) if it.stage == "doubt"
-    );
-    let mut answer = asked(args, &wanted(again), !again)?;
+    let again = is_at("doubt");
+    let mut answer = asked(args, &wanted(again), !again).inspect_err(|_| {
+        // The destination may have all of it, and wait to be given it. If it cannot be told,
+        // it waits on, and runs nothing.
+        if is_at("kept") {
+            let _ = asked(args, &wanted(true), false);
+        }
+    })?;
     let since = Instant::now();
     while answer.stage == "doubt" && since.elapsed() < args.patience {
         eprintln!("blanket: the link is lost; {name} stands still until its destination answers");

@@ -4,8 +4,9 @@ use std::io::{self, Write};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use blanket_migration::handover::Source;
 use blanket_migration::link::{Link, Token};
-use blanket_migration::message::{Hello, Message};
+use blanket_migration::message::Hello;
 use blanket_migration::precopy::Wishes;
 
 use crate::entropy;
@@ -135,7 +136,10 @@ impl Outgoing {
     /// The link's.
     pub fn tell_kept(&self, mut link: Link) -> io::Result<()> {
         self.again().write(&mut link)?;
-        Message::Cancel.write(&mut link)
+        match Source::Here.greets() {
+            Some(word) => word.write(&mut link),
+            None => Ok(()),
+        }
     }
 
     /// How far it is.
