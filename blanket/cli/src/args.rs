@@ -348,8 +348,9 @@ pub struct Run {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "max_memory", "cpus", "balloon", "cloud_init"])]
     pub restore: Option<PathBuf>,
     /// Wait at this address for a VM that `blanket migrate` moves here from another host,
-    /// instead of a boot. Give the same memory, vCPUs, disks and networks as it has there
-    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["restore", "kernel", "initrd", "balloon", "cloud_init"])]
+    /// instead of a boot. Give the same memory, vCPUs, disks and networks as it has there, and
+    /// the kernel too if it is to reboot by one
+    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["restore", "balloon", "cloud_init"])]
     pub incoming: Option<SocketAddr>,
     /// Write the token that `blanket migrate` needs to this file, for its owner alone [default:
     /// it is printed]

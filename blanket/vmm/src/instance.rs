@@ -344,8 +344,8 @@ impl Instance {
                 node("name", &description.name).map_err(Error::Xenstore)?;
                 let id = "platform/generation-id";
                 if moved {
-                    let text = store.read(id).ok().map(String::from_utf8);
-                    if let Some(Ok(Ok(found))) = text.map(|text| text.map(|it| it.parse())) {
+                    let text = store.read(id).unwrap_or_default();
+                    if let Ok(found) = String::from_utf8_lossy(&text).parse() {
                         *lock(&self.generation) = found;
                     }
                 } else {

@@ -2,7 +2,7 @@
 
 use std::io::BufWriter;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use blanket_migration::handover::{Source, SourceDoes};
@@ -187,28 +187,24 @@ impl<'a> Sending<'a> {
         loop {
             let begun = Instant::now();
             let sent = self.round(rest.as_ref(), share)?;
-            let round = Round {
-                sent,
-                took: begun.elapsed(),
-                dirty: 0,
-            };
+            let took = begun.elapsed();
             let left = self.take_log()?;
-            let round = Round {
-                dirty: left.memory.count() + left.disks.pages(),
-                ..round
-            };
+            let dirty = left.memory.count() + left.disks.pages();
+            let round = Round { sent, took, dirty };
             let next = control.after(&round);
             tracing::debug!(?round, ?next, "a round is over");
+            if let Next::Round { share: now } = next {
+                share = now;
+            }
             self.out.note(|progress| {
                 progress.rounds += 1;
                 progress.pages += sent;
-                progress.dirty = round.dirty;
+                progress.dirty = dirty;
+                progress.share = share;
             });
-            match next {
-                Next::Stop => return Ok(left),
-                Next::Round { share: now } => share = now,
+            if next == Next::Stop {
+                return Ok(left);
             }
-            self.out.note(|progress| progress.share = share);
             rest = Some(left);
         }
     }
@@ -281,12 +277,11 @@ impl<'a> Sending<'a> {
 }
 
 /// Does `work`, while the guest has `share` percent of its time.
-fn slowed<T: Send>(handle: &Handle, share: u32, work: impl FnOnce() -> T) -> T {
+fn slowed<T>(handle: &Handle, share: u32, work: impl FnOnce() -> T) -> T {
     if share >= 100 {
         return work();
     }
     let done = AtomicBool::new(false);
-    let slices = AtomicU32::new(0);
     std::thread::scope(|s| {
         let slower = crate::thread::named("slower").spawn_scoped(s, || {
             let runs = SLICE * share / 100;
@@ -295,7 +290,6 @@ fn slowed<T: Send>(handle: &Handle, share: u32, work: impl FnOnce() -> T) -> T {
                 if handle.paused(|| std::thread::sleep(SLICE - runs)).is_none() {
                     return;
                 }
-                slices.fetch_add(1, Ordering::Relaxed);
                 std::thread::sleep(runs);
             }
         });
