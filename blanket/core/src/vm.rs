@@ -62,8 +62,8 @@ pub struct Vm {
     /// What is added to the host's system time to get the guest's, ns, modulo 2^64.
     /// Set before the first vCPU runs.
     pub time_offset: AtomicU64,
-    /// Whether it is noted which frames are written, as [`Mmu::logging`]: to be read
-    /// without the lock. Changes only while all vCPUs stand still.
+    /// Whether it is noted which frames are written, as [`Mmu`] has it: to be read without
+    /// the lock. Changes only while all vCPUs stand still.
     pub logging: AtomicBool,
     /// Bit per vCPU that begins with a state that another core has written down.
     pub resumed: AtomicU64,

@@ -214,14 +214,17 @@ fn holds(ops: &[Op], isolated: bool) -> Result<(), TestCaseError> {
         .filter(|op| match op {
             Op::Clear { gfn } | Op::Store { gfn, .. } | Op::Trap { gfn, .. } => !kept(*gfn),
             Op::Ask { gfn, .. } | Op::RunState { gfn, .. } => !kept(*gfn),
-            Op::Map { at, .. } => !kept(*at),
+            Op::Map { at, gfn, .. } => !kept(*at) && !kept(*gfn),
+            Op::GiveUp { gfn } => !kept(*gfn),
             _ => true,
         })
         .cloned()
         .collect();
     let mut replica = Replica::new(&mut w);
     for op in &ops {
-        step(&mut w, &mut g, op);
+        if still::lives(&mut w, |w| step(w, &mut g, op)).is_none() {
+            return Ok(());
+        }
         match op {
             Op::Round => {
                 replica.follow(&mut w);

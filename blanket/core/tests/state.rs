@@ -20,21 +20,6 @@ use common::{Setup, World, fuzz};
 use proptest::prelude::*;
 use std::sync::atomic::Ordering::SeqCst;
 
-/// What `work` says; `None` if the guest has ended by its own fault, for one that has no
-/// stack for an event.
-fn lives<T>(w: &mut World, work: impl FnOnce(&mut World) -> T) -> Option<T> {
-    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(w)));
-    let own = |w: &World| {
-        let crashed = w.m.crashed.borrow_mut().take();
-        crashed.is_some_and(|it| it.why == crash::GUEST)
-    };
-    match done {
-        Ok(done) => Some(done),
-        Err(_) if own(w) => None,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
-}
-
 /// Another VM with a copy of the memory, taken up.
 fn copy(w: &World) -> World {
     let mut boot = w.vm.boot;
@@ -382,7 +367,7 @@ proptest! {
             regs.ss = 0xe02b;
             regs.rflags = 0x202;
         }
-        let Some(said) = lives(&mut w, |w| still::stand(w, &[pause::VM])) else {
+        let Some(said) = still::lives(&mut w, |w| still::stand(w, &[pause::VM])) else {
             return Ok(());
         };
         prop_assert!(said.iter().all(|word| *word == 0), "{said:?}");
@@ -390,7 +375,7 @@ proptest! {
         // No further: what waits for the guest must be what waited there.
         take_up(&mut there);
         there.audit();
-        if lives(&mut there, |w| still::stand(w, &[pause::VM])).is_none() {
+        if still::lives(&mut there, |w| still::stand(w, &[pause::VM])).is_none() {
             return Ok(());
         }
         let other = differences(&there, &w);

@@ -3,15 +3,15 @@
 //! While it is on, a leaf allows writes only if its frame is noted as written. The first
 //! write to any other frame faults, is noted, and makes that leaf writable. What the core
 //! writes itself on the guest's behalf it notes where it writes. Taking the log forgets
-//! the notes and takes the right to write away again, so that it is complete: no write
-//! comes between, since all vCPUs stand still for it, and they flush their TLBs before
-//! they go on.
+//! the notes and takes the right to write from all leaves again, so that it is complete: no
+//! write comes between, since all vCPUs stand still for it, and they flush their TLBs
+//! before they go on. It goes through the leaves by pages and not by the reverse map: how
+//! many leaves a frame has is the guest's choice, and a page has 512.
 //!
 //! Not noted are the frames that the core writes at any moment (`arrive.rs`, standing
 //! frames), those above the RAM, and what backends write: whoever takes the log adds them.
 
-use super::shadow::location;
-use super::{Epochs, GROUP, Mmu, SHADOW, WRITTEN, bits, gfn32, idx};
+use super::{Epochs, GROUP, Mmu, SHADOW, WRITTEN, bits, idx};
 use crate::machine::Memory;
 use crate::pte;
 use blanket_abi::Gfn;
@@ -21,12 +21,6 @@ use core::sync::atomic::Ordering::Relaxed;
 pub const LOG_STEP: u64 = 64;
 
 impl Mmu {
-    /// Whether it is noted which frames are written.
-    #[must_use]
-    pub const fn logging(&self) -> bool {
-        self.logging
-    }
-
     /// Whether a leaf of the frame may allow writes. `gfn` is one of the VM's.
     #[inline]
     pub(super) fn may_write(&self, gfn: u64) -> bool {
@@ -43,8 +37,8 @@ impl Mmu {
         }
     }
 
-    /// Begins to note what is written: from here on no leaf that is made allows writes.
-    /// Those that are there do until [`Self::log_protect`] has been through all pages.
+    /// Begins to note what is written: from here on no leaf that is made allows writes, but
+    /// of frames that were noted. Those that are there do until [`Self::log_protect`] has been through all pages.
     /// Notes of an earlier log count as such of this one.
     pub fn log_begin(&mut self) {
         self.logging = true;
@@ -65,7 +59,12 @@ impl Mmu {
         if info.state == SHADOW && info.level == 1 {
             for group in bits(info.groups) {
                 for i in group * GROUP..(group + 1) * GROUP {
-                    self.leaf_protect(m, ep, location(page, i));
+                    let cell = &m.pool(page)[i];
+                    let leaf = cell.load(Relaxed);
+                    if leaf & pte::RW != 0 {
+                        cell.store(leaf & !(pte::RW | pte::D), Relaxed);
+                        self.note_write_protected(ep, m.gfns(page)[i].load(Relaxed));
+                    }
                 }
             }
         }
@@ -73,40 +72,18 @@ impl Mmu {
     }
 
     /// Takes the notes of [`LOG_STEP`] frames from `first` on: bit *n* is set if frame
-    /// `first` + *n* was written. Their leaves do not allow writes any more.
-    pub fn log_take<M: Memory>(&mut self, m: &M, ep: &Epochs, first: u64) -> u64 {
+    /// `first` + *n* was written. Their leaves allow writes until [`Self::log_protect`] has
+    /// been through all pages.
+    pub fn log_take(&mut self, first: u64) -> u64 {
         let mut taken = 0;
         for (bit, gfn) in (first..self.nr_frames().min(first + LOG_STEP)).enumerate() {
             // What was never written is not written here either, see `without`.
-            if self.gfns[idx(gfn)].flags & WRITTEN != 0 {
-                self.gfns[idx(gfn)].flags &= !WRITTEN;
+            let info = &mut self.gfns[idx(gfn)];
+            if info.flags & WRITTEN != 0 {
+                info.flags &= !WRITTEN;
                 taken |= 1 << bit;
-                let this: &Self = self;
-                let mut writable = false;
-                this.rmap_each(m, gfn32(gfn), |loc| writable |= protect(m, loc));
-                if writable {
-                    self.note_write_protected(ep, gfn32(gfn));
-                }
             }
         }
         taken
     }
-
-    fn leaf_protect<M: Memory>(&mut self, m: &M, ep: &Epochs, loc: u32) {
-        if protect(m, loc) {
-            let gfn = m.gfns(loc >> 9)[(loc & 511) as usize].load(Relaxed);
-            self.note_write_protected(ep, gfn);
-        }
-    }
-}
-
-/// Takes the right to write from a leaf; whether it had it.
-fn protect<M: Memory>(m: &M, loc: u32) -> bool {
-    let cell = &m.pool(loc >> 9)[(loc & 511) as usize];
-    let leaf = cell.load(Relaxed);
-    let writable = leaf & pte::RW != 0;
-    if writable {
-        cell.store(leaf & !(pte::RW | pte::D), Relaxed);
-    }
-    writable
 }

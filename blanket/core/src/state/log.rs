@@ -11,12 +11,11 @@ use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 const STEPS: usize = 8;
 
 impl<M: Machine> Context<'_, M> {
-    /// Writes down which frames of RAM were written since the last time. The first time
-    /// none were: it begins to note it.
+    /// Writes down which frames of RAM were written since the last time. The first time it
+    /// begins to note it.
     pub(super) fn write_log(&mut self) -> Result<(), i64> {
-        if !self.vm.logging.load(Relaxed) {
-            self.begin_log();
-        }
+        self.lock_mmu().log_begin();
+        self.vm.logging.store(true, SeqCst);
         let ram = self.vm.boot.ram_frames;
         let first = log_at(self.vm.nr_vcpus, ram);
         for frame in 0..ram.div_ceil(LOG_PER_FRAME) {
@@ -30,7 +29,7 @@ impl<M: Machine> Context<'_, M> {
                 let mut mmu = self.lock_mmu();
                 for word in part {
                     if gfn < ram {
-                        *word = mmu.log_take(self.m, &self.vm.epochs, gfn);
+                        *word = mmu.log_take(gfn);
                         gfn += LOG_STEP;
                     }
                 }
@@ -38,6 +37,7 @@ impl<M: Machine> Context<'_, M> {
             self.log_standing(frame, &mut words);
             self.put_words(first + frame, &words)?;
         }
+        self.protect_leaves();
         Ok(())
     }
 
@@ -67,9 +67,8 @@ impl<M: Machine> Context<'_, M> {
         }
     }
 
-    fn begin_log(&mut self) {
-        self.lock_mmu().log_begin();
-        self.vm.logging.store(true, SeqCst);
+    /// No leaf allows writes any more.
+    fn protect_leaves(&mut self) {
         let mut page = 1;
         loop {
             self.breathe(64);

@@ -1,7 +1,7 @@
 //! A VM that stands still.
 
 use super::{FakeMachine, World};
-use blanket_abi::device::{exit, pause};
+use blanket_abi::device::{crash, exit, pause};
 use blanket_core::context::Context;
 use blanket_core::vcpu::State;
 use std::cell::RefCell;
@@ -97,4 +97,19 @@ fn one(
         m.clear_hook();
     }
     back.borrow_mut().push((id, (fast, regs)));
+}
+
+/// What `work` says; `None` if the guest has ended by its own fault, for one that has no
+/// stack for an event.
+pub fn lives<T>(w: &mut World, work: impl FnOnce(&mut World) -> T) -> Option<T> {
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(w)));
+    let own = |w: &World| {
+        let crashed = w.m.crashed.borrow_mut().take();
+        crashed.is_some_and(|it| it.why == crash::GUEST)
+    };
+    match done {
+        Ok(done) => Some(done),
+        Err(_) if own(w) => None,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
 }
