@@ -259,8 +259,10 @@ fn single() -> Vec<Case> {
         },
         long(guest("stress-long", 3600, 4, "sh /tests/stress.sh")),
         Case {
+            name: "stress-ng-long".into(),
             long: true,
             stress_ng: true,
+            timeout: 7200,
             // Four workers of each stressor; those of `clone` want 130 MiB each.
             work: Work::Guest(Guest {
                 vcpus: 4,
@@ -268,7 +270,7 @@ fn single() -> Vec<Case> {
                 script: "sh /tests/stress-ng.sh all",
                 ..Guest::default()
             }),
-            ..guest("stress-ng-long", 7200, 4, "")
+            ..Case::default()
         },
         disks("disks", 600, DISKS),
         disks("disk-full", 420, DISK_FULL),
