@@ -278,7 +278,7 @@ pub struct MigrateArgs {
     /// Do not move it after all
     #[arg(long, conflicts_with_all = ["to", "keep"])]
     pub cancel: bool,
-    /// Let it go on here: you know that the destination does not have it
+    /// Let it go on here: you know that the other host does not have it, and never will
     #[arg(long, conflicts_with = "to")]
     pub keep: bool,
     /// Write JSON

@@ -59,7 +59,7 @@ pub enum Request {
     Migration,
     /// Do not move it, if it is not too late.
     CancelMigration,
-    /// It goes on here, by the user's word that it does not run where it was sent.
+    /// It goes on here, by the user's word that it does not run where it was sent, or came from.
     KeepMigrating,
     /// Its disks.
     Disks,

@@ -176,7 +176,11 @@ pub fn keep(instance: &Instance) -> Answer {
             out.wait();
             Answer::Migration(Migration::of(&out))
         }
-        _ => Answer::Error("there is no doubt where it is: it runs here".into()),
+        _ if instance.claim_incoming() => Answer::Migration(Migration {
+            stage: "kept".into(),
+            ..Migration::default()
+        }),
+        _ => Answer::Error("there is no doubt where it is".into()),
     }
 }
 

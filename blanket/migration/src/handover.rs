@@ -213,4 +213,15 @@ impl Destination {
             Self::Receiving | Self::Starting => None,
         }
     }
+
+    /// The user, who knows that the source has ended, or will never go on, has it run here.
+    /// False: there is nothing to run.
+    #[must_use]
+    pub fn claimed(&mut self) -> bool {
+        let can = *self == Self::Waiting;
+        if can {
+            *self = Self::Starting;
+        }
+        can
+    }
 }

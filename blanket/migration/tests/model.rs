@@ -44,6 +44,8 @@ enum Event {
     LinkLost,
     Connects,
     Cancels,
+    /// Its user knows that the source has ended.
+    Claims,
     SourceDies,
     DestinationDies,
 }
@@ -133,6 +135,9 @@ impl Model for Handover {
         if state.source.is_some() && !state.cancelled {
             actions.push(Event::Cancels);
         }
+        if state.source.is_none() && state.destination == Some(Destination::Waiting) {
+            actions.push(Event::Claims);
+        }
         if self.deaths && state.source.is_some() {
             actions.push(Event::SourceDies);
         }
@@ -184,6 +189,11 @@ impl Model for Handover {
                     state.source_does(SourceDoes::Says(Message::Cancel));
                 }
             }
+            Event::Claims => {
+                if !state.destination.as_mut()?.claimed() {
+                    return None;
+                }
+            }
             Event::SourceDies => {
                 state.source = None;
                 state.runs_here = false;
@@ -224,6 +234,9 @@ impl Model for Handover {
                 let quiet = link.to_source.is_empty() && link.to_destination.is_empty();
                 let doubt = source == Source::Committed && destination != Destination::Starting;
                 !(quiet && doubt)
+            }),
+            Property::sometimes("it survives its source", |model: &Self, state: &State| {
+                !model.deaths || state.source.is_none() && state.runs_there && !state.ended_here
             }),
             Property::sometimes("it moves", |_, state: &State| {
                 state.ended_here && state.runs_there

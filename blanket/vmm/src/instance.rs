@@ -187,6 +187,8 @@ pub struct Instance {
     pub(crate) killed: EventFd,
     /// The migration that goes out, or went out last.
     pub(crate) outgoing: Mutex<Option<Arc<crate::migration::Outgoing>>>,
+    /// The VM that has come here.
+    pub(crate) incoming: Mutex<Option<Arc<crate::migration::Given>>>,
     started: Instant,
     pub(crate) now: Mutex<Now>,
 }
@@ -264,6 +266,7 @@ impl Instance {
             devices: Mutex::default(),
             killed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Identity)?,
             outgoing: Mutex::default(),
+            incoming: Mutex::default(),
             started: Instant::now(),
             now: Mutex::new(Now {
                 traced,

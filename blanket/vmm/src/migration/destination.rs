@@ -2,15 +2,17 @@
 
 use std::io::BufReader;
 use std::net::TcpListener;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blanket_migration::handover::{Destination, DestinationDoes};
 use blanket_migration::link::{self, Link, Server, Token};
 use blanket_migration::message::{Hello, Id, Message};
 
+use libc::EFD_CLOEXEC;
 use rustix::event::{PollFd, PollFlags, poll};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::disks::Images;
 use super::{NotGiven, ReceiveError};
@@ -26,9 +28,32 @@ pub struct Incoming {
 }
 
 /// What is known of the VM that came.
-struct Given {
+#[derive(Debug)]
+pub(crate) struct Given {
     id: Id,
     state: Mutex<Destination>,
+    /// Its source cannot be heard: only then its user may say what became of it.
+    lost: AtomicBool,
+    /// Readable once he has.
+    claimed: EventFd,
+}
+
+/// Who comes next.
+enum Next {
+    /// Somebody who has the token.
+    Link(Link, Hello),
+    /// Nobody: the user knows that the VM is nowhere else.
+    Claimed,
+}
+
+fn event() -> std::io::Result<EventFd> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+}
+
+fn is_readable(event: &EventFd, within: &[PollFd<'_>]) -> bool {
+    let fd = event.as_raw_fd();
+    let mut of_it = within.iter().filter(|it| it.as_fd().as_raw_fd() == fd);
+    of_it.any(|it| !it.revents().is_empty())
 }
 
 impl Incoming {
@@ -49,19 +74,24 @@ impl Incoming {
         self.server.token()
     }
 
-    /// The next connection of somebody who has the token; none once `killed` is readable.
-    fn connection(&self, killed: &EventFd) -> Result<(Link, Hello), Error> {
-        // SAFETY: the descriptor is open as long as what it is borrowed from.
-        let killed = unsafe { BorrowedFd::borrow_raw(killed.as_raw_fd()) };
+    /// The next connection of somebody who has the token; none once `killed` is readable, or
+    /// `claimed`.
+    fn connection(&self, killed: &EventFd, claimed: Option<&EventFd>) -> Result<Next, Error> {
         let failed = |error: std::io::Error| ReceiveError::Hello(error.into());
         loop {
-            let mut wanted = [
-                PollFd::new(&self.listener, PollFlags::IN),
-                PollFd::from_borrowed_fd(killed, PollFlags::IN),
-            ];
+            let mut wanted = vec![PollFd::new(&self.listener, PollFlags::IN)];
+            for event in [Some(killed), claimed].into_iter().flatten() {
+                // SAFETY: the descriptor is open as long as what it is borrowed from, which
+                // outlives this call.
+                let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+                wanted.push(PollFd::from_borrowed_fd(event, PollFlags::IN));
+            }
             poll(&mut wanted, None).map_err(|error| failed(error.into()))?;
-            if !wanted[1].revents().is_empty() {
+            if is_readable(killed, &wanted) {
                 return Err(NotGiven::Killed.into());
+            }
+            if claimed.is_some_and(|it| is_readable(it, &wanted)) {
+                return Ok(Next::Claimed);
             }
             let (socket, peer) = self.listener.accept().map_err(failed)?;
             let mut link = match self.server.answer(socket) {
@@ -72,7 +102,9 @@ impl Incoming {
                 }
             };
             match Hello::read(&mut link) {
-                Ok(hello) if self.token().is_secret(&hello.secret) => return Ok((link, hello)),
+                Ok(hello) if self.token().is_secret(&hello.secret) => {
+                    return Ok(Next::Link(link, hello));
+                }
                 Ok(_) => tracing::warn!(%peer, "a connection is refused: it has another token"),
                 Err(error) => tracing::warn!(%peer, "a connection is refused: {error}"),
             }
@@ -91,7 +123,10 @@ impl Instance {
         let given = Arc::new(Given {
             id: hello.id,
             state: Mutex::new(Destination::Receiving),
+            lost: AtomicBool::new(false),
+            claimed: event().map_err(Error::Identity)?,
         });
+        *lock(&self.incoming) = Some(Arc::clone(&given));
         // Not held while it is received: devices are looked at then, too.
         let images = Images::of(&lock(&self.devices));
         let received = images
@@ -123,18 +158,36 @@ impl Instance {
     }
 }
 
+impl Instance {
+    /// The VM that has come here waits for a source that cannot be heard: by its user's word,
+    /// who knows that it is nowhere else and never will be, it runs. False: it does not wait.
+    #[must_use]
+    pub fn claim_incoming(&self) -> bool {
+        let given = lock(&self.incoming).clone();
+        given.is_some_and(|given| given.claim())
+    }
+}
+
 fn first(incoming: &Incoming, killed: &EventFd) -> Result<(Link, Hello), Error> {
     loop {
-        let (mut link, hello) = incoming.connection(killed)?;
-        if !hello.again {
-            return Ok((link, hello));
+        if let Next::Link(mut link, hello) = incoming.connection(killed, None)? {
+            if !hello.again {
+                return Ok((link, hello));
+            }
+            // Nothing was ever received here.
+            let _ = Message::Gone.write(&mut link);
         }
-        // Nothing was ever received here.
-        let _ = Message::Gone.write(&mut link);
     }
 }
 
 impl Given {
+    /// Its user knows that the VM is nowhere else, and never will be. False: its source can
+    /// be heard, or it is not here, or runs already.
+    fn claim(&self) -> bool {
+        let waits = *lock(&self.state) == Destination::Waiting;
+        waits && self.lost.load(Ordering::SeqCst) && self.claimed.write(1).is_ok()
+    }
+
     /// Waits until the source has given the VM, over as many links as it takes.
     fn wait(
         &self,
@@ -163,21 +216,33 @@ impl Given {
                     }
                 }
                 DestinationDoes::Listens | DestinationDoes::Waits => {
-                    *link = Some(self.again(incoming, killed)?);
+                    *link = self.again(incoming, killed)?;
+                    if link.is_none() && lock(&self.state).claimed() {
+                        tracing::warn!("the VM runs here by its user's word");
+                        return Ok(());
+                    }
                 }
             }
         }
     }
 
-    /// The next link of the same source, greeted.
-    fn again(&self, incoming: &Incoming, killed: &EventFd) -> Result<Link, Error> {
+    /// The next link of the same source, greeted; none if the user claims the VM.
+    fn again(&self, incoming: &Incoming, killed: &EventFd) -> Result<Option<Link>, Error> {
+        self.lost.store(true, Ordering::SeqCst);
+        let waits = *lock(&self.state) == Destination::Waiting;
         loop {
-            let (mut link, hello) = incoming.connection(killed)?;
+            let claimed = waits.then_some(&self.claimed);
+            let Next::Link(mut link, hello) = incoming.connection(killed, claimed)? else {
+                return Ok(None);
+            };
             if hello.again && hello.id == self.id {
                 if let Some(message) = lock(&self.state).greets() {
                     let _ = message.write(&mut link);
                 }
-                return Ok(link);
+                self.lost.store(false, Ordering::SeqCst);
+                // It lives: what was said of it does not count. Nothing may have been.
+                let _ = self.claimed.read();
+                return Ok(Some(link));
             }
             tracing::warn!("another VM is refused: one is here already");
             let _ = Message::Gone.write(&mut link);
@@ -196,12 +261,117 @@ fn answer_later(
     let answers = move || {
         while !matches!(link.as_mut().map(Message::read), Some(Ok(Message::Known))) {
             match given.again(&incoming, &instance.killed) {
-                Ok(new) => link = Some(new),
+                Ok(new) => link = new,
                 Err(_) => return,
             }
         }
     };
     if let Err(error) = crate::thread::named("moved").spawn(answers) {
         tracing::warn!(%error, "a source that asks again gets no answer");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+
+    /// A destination that has all of a VM, and a source that is played by hand.
+    struct Played {
+        incoming: Incoming,
+        given: Given,
+        killed: EventFd,
+    }
+
+    impl Played {
+        fn new() -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+            Self {
+                incoming: Incoming::new(listener).expect("random bytes"),
+                given: Given {
+                    id: [7; 16],
+                    state: Mutex::new(Destination::Waiting),
+                    lost: AtomicBool::new(false),
+                    claimed: event().expect("an event"),
+                },
+                killed: event().expect("an event"),
+            }
+        }
+
+        fn wait(&self) -> Result<(), Error> {
+            self.given.wait(&self.incoming, &self.killed, &mut None)
+        }
+
+        /// The source asks again.
+        fn asks(&self, id: Id) -> Link {
+            let at = self.incoming.listener.local_addr().expect("an address");
+            let token = self.incoming.token();
+            let socket = TcpStream::connect(at).expect("connected");
+            let mut link = Link::to(socket, token).expect("the right one");
+            let hello = Hello {
+                id,
+                secret: token.secret(),
+                again: true,
+            };
+            hello.write(&mut link).expect("said");
+            link
+        }
+
+        fn hears(link: &mut Link, wanted: Message) {
+            assert_eq!(Message::read(link).expect("a word"), wanted);
+        }
+
+        fn claims(&self) {
+            while !self.given.claim() {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn it_runs_when_it_is_given() {
+        let played = Played::new();
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                // Another one's VM was never here; its own is.
+                Played::hears(&mut played.asks([8; 16]), Message::Gone);
+                let mut link = played.asks([7; 16]);
+                Played::hears(&mut link, Message::Ready);
+                Message::Go.write(&mut link).expect("said");
+            });
+            played.wait().expect("given");
+        });
+        assert_eq!(*lock(&played.given.state), Destination::Starting);
+    }
+
+    #[test]
+    fn it_is_gone_when_its_source_keeps_it_or_it_is_killed() {
+        let played = Played::new();
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                let mut link = played.asks([7; 16]);
+                Message::Cancel.write(&mut link).expect("said");
+                Played::hears(&mut link, Message::Ready);
+            });
+            let kept = played.wait();
+            assert!(matches!(kept, Err(Error::NotGiven(NotGiven::Kept))));
+        });
+        let played = Played::new();
+        played.killed.write(1).expect("written");
+        let killed = played.wait();
+        assert!(matches!(killed, Err(Error::NotGiven(NotGiven::Killed))));
+        assert!(!Played::new().given.claim(), "its source can be heard");
+    }
+
+    #[test]
+    fn it_runs_by_its_users_word_when_its_source_is_lost() {
+        let played = Played::new();
+        std::thread::scope(|s| {
+            s.spawn(|| played.claims());
+            played.wait().expect("claimed");
+        });
+        assert_eq!(*lock(&played.given.state), Destination::Starting);
+        assert!(!played.given.claim(), "once is enough");
     }
 }

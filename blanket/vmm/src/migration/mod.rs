@@ -19,6 +19,7 @@ use crate::vm::StillError;
 
 pub use blanket_migration::link::{Link, Token};
 pub use blanket_migration::precopy::Wishes;
+pub(crate) use destination::Given;
 pub use destination::Incoming;
 pub use outgoing::{Moved, Options, Outgoing, Progress, Stage};
 
