@@ -1,7 +1,14 @@
 # For scripts that run in an instance: VMs in the background, and what the instance
 # holds. Cases have it in front of theirs; it changes into a directory of its own.
 cd "$(mktemp -d)" || exit 1
-fail() { echo "FAILED: $*"; for log in *.log; do echo "-- $log"; tail -n 20 "$log"; done; exit 1; }
+fail() {
+    echo "FAILED: $*"
+    # What VMs in the background say of themselves, and the instance, beside what guests do.
+    for log in *.log /run/blanket/*.log; do [ -s "$log" ] && { echo "-- $log"; tail -n 20 "$log"; }; done
+    echo "-- dmesg"
+    dmesg | tail -n 20
+    exit 1
+}
 
 # A guest that works until it is ended: TICK n after each piece of work, BAD if one
 # went wrong.

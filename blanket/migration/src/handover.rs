@@ -146,19 +146,14 @@ pub enum DestinationDoes {
 }
 
 impl Destination {
-    /// All of the VM was received, and can run here; or not.
+    /// All of the VM was received, and nothing is left to do but to start it.
     #[must_use]
-    pub fn received(&mut self, whole: bool) -> DestinationDoes {
+    pub fn received(&mut self) -> DestinationDoes {
         if *self != Self::Receiving {
             return DestinationDoes::Waits;
         }
-        if whole {
-            *self = Self::Waiting;
-            DestinationDoes::Says(Message::Ready)
-        } else {
-            *self = Self::Gone;
-            DestinationDoes::Says(Message::Gone)
-        }
+        *self = Self::Waiting;
+        DestinationDoes::Says(Message::Ready)
     }
 
     /// The source says something.
@@ -178,16 +173,24 @@ impl Destination {
         }
     }
 
-    /// The VM runs, or could not be started: not one instruction of it was done then. What
-    /// its backends may have begun is the destination's own, as its images are.
+    /// The VM runs.
     #[must_use]
-    pub fn started(&mut self, runs: bool) -> Message {
-        if runs {
-            *self = Self::Running;
-            Message::Runs
-        } else {
-            *self = Self::Gone;
-            Message::Gone
+    pub fn started(&mut self) -> Message {
+        *self = Self::Running;
+        Message::Runs
+    }
+
+    /// It could not be received or started, or is not wanted any more: not one instruction
+    /// of it was done here. What its backends may have begun is the destination's own, as
+    /// its images are. What to say, if the source may not know yet.
+    #[must_use]
+    pub fn gives_up(&mut self) -> Option<Message> {
+        match *self {
+            Self::Receiving | Self::Waiting | Self::Starting => {
+                *self = Self::Gone;
+                Some(Message::Gone)
+            }
+            Self::Running | Self::Gone => None,
         }
     }
 

@@ -32,15 +32,12 @@ struct Link {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Event {
     AllSent,
-    AllReceived {
-        can_run: bool,
-    },
+    AllReceived,
     DestinationHears,
     SourceHears,
-    /// The VM's start comes to something.
-    Started {
-        runs: bool,
-    },
+    Started,
+    /// It cannot be received or started, or is killed.
+    GivesUp,
     LinkLost,
     Connects,
     Cancels,
@@ -114,8 +111,7 @@ impl Model for Handover {
             }
             let receiving = state.destination == Some(Destination::Receiving);
             if link.whole && receiving {
-                actions.push(Event::AllReceived { can_run: true });
-                actions.push(Event::AllReceived { can_run: false });
+                actions.push(Event::AllReceived);
             }
             if state.destination.is_some() && !receiving && !link.to_destination.is_empty() {
                 actions.push(Event::DestinationHears);
@@ -129,8 +125,13 @@ impl Model for Handover {
             actions.push(Event::Connects);
         }
         if state.destination == Some(Destination::Starting) {
-            actions.push(Event::Started { runs: true });
-            actions.push(Event::Started { runs: false });
+            actions.push(Event::Started);
+        }
+        if matches!(
+            state.destination,
+            Some(Destination::Receiving | Destination::Waiting | Destination::Starting)
+        ) {
+            actions.push(Event::GivesUp);
         }
         if state.source.is_some() && !state.cancelled {
             actions.push(Event::Cancels);
@@ -155,8 +156,8 @@ impl Model for Handover {
                 state.runs_here = false;
                 state.link.as_mut()?.whole = true;
             }
-            Event::AllReceived { can_run } => {
-                let does = state.destination.as_mut()?.received(can_run);
+            Event::AllReceived => {
+                let does = state.destination.as_mut()?.received();
                 state.destination_does(does);
             }
             Event::DestinationHears => {
@@ -169,9 +170,13 @@ impl Model for Handover {
                 let does = state.source.as_mut()?.hears(message);
                 state.source_does(does);
             }
-            Event::Started { runs } => {
-                let message = state.destination.as_mut()?.started(runs);
-                state.runs_there = runs;
+            Event::Started => {
+                let message = state.destination.as_mut()?.started();
+                state.runs_there = true;
+                state.destination_does(DestinationDoes::Says(message));
+            }
+            Event::GivesUp => {
+                let message = state.destination.as_mut()?.gives_up()?;
                 state.destination_does(DestinationDoes::Says(message));
             }
             Event::LinkLost => state.loses_link(),

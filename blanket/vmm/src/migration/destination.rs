@@ -131,22 +131,23 @@ impl Instance {
         let images = Images::of(&lock(&self.devices));
         let received = images
             .and_then(|mut images| self.receive(BufReader::new(&mut link), Some(&mut images)));
-        let does = lock(&given.state).received(received.is_ok());
-        if let DestinationDoes::Says(message) = does {
-            // Not heard is as good as lost.
-            let _ = message.write(&mut link);
-        }
-        let received = received?;
-        tracing::debug!("all of the VM is here");
         let mut link = Some(link);
-        let vm = self.go_on(received, true, || {
-            given.wait(&incoming, &self.killed, &mut link)
+        let vm = received.map_err(Error::from).and_then(|received| {
+            tracing::debug!("all of the VM is here");
+            self.go_on(received, true, || {
+                given.wait(&incoming, &self.killed, &mut link)
+            })
         });
-        if lock(&given.state).eq(&Destination::Starting) {
-            let message = lock(&given.state).started(vm.is_ok());
-            if let Some(link) = &mut link {
-                let _ = message.write(link);
+        let word = {
+            let mut state = lock(&given.state);
+            match &vm {
+                Ok(_) => Some(state.started()),
+                Err(_) => state.gives_up(),
             }
+        };
+        if let (Some(word), Some(link)) = (word, &mut link) {
+            // Not heard is as good as lost.
+            let _ = word.write(link);
         }
         let vm = vm?;
         tracing::debug!("the VM runs");
@@ -188,22 +189,16 @@ impl Given {
         waits && self.lost.load(Ordering::SeqCst) && self.claimed.write(1).is_ok()
     }
 
-    /// Waits until the source has given the VM, over as many links as it takes.
+    /// Says that all is ready, and waits until the source has given the VM, over as many links
+    /// as it takes.
     fn wait(
         &self,
         incoming: &Incoming,
         killed: &EventFd,
         link: &mut Option<Link>,
     ) -> Result<(), Error> {
+        let mut does = lock(&self.state).received();
         loop {
-            let does = match link.as_mut().map(Message::read) {
-                Some(Ok(message)) => lock(&self.state).hears(message),
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "the link is lost; the VM waits for its source");
-                    lock(&self.state).loses()
-                }
-                None => DestinationDoes::Listens,
-            };
             match does {
                 DestinationDoes::Starts => {
                     tracing::debug!("the VM is given");
@@ -223,6 +218,14 @@ impl Given {
                     }
                 }
             }
+            does = match link.as_mut().map(Message::read) {
+                Some(Ok(message)) => lock(&self.state).hears(message),
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "the link is lost; the VM waits for its source");
+                    lock(&self.state).loses()
+                }
+                None => DestinationDoes::Listens,
+            };
         }
     }
 

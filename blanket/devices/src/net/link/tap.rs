@@ -27,6 +27,8 @@ const TUN_F_TSO_ECN: u32 = 8;
 pub struct Tap {
     name: String,
     queues: Vec<Arc<Mutex<Frames>>>,
+    /// The first queue once more: whose thread it is has its lock.
+    announces: OwnedFd,
     health: Health,
 }
 
@@ -90,6 +92,7 @@ impl Tap {
         unsafe { ioctl(first, libc::TUNSETVNETHDRSZ, &raw const size) }
             .map_err(host("the header before packets"))?;
         offload(first, Offloads::default()).map_err(host("offloads"))?;
+        let announces = first.try_clone().map_err(host("its descriptor"))?;
         let health = Health::default();
         let queues = fds
             .into_iter()
@@ -99,6 +102,7 @@ impl Tap {
         Ok(Self {
             name: name.to_owned(),
             queues,
+            announces,
             health,
         })
     }
@@ -142,12 +146,10 @@ impl Link for Tap {
     }
 
     fn announce(&self, packet: &[u8]) {
-        if let Some(queue) = self.queues.first() {
-            let mut whole = vec![0; HEADER];
-            whole.extend(packet);
-            // A network that is full loses it, as it may lose any.
-            let _ = rustix::io::write(crate::sync::lock(queue).as_fd(), &whole);
-        }
+        let mut whole = vec![0; HEADER];
+        whole.extend(packet);
+        // A network that is full loses it, as it may lose any.
+        let _ = rustix::io::write(&self.announces, &whole);
     }
 }
 

@@ -76,6 +76,30 @@ fn queues_are_attached_as_they_are_used() {
     });
 }
 
+#[test]
+fn it_announces_while_a_queue_is_served() {
+    with_own_network(|| {
+        ip("tuntap add served mode tap");
+        let tap = Tap::open("served", 1).expect("a tap");
+        ip("link set served up");
+        let ports = tap.open(1, Offloads::ALL).expect("attached");
+        let heard = || {
+            let devices = std::fs::read_to_string("/proc/thread-self/net/dev").expect("counters");
+            let line = devices
+                .lines()
+                .find_map(|line| line.trim().strip_prefix("served:"));
+            let mut counters = line.expect("the tap's").split_whitespace();
+            counters.nth(1).map(str::to_owned).expect("packets")
+        };
+        assert_eq!(heard(), "0");
+        // As its thread does, for as long as it lives.
+        let held = crate::sync::lock(&ports[0]);
+        tap.announce(&OURS.announcement());
+        assert_eq!(heard(), "1");
+        drop(held);
+    });
+}
+
 /// A guest with a device on a tap at 10.5.0.1.
 fn tap_and_guest(features: Features) -> (Setup, Netfront) {
     ip("tuntap add tap0 mode tap");
