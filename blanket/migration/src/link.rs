@@ -8,7 +8,7 @@
 //! was not given the token gets a VM in or out.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -120,8 +120,9 @@ fn provider() -> Arc<CryptoProvider> {
 trait Stream: Read + Write + Send {}
 impl<T: Read + Write + Send> Stream for T {}
 
-/// A connection, both ends of which know who the other one is.
-pub struct Link(Box<dyn Stream>);
+/// A connection, both ends of which know who the other one is. What is read is buffered
+/// here and nowhere above: words follow a VM on the same connection.
+pub struct Link(BufReader<Box<dyn Stream>>);
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -137,10 +138,10 @@ impl Read for Link {
 
 impl Write for Link {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
-        self.0.write(from)
+        self.0.get_mut().write(from)
     }
     fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
+        self.0.get_mut().flush()
     }
 }
 
@@ -151,6 +152,10 @@ fn patient(socket: &TcpStream) -> io::Result<()> {
 }
 
 impl Link {
+    fn over(stream: impl Stream + 'static) -> Self {
+        Self(BufReader::new(Box::new(stream)))
+    }
+
     /// The source's end, over a connected socket.
     ///
     /// # Errors
@@ -172,7 +177,7 @@ impl Link {
         while stream.conn.is_handshaking() {
             stream.conn.complete_io(&mut stream.sock)?;
         }
-        Ok(Self(Box::new(stream)))
+        Ok(Self::over(stream))
     }
 }
 
@@ -228,7 +233,7 @@ impl Server {
             stream.conn.complete_io(&mut stream.sock)?;
         }
         stream.sock.set_read_timeout(Some(PATIENCE))?;
-        Ok(Link(Box::new(stream)))
+        Ok(Link::over(stream))
     }
 }
 

@@ -1,6 +1,5 @@
 //! The side that gets the VM.
 
-use std::io::BufReader;
 use std::net::TcpListener;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -129,8 +128,7 @@ impl Instance {
         *lock(&self.incoming) = Some(Arc::clone(&given));
         // Not held while it is received: devices are looked at then, too.
         let images = Images::of(&lock(&self.devices));
-        let received = images
-            .and_then(|mut images| self.receive(BufReader::new(&mut link), Some(&mut images)));
+        let received = images.and_then(|mut images| self.receive(&mut link, Some(&mut images)));
         let mut link = Some(link);
         let vm = received.map_err(Error::from).and_then(|received| {
             tracing::debug!("all of the VM is here");
