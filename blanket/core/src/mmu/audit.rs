@@ -293,7 +293,11 @@ impl Mmu {
     fn audit_out(&self) -> Result<(), Broken> {
         let mut out = 0;
         for (gfn, info) in (0u32..).zip(self.gfns.iter()) {
-            if self.has(Gfn(gfn.into())) {
+            let has = self.has_by_record(Gfn(gfn.into()));
+            if self.has(Gfn(gfn.into())) != has {
+                return Err(Broken::Out { gfn });
+            }
+            if has {
                 continue;
             }
             if info.rmap != [0; 2] || info.shadow != 0 || info.mark != 0 {

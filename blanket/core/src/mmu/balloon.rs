@@ -24,6 +24,7 @@ impl Mmu {
         if first < end {
             self.later = (first, end);
             self.out = end - first;
+            self.whole = first;
         }
         self
     }
@@ -33,6 +34,11 @@ impl Mmu {
     #[inline]
     #[must_use]
     pub fn has(&self, gfn: Gfn) -> bool {
+        gfn.0 < self.whole || self.has_by_record(gfn)
+    }
+
+    #[inline(never)]
+    pub(super) fn has_by_record(&self, gfn: Gfn) -> bool {
         let later = gfn.0 >= self.later.0 && gfn.0 < self.later.1;
         self.gfns
             .get(idx(gfn.0))
@@ -67,12 +73,17 @@ impl Mmu {
         }
         if has == out {
             info.flags ^= TURNED;
-            self.out = if out {
-                self.out + 1
+            if out {
+                self.goes_out(gfn);
             } else {
-                self.out.saturating_sub(1)
-            };
+                self.out = self.out.saturating_sub(1);
+            }
         }
+    }
+
+    fn goes_out(&mut self, gfn: Gfn) {
+        self.out += 1;
+        self.whole = self.whole.min(gfn.0);
     }
 
     /// The guest gives a frame up. False: it has not got it, or the frame is a table
@@ -105,7 +116,7 @@ impl Mmu {
         self.gfns[nr as usize].flags ^= TURNED;
         // Whatever was in it is gone.
         self.written(gfn);
-        self.out += 1;
+        self.goes_out(gfn);
         Ok(true)
     }
 

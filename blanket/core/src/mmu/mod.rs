@@ -306,6 +306,8 @@ pub struct Mmu {
     later: (u64, u64),
     /// Frames that the guest has not got.
     out: u64,
+    /// The guest has all frames below this one: most questions end here.
+    whole: u64,
     /// Whether it is noted which frames are written.
     logging: bool,
     /// Shadow pages made since the start.
@@ -328,6 +330,7 @@ impl Mmu {
         nr_vcpus: u32,
     ) -> Self {
         Self {
+            whole: gfns.len() as u64,
             gfns,
             pool,
             hole,
