@@ -224,12 +224,16 @@ pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
         }
     })?;
     let since = Instant::now();
-    while answer.stage == "doubt" && since.elapsed() < args.patience {
+    if answer.stage == "doubt" {
         eprintln!("blanket: the link is lost; {name} stands still until its destination answers");
+    }
+    while answer.stage == "doubt" && since.elapsed() < args.patience {
         // Nothing tells when a network is whole again.
         std::thread::sleep(RETRY);
         match asked(args, &wanted(true), false) {
             Ok(now) => answer = now,
+            // It was reached, and does not have the VM: that is why it runs here.
+            Err(error) if is_at("kept") => return Err(error),
             Err(error) => tracing::info!("{error:#}"),
         }
     }

@@ -319,6 +319,7 @@ fn hand_over(link: Link, out: &Outgoing) -> Result<(), SendError> {
         let does = match link.as_mut().map(Message::read) {
             Some(Ok(message)) => source.hears(message),
             Some(Err(error)) => {
+                tracing::warn!(%error, "the link to the destination is lost");
                 lost = Some(error);
                 source.loses()
             }
