@@ -23,6 +23,56 @@ done
 S
 lab-initrd tick >tick.img
 
+is() { [ "$1" = "$2" ] || fail "$3: '$2' instead of '$1'"; }
+# until_true WHAT CONDITION: waits until it holds, `patience` seconds.
+patience=10
+until_true() {
+    tries=0
+    until eval "$2"; do
+        tries=$((tries + 1))
+        [ $tries -lt $((patience * 10)) ] || fail "$1"
+        sleep 0.1
+    done
+}
+pid_of() { blanket ps | awk -v name="$1" '$1 == name { print $2 }'; }
+
+# obeying WORD: obeys.img, a guest that ticks and does what it is asked to, `poweroff` or
+# `reboot`: the kernel runs what an init would listen to.
+obeying() {
+    {
+        echo "rm /bin/$1"
+        echo "printf '#!/bin/sh\\nexec /bin/busybox $1 -f\\n' >/bin/$1"
+        echo "chmod 755 /bin/$1"
+        cat tick
+    } >obeys
+    lab-initrd obeys >obeys.img
+}
+
+# overeats LOG: runs a VM, `fat`, that uses more memory than it may have. How it ends: in `code`.
+overeats() {
+    cat >eat <<'E'
+mount -o remount,size=95% /tmp
+echo EATS
+dd if=/dev/zero of=/tmp/food bs=1M count=200 2>/dev/null
+echo SATED
+E
+    lab-initrd eat >eat.img
+    blanket run --name fat --kernel /guest/vmlinuz --initrd eat.img --memory 256M --memory-max 120M \
+        --cmdline "quiet panic=-1" --console file:fat.log </dev/null >"$1" 2>&1
+    code=$?
+    grep -q EATS fat.log || fail "fat never began"
+    ! grep -q SATED fat.log || fail "fat had more than its limit"
+}
+
+# For a guest's script: `check NAME` compares sums of what it has written until /tmp/stop is
+# there.
+sums='check() {
+    while [ ! -e /tmp/stop ]; do
+        dd if=/dev/urandom bs=64k count=8 2>/dev/null | tee /tmp/$1 | md5sum >/tmp/$1.sum
+        md5sum </tmp/$1 | cmp - /tmp/$1.sum || { echo WRONG; exit 1; }
+    done
+}'
+
 # start NAME [options]: a VM in the background that ticks on NAME.log.
 start() {
     name=$1

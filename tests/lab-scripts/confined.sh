@@ -1,18 +1,7 @@
 # Runs in an instance with passt and tun: in which box VMs' processes are, what is attached
 # from outside of it, that limits hold, and that nothing of it is left behind.
 cgroups=/sys/fs/cgroup
-pid_of() { blanket ps | awk -v name="$1" '$1 == name { print $2 }'; }
 status() { sed -n "s/^$2:[[:space:]]*//p" "/proc/$1/status" | tr -s ' \t' ' ' | sed 's/ $//'; }
-is() { [ "$1" = "$2" ] || fail "$3: '$2' instead of '$1'"; }
-# Waits until a condition holds; ten seconds.
-until_true() {
-    tries=0
-    until eval "$2"; do
-        tries=$((tries + 1))
-        [ $tries -lt 100 ] || fail "$1"
-        sleep 0.1
-    done
-}
 
 # Before there are control groups: VMs run without limits, and say so.
 if blanket run --kernel /guest/vmlinuz --memory-max 300M 2>said.log </dev/null; then fail "a limit of nothing"; fi
@@ -127,13 +116,7 @@ until [ "$(boots)" -ge 2 ] 2>/dev/null; do
 done
 blanket kill again
 # One that is asked for from outside: the kernel runs what an init would listen to.
-{
-    echo 'rm /bin/reboot'
-    echo "printf '#!/bin/sh\\nexec /bin/busybox reboot -f\\n' >/bin/reboot"
-    echo 'chmod 755 /bin/reboot'
-    cat tick
-} >obeys
-lab-initrd obeys >obeys.img
+obeying reboot
 blanket run --detach --name asked --kernel /guest/vmlinuz --initrd obeys.img --memory 128M \
     --cmdline "quiet panic=-1" --console file:asked.log >/dev/null || fail "asked: $?"
 ticking asked
@@ -144,18 +127,7 @@ blanket kill asked
 echo "ok: reboots"
 
 # The limit of memory holds.
-cat >eat <<'E'
-mount -o remount,size=95% /tmp
-echo EATS
-dd if=/dev/zero of=/tmp/food bs=1M count=200 2>/dev/null
-echo SATED
-E
-lab-initrd eat >eat.img
-blanket run --name fat --kernel /guest/vmlinuz --initrd eat.img --memory 256M --memory-max 120M \
-    --cmdline "quiet panic=-1" --console file:fat.log </dev/null >said.log 2>&1
-code=$?
-grep -q EATS fat.log || fail "fat never began"
-! grep -q SATED fat.log || fail "fat had more than its limit"
+overeats said.log
 [ $code = 137 ] || [ $code = 7 ] || fail "fat ended with $code"
 dmesg | grep -q "oom-kill:.*blanket-fat" || fail "it was not the limit"
 until_true "groups stay" '! ls -d $cgroups/blanket-* >/dev/null 2>&1'

@@ -12,17 +12,7 @@ fail() {
     journalctl --no-pager -n 60
     exit 1
 }
-is() { [ "$1" = "$2" ] || fail "$3: '$2' instead of '$1'"; }
-# Waits until a condition holds; a minute.
-until_true() {
-    tries=0
-    until eval "$2"; do
-        tries=$((tries + 1))
-        [ $tries -lt 300 ] || fail "$1"
-        sleep 0.2
-    done
-}
-pid_of() { blanket ps | awk -v name="$1" '$1 == name { print $2 }'; }
+patience=60
 group_of() { echo "$cgroups$(sed -n 's/^0:://p' "/proc/$1/cgroup")"; }
 property() { systemctl show --value --property "$2" "$1"; }
 units() { systemctl list-units --all --plain --no-legend "$@"; }
@@ -79,13 +69,7 @@ echo "ok: root's scopes $unit1 and $unit2"
 
 # A guest that listens powers off when its scope is stopped; the kernel runs what an init would
 # listen to.
-{
-    echo 'rm /bin/poweroff'
-    echo "printf '#!/bin/sh\\nexec /bin/busybox poweroff -f\\n' >/bin/poweroff"
-    echo 'chmod 755 /bin/poweroff'
-    cat tick
-} >obeys
-lab-initrd obeys >obeys.img
+obeying poweroff
 blanket run --name polite --kernel /guest/vmlinuz --initrd obeys.img --memory 128M \
     --cmdline "quiet panic=-1" --console file:polite.log --json </dev/null 2>polite.end.log &
 process=$!
@@ -148,18 +132,7 @@ gone "$unit" "$group"
 echo "ok: a VM outlives the service that started it"
 
 # The limit of memory holds.
-cat >eat <<'E'
-mount -o remount,size=95% /tmp
-echo EATS
-dd if=/dev/zero of=/tmp/food bs=1M count=200 2>/dev/null
-echo SATED
-E
-lab-initrd eat >eat.img
-blanket run --name fat --kernel /guest/vmlinuz --initrd eat.img --memory 256M --memory-max 120M \
-    --cmdline "quiet panic=-1" --console file:fat.log </dev/null >fat.end.log 2>&1
-code=$?
-grep -q EATS fat.log || fail "fat never began"
-! grep -q SATED fat.log || fail "fat had more than its limit"
+overeats fat.end.log
 [ $code = 137 ] || [ $code = 7 ] || fail "fat ended with $code"
 dmesg | grep -q "oom-kill:.*blanket-fat" || fail "it was not the limit"
 until_true "fat's unit stays" '[ -z "$(units "blanket-fat*")" ]'
