@@ -379,8 +379,8 @@ pub fn net_check(project: &Project) -> Result<Vec<PathBuf>> {
 pub fn instance_programs(project: &Project) -> Result<Vec<PathBuf>> {
     let mut programs = static_binaries(
         project,
-        &["-p", "ioctl-fuzz", "-p", "kexec"],
-        &["ioctl-fuzz", "kexec"],
+        &["-p", "ioctl-fuzz", "-p", "kexec", "-p", "held-link"],
+        &["ioctl-fuzz", "kexec", "held-link"],
         LEAN,
         None,
     )?;

@@ -12,9 +12,10 @@ use crate::scripts::{
     BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
     DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
     KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
-    MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_INSTANCES, NETWORK,
-    NETWORK_4, SAVE, SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, SYSTEMD_SCOPE,
-    TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_FAILURES,
+    MIGRATE_FAILURES_LONG, MIGRATE_INSTANCES, NETWORK, NETWORK_4, SAVE, SAVE_BETWEEN,
+    SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, SYSTEMD_SCOPE, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS,
+    VMM_TRICKS_ALL,
 };
 
 pub use case::{Adapter, Case, Companion, Expect, Guest, Work};
@@ -233,6 +234,11 @@ fn single() -> Vec<Case> {
             }),
             ..migrate("migrate-between-instances", MIGRATE_INSTANCES)
         },
+        migrate("migrate-failures", MIGRATE_FAILURES),
+        long(Case {
+            timeout: 1800,
+            ..migrate("migrate-failures-long", MIGRATE_FAILURES_LONG)
+        }),
         network("network", NETWORK, 900),
         long(kvm(network("kvm-network", NETWORK_4, 900))),
         debian("debian", Variant::Base, 2700, DEBIAN),

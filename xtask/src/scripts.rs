@@ -36,6 +36,16 @@ pub const SAVE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm'\n", "save.sh
 pub const MIGRATE: &str = with_common!("HOSTS='module module module'\n", "migrate.sh");
 pub const MIGRATE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm module'\n", "migrate.sh");
 
+pub const MIGRATE_FAILURES: &str = with_common!(
+    "WALK='ready:source go:cut runs:destination'\n",
+    "migrate-failures.sh"
+);
+pub const MIGRATE_FAILURES_LONG: &str = with_common!(
+    "WALK='copy:cut copy:destination ready:cut ready:destination go:cut runs:cut known:cut \
+     ready:source go:source runs:source go:destination runs:destination copy:source copy:cut'\n",
+    "migrate-failures.sh"
+);
+
 pub const MIGRATE_INSTANCES: &str = with_common!("migrate-instances.sh");
 
 pub const DISKS: &str = with_common!("disks.sh");

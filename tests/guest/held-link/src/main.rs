@@ -1,0 +1,178 @@
+//! Stands between the source and the destination of a migration, and holds their link once,
+//! at a step of the handover that is named.
+//!
+//! `held-link PORT TO STEP` listens at 127.0.0.1:PORT and connects whoever comes with
+//! 127.0.0.1:TO. At STEP of the first connection it prints `HELD`, and waits for a line on its
+//! standard input: at `cut` both ends lose the connection; at anything else it goes on. Later
+//! connections are left alone. STEP is `copy` (in the middle of memory), or the word that is
+//! held and that the other side has not heard yet: `ready`, `go`, `runs` or `known`.
+//!
+//! The link is TLS, so words are told by their length: one word is one record, and no other
+//! record that comes after the VM has this length (RFC 8446, 5.2: content type and a tag of 16
+//! bytes are added to the text).
+
+use std::io::{self, BufRead as _, Read, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Bytes of a record's header: type, version, length.
+const HEADER: usize = 5;
+/// Length of the record of a word: four bytes of text, its type, its tag.
+const WORD: usize = 4 + 1 + 16;
+/// Application data, as all is after the greeting.
+const DATA: u8 = 23;
+/// Bytes of memory after which `copy` holds.
+const COPIED: usize = 1 << 20;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Step {
+    Copy,
+    /// The destination's word of this number.
+    Destination(u32),
+    /// The source's, counted from the destination's first on.
+    Source(u32),
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum From {
+    Source,
+    Destination,
+}
+
+/// What has come so far.
+#[derive(Default)]
+struct Heard {
+    bytes: usize,
+    source: u32,
+    destination: u32,
+}
+
+struct Held {
+    step: Step,
+    heard: Mutex<Heard>,
+    once: AtomicBool,
+}
+
+impl Held {
+    /// Whether a record is the one to hold.
+    fn at(&self, from: From, record: &[u8]) -> bool {
+        let Ok(mut heard) = self.heard.lock() else {
+            return false;
+        };
+        let word = record[0] == DATA && record.len() == HEADER + WORD;
+        let step = match from {
+            From::Destination if word => {
+                heard.destination += 1;
+                Step::Destination(heard.destination)
+            }
+            From::Source if word && heard.destination > 0 => {
+                heard.source += 1;
+                Step::Source(heard.source)
+            }
+            From::Source => {
+                heard.bytes += record.len();
+                if heard.bytes < COPIED {
+                    return false;
+                }
+                Step::Copy
+            }
+            From::Destination => return false,
+        };
+        step == self.step && !self.once.swap(true, Ordering::AcqRel)
+    }
+}
+
+/// The next record, whole; none at the end.
+fn record(from: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
+    let mut record = vec![0; HEADER];
+    match from.read_exact(&mut record) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        other => other?,
+    }
+    let length = usize::from(u16::from_be_bytes([record[3], record[4]]));
+    record.resize(HEADER + length, 0);
+    from.read_exact(&mut record[HEADER..])?;
+    Ok(Some(record))
+}
+
+/// Passes records on, until the end or the cut.
+fn pass(held: &Held, side: From, from: &mut TcpStream, to: &mut TcpStream) -> io::Result<()> {
+    while let Some(record) = record(from)? {
+        if held.at(side, &record) {
+            println!("HELD");
+            let mut word = String::new();
+            io::stdin().lock().read_line(&mut word)?;
+            if word.trim() == "cut" {
+                return Ok(());
+            }
+        }
+        to.write_all(&record)?;
+    }
+    Ok(())
+}
+
+fn connection(held: &Held, mut source: TcpStream, to: u16) -> io::Result<()> {
+    let mut destination = TcpStream::connect(("127.0.0.1", to))?;
+    for end in [&source, &destination] {
+        end.set_nodelay(true)?;
+    }
+    let (mut from_source, mut to_destination) = (source.try_clone()?, destination.try_clone()?);
+    std::thread::scope(|s| {
+        s.spawn(move || {
+            let done = pass(held, From::Source, &mut from_source, &mut to_destination);
+            let _ = (done, from_source.shutdown(Shutdown::Both));
+            let _ = to_destination.shutdown(Shutdown::Both);
+        });
+        let done = pass(held, From::Destination, &mut destination, &mut source);
+        let _ = (done, source.shutdown(Shutdown::Both));
+        let _ = destination.shutdown(Shutdown::Both);
+    });
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let usage = || {
+        eprintln!("usage: held-link PORT TO copy|ready|go|runs|known");
+        ExitCode::from(2)
+    };
+    let [_, port, to, step] = arguments.as_slice() else {
+        return usage();
+    };
+    let step = match step.as_str() {
+        "copy" => Step::Copy,
+        "ready" => Step::Destination(1),
+        "go" => Step::Source(1),
+        "runs" => Step::Destination(2),
+        "known" => Step::Source(2),
+        _ => return usage(),
+    };
+    let (Ok(port), Ok(to)) = (port.parse::<u16>(), to.parse::<u16>()) else {
+        return usage();
+    };
+    let listener = match TcpListener::bind(("127.0.0.1", port)) {
+        Ok(listener) => listener,
+        Err(error) => {
+            eprintln!("held-link: port {port}: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let held = Held {
+        step,
+        heard: Mutex::default(),
+        once: AtomicBool::new(false),
+    };
+    std::thread::scope(|s| {
+        for source in listener.incoming().flatten() {
+            let held = &held;
+            s.spawn(move || {
+                if let Err(error) = connection(held, source, to) {
+                    eprintln!("held-link: {error}");
+                }
+            });
+        }
+    });
+    ExitCode::SUCCESS
+}
