@@ -270,7 +270,7 @@ impl Kvm {
                 given: self.cpuid.physical_bits,
             });
         }
-        let fd = self.kvm.create_vm().map_err(refused("create a VM"))?;
+        let fd = create_vm(&self.kvm)?;
         // User space has no interrupt controllers to route from.
         enable(
             &fd,
@@ -325,9 +325,20 @@ pub(crate) fn parse_image(bytes: &'static [u8]) -> Result<u64, Error> {
     Image::parse(bytes).map(|image| image.header.file_end)
 }
 
+/// The kernel gives up its locks for whatever is to be done first: a signal, or what an
+/// `io_uring` of this thread has finished (`mm_take_all_locks`, `mm/mmap.c`).
+fn create_vm(kvm: &kvm_ioctls::Kvm) -> Result<VmFd, Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            created => return created.map_err(refused("create a VM")),
+        }
+    }
+}
+
 /// A VM's TSC runs at the host's frequency.
 fn tsc_khz(kvm: &kvm_ioctls::Kvm) -> Result<u64, Error> {
-    let vm = kvm.create_vm().map_err(refused("create a VM"))?;
+    let vm = create_vm(kvm)?;
     let vcpu = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
     let khz = vcpu
         .get_tsc_khz()
