@@ -138,6 +138,11 @@ impl Mmu {
     /// that makes a table writable frees shadows, this one perhaps.
     #[inline]
     fn leaf_follow<M: Memory + Host>(&mut self, m: &M, ep: &Epochs, page: u32, i: usize, new: u64) {
+        if new & (pte::P | pte::A) != (pte::P | pte::A) {
+            // None is made: nothing can go but the leaf.
+            self.leaf_clear(m, ep, page, i);
+            return;
+        }
         self.pool[page as usize].refs += 1;
         if self.leaf_set(m, ep, page, i, new).is_err() {
             // No room for the reverse map: the leaf is left to a fault.
