@@ -95,16 +95,29 @@ grep -q 'not the one that the token is of' err || fail "no word about it: $(cat 
 ! blanket migrate vm --to 127.0.0.1:7100 --token-file false2 2>err || fail "another secret"
 counted 2
 blanket kill other || fail "it waits on"
+# refused WHY: by a dry run, after which the destination waits on, and by a move, after which not.
+refused() {
+    ! blanket migrate vm --to 127.0.0.1:7100 --token-file token --dry-run 2>err || fail "$1: it can move"
+    grep -q -- "$1" err || fail "no word about $1: $(cat err)"
+    ! blanket migrate vm --to 127.0.0.1:7100 --token-file token 2>err || fail "$1: it moves"
+    grep -q -- "$1" err || fail "no word about $1: $(cat err)"
+    until_true "$1: $name waits on" '! blanket stats $name >/dev/null 2>&1'
+}
 vm="--memory 128M --cpus 2" waits small 1
-! blanket migrate vm --to 127.0.0.1:7100 --token-file token 2>err || fail "it fits into less"
+refused 'give --cpus, --memory'
+net() { echo "--net tap=vm$1,mac=02:00:00:00:77:03"; }
+waits stranger 1
+refused mac=02:00:00:00:77:02
+net() { echo "--net tap=vm$1,mac=02:00:00:00:77:02"; }
 counted 2
-! blanket stats small 2>/dev/null || fail "the small one is still there"
 
 move=0
 for host in $HOSTS; do
     move=$((move + 1))
     next=$host-$move
     waits $next $((move % 2)) --host $host
+    blanket migrate $now --to 127.0.0.1:7100 --token-file token --dry-run >said || fail "move $move: it cannot move"
+    is "$now can move to 127.0.0.1:7100" "$(cat said)" "a dry run"
     before=$(last)
     blanket migrate $now --to 127.0.0.1:7100 --token-file token --json >moved 2>err ||
         fail "move $move: $(cat err); $(cat $next.log)"

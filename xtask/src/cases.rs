@@ -13,9 +13,9 @@ use crate::scripts::{
     DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
     KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
     MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_FAILURES,
-    MIGRATE_FAILURES_LONG, MIGRATE_INSTANCES, NETWORK, NETWORK_4, SAVE, SAVE_BETWEEN,
-    SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, SYSTEMD_SCOPE, TAKEN_SAMPLE, TAKEN_SOAK, VMM_TRICKS,
-    VMM_TRICKS_ALL,
+    MIGRATE_FAILURES_LONG, MIGRATE_INSTANCES, MIGRATE_OTHER_CPU, NETWORK, NETWORK_4, SAVE,
+    SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, SYSTEMD_SCOPE, TAKEN_SAMPLE, TAKEN_SOAK,
+    VMM_TRICKS, VMM_TRICKS_ALL,
 };
 
 pub use case::{Adapter, Case, Companion, Expect, Guest, Work};
@@ -233,6 +233,16 @@ fn single() -> Vec<Case> {
                 hardware: Hardware::NvmeE1000e,
             }),
             ..migrate("migrate-between-instances", MIGRATE_INSTANCES)
+        },
+        Case {
+            cpu: "Skylake-Server",
+            host: Flavour::Generic,
+            memory: "1G",
+            companion: Some(Companion {
+                cpu: "Nehalem",
+                hardware: Hardware::Virtio,
+            }),
+            ..migrate("migrate-other-cpu", MIGRATE_OTHER_CPU)
         },
         migrate("migrate-failures", MIGRATE_FAILURES),
         long(Case {

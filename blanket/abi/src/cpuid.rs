@@ -13,6 +13,10 @@
 //! control, breakpoint masks. Leaf layouts: Intel SDM volume 2A (CPUID), AMD APM
 //! volume 3 appendix E.
 
+mod names;
+
+pub use names::features;
+
 use crate::xen::cpuid::{BASE, SIGNATURE, VERSION};
 
 /// Last basic leaf that is answered.

@@ -275,11 +275,14 @@ pub struct MigrateArgs {
     /// Seconds to try to reach a destination that is lost when the VM changes hands
     #[arg(long, default_value = "60", value_parser = seconds)]
     pub patience: Duration,
+    /// Only ask whether it can go on there: nothing is moved, and the destination waits on
+    #[arg(long)]
+    pub dry_run: bool,
     /// Do not move it after all
-    #[arg(long, conflicts_with_all = ["to", "keep"])]
+    #[arg(long, conflicts_with_all = ["to", "keep", "dry_run"])]
     pub cancel: bool,
     /// Let it go on here: you know that the other host does not have it, and never will
-    #[arg(long, conflicts_with = "to")]
+    #[arg(long, conflicts_with_all = ["to", "dry_run"])]
     pub keep: bool,
     /// Write JSON
     #[arg(long)]

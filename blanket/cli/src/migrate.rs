@@ -34,6 +34,8 @@ pub struct Migrate {
     token: String,
     /// The destination is asked what became of the VM.
     again: bool,
+    /// It is only asked whether it can have it.
+    dry_run: bool,
     /// How long it may stand still, milliseconds.
     max_downtime_ms: u64,
     /// Rounds at most.
@@ -45,7 +47,7 @@ pub struct Migrate {
 /// What a migration is at.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Migration {
-    /// `copying`, `standing`, `doubt`, `moved` or `kept`.
+    /// `copying`, `standing`, `doubt`, `moved` or `kept`; `fits` if it was only tried.
     pub stage: String,
     /// Rounds that are over.
     pub rounds: u32,
@@ -122,6 +124,13 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
             .outcome()
             .map(|()| Migration::of(&out))
             .map_err(|why| anyhow!(why));
+    }
+    if wanted.dry_run {
+        instance.try_at(link()?, &token)?;
+        return Ok(Migration {
+            stage: "fits".into(),
+            ..Migration::default()
+        });
     }
     let options = Options {
         wishes: Wishes {
@@ -204,10 +213,14 @@ pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
     let wanted = |again| Migrate {
         token: token.to_string(),
         again,
+        dry_run: args.dry_run,
         max_downtime_ms: args.max_downtime,
         rounds: args.rounds,
         bandwidth: args.bandwidth,
     };
+    if args.dry_run {
+        return done(args, &asked(args, &wanted(false), false)?);
+    }
     let is_at = |stage: &str| {
         matches!(
             ask_vm(name, &Request::Migration),
@@ -313,6 +326,12 @@ fn done(args: &MigrateArgs, migration: &Migration) -> Result<ExitCode> {
                     Duration::from_millis(it.took_ms.unwrap_or(0)).as_secs_f64(),
                     it.downtime_ms.unwrap_or(0),
                 )
+            })?;
+            Ok(ExitCode::SUCCESS)
+        }
+        "fits" => {
+            show(migration, args.json, |_| {
+                format!("{name} can move to {to}\n")
             })?;
             Ok(ExitCode::SUCCESS)
         }

@@ -1,16 +1,18 @@
 //! What the two sides say to each other around the VM itself.
 //!
 //! ```text
-//! source: "BLANKETM"  version u32  again u32  id [u8; 16]  secret [u8; 32]
-//! then, if `again` is 0, the VM; afterwards words of four bytes both ways
+//! source: "BLANKETM"  version u32  purpose u32  id [u8; 16]  secret [u8; 32]
+//! if it does not ask: what the VM is made of, as a saved VM that ends there
+//! destination: a verdict
+//! if it moves: the VM; afterwards words of four bytes both ways
 //! ```
 //!
-//! Numbers are little-endian. A word is one of [`Message`].
+//! Numbers are little-endian. A word is one of [`Message`], a verdict a [`Verdict`].
 
 use std::io::{self, Read, Write};
 
 /// Version of this protocol.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const MAGIC: &[u8; 8] = b"BLANKETM";
 
@@ -73,6 +75,92 @@ impl Message {
     }
 }
 
+/// Longest reason that is read, bytes.
+const REASON: u32 = 4096;
+
+/// What the destination makes of what a VM is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It can be had here.
+    Fits,
+    /// It cannot, and why: text of the other host, which is shown and not trusted.
+    Unfit(String),
+}
+
+impl Verdict {
+    const FITS: [u8; 4] = *b"FITS";
+    const UNFIT: [u8; 4] = *b"NOT ";
+
+    /// Says it: the word, and behind `NOT ` the reason's length and text.
+    ///
+    /// # Errors
+    /// The link's.
+    pub fn write(&self, mut to: impl Write) -> io::Result<()> {
+        match self {
+            Self::Fits => to.write_all(&Self::FITS)?,
+            Self::Unfit(why) => {
+                let end = why.floor_char_boundary(REASON as usize);
+                let why = &why.as_bytes()[..end];
+                let length = u32::try_from(why.len()).unwrap_or(REASON);
+                to.write_all(&Self::UNFIT)?;
+                to.write_all(&length.to_le_bytes())?;
+                to.write_all(why)?;
+            }
+        }
+        to.flush()
+    }
+
+    /// Hears it.
+    ///
+    /// # Errors
+    /// The link's; something else.
+    pub fn read(mut from: impl Read) -> io::Result<Self> {
+        let bad = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+        let mut word = [0; 4];
+        from.read_exact(&mut word)?;
+        match word {
+            Self::FITS => Ok(Self::Fits),
+            Self::UNFIT => {
+                let mut length = [0; 4];
+                from.read_exact(&mut length)?;
+                let length = u32::from_le_bytes(length);
+                if length > REASON {
+                    return Err(bad("a reason that is too long"));
+                }
+                let mut why = vec![0; length as usize];
+                from.read_exact(&mut why)?;
+                let printable = |c: char| if c.is_control() { ' ' } else { c };
+                let why = String::from_utf8_lossy(&why);
+                Ok(Self::Unfit(why.chars().map(printable).collect()))
+            }
+            _ => Err(bad("a verdict that is none")),
+        }
+    }
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To bring a VM.
+    Moves,
+    /// To ask what became of it, after it was sent.
+    Asks,
+    /// To learn whether it could come.
+    Tries,
+}
+
+impl Purpose {
+    const ALL: [Self; 3] = [Self::Moves, Self::Asks, Self::Tries];
+
+    const fn number(self) -> u32 {
+        match self {
+            Self::Moves => 0,
+            Self::Asks => 1,
+            Self::Tries => 2,
+        }
+    }
+}
+
 /// Which migration it is, over as many connections as it takes.
 pub type Id = [u8; 16];
 
@@ -83,8 +171,8 @@ pub struct Hello {
     pub id: Id,
     /// Proves that the source was told of the destination.
     pub secret: [u8; 32],
-    /// It asks what became of the VM, which it has sent before.
-    pub again: bool,
+    /// What it is for.
+    pub purpose: Purpose,
 }
 
 /// Why a connection does not begin.
@@ -111,7 +199,7 @@ impl Hello {
     pub fn write(&self, mut to: impl Write) -> io::Result<()> {
         let mut all = MAGIC.to_vec();
         all.extend(VERSION.to_le_bytes());
-        all.extend(u32::from(self.again).to_le_bytes());
+        all.extend(self.purpose.number().to_le_bytes());
         all.extend(self.id);
         all.extend(self.secret);
         to.write_all(&all)?;
@@ -123,7 +211,7 @@ impl Hello {
     /// # Errors
     /// It is none, or another version's.
     pub fn read(mut from: impl Read) -> Result<Self, HelloError> {
-        let (mut magic, mut version, mut again) = ([0; 8], [0; 4], [0; 4]);
+        let (mut magic, mut version, mut purpose) = ([0; 8], [0; 4], [0; 4]);
         from.read_exact(&mut magic)?;
         if magic != *MAGIC {
             return Err(HelloError::Foreign);
@@ -133,16 +221,18 @@ impl Hello {
         if version != VERSION {
             return Err(HelloError::Version(version));
         }
-        from.read_exact(&mut again)?;
-        let again = match u32::from_le_bytes(again) {
-            0 => false,
-            1 => true,
-            _ => return Err(HelloError::Foreign),
-        };
+        from.read_exact(&mut purpose)?;
+        let purpose = u32::from_le_bytes(purpose);
+        let purpose = Purpose::ALL.into_iter().find(|it| it.number() == purpose);
+        let purpose = purpose.ok_or(HelloError::Foreign)?;
         let (mut id, mut secret) = ([0; 16], [0; 32]);
         from.read_exact(&mut id)?;
         from.read_exact(&mut secret)?;
-        Ok(Self { id, secret, again })
+        Ok(Self {
+            id,
+            secret,
+            purpose,
+        })
     }
 }
 
@@ -158,23 +248,52 @@ mod tests {
             assert_eq!(Message::read(&bytes[..]).expect("a word"), message);
         }
         assert!(Message::read(&b"NONE"[..]).is_err());
-        for again in [false, true] {
+        for purpose in Purpose::ALL {
             let hello = Hello {
                 id: [7; 16],
                 secret: [9; 32],
-                again,
+                purpose,
             };
             let mut bytes = Vec::new();
             hello.write(&mut bytes).expect("written");
             assert_eq!(Hello::read(&bytes[..]).expect("whole"), hello);
-            bytes[8] = 2;
+            bytes[12] = 3;
+            assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Foreign)));
+            bytes[8] = 1;
             assert!(matches!(
                 Hello::read(&bytes[..]),
-                Err(HelloError::Version(2))
+                Err(HelloError::Version(1))
             ));
             bytes[0] = 0;
             assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Foreign)));
             assert!(matches!(Hello::read(&bytes[..5]), Err(HelloError::Link(_))));
         }
+    }
+
+    #[test]
+    fn verdicts_are_heard_and_bounded() {
+        let long = "é".repeat(REASON as usize);
+        for verdict in [
+            Verdict::Fits,
+            Verdict::Unfit("it has no disk".into()),
+            Verdict::Unfit(String::new()),
+        ] {
+            let mut bytes = Vec::new();
+            verdict.write(&mut bytes).expect("written");
+            assert_eq!(Verdict::read(&bytes[..]).expect("one"), verdict);
+            assert!(Verdict::read(&bytes[..bytes.len() - 1]).is_err());
+        }
+        let mut bytes = Vec::new();
+        Verdict::Unfit(long).write(&mut bytes).expect("written");
+        assert_eq!(bytes.len(), 8 + REASON as usize);
+        assert!(matches!(Verdict::read(&bytes[..]), Ok(Verdict::Unfit(_))));
+        bytes[4..8].copy_from_slice(&(REASON + 1).to_le_bytes());
+        assert!(Verdict::read(&bytes[..]).is_err(), "too long");
+        assert!(Verdict::read(&b"MAYB"[..]).is_err());
+        let mut bytes = Vec::new();
+        let escape = Verdict::Unfit("\u{1b}[31mred\n".into());
+        escape.write(&mut bytes).expect("written");
+        let heard = Verdict::read(&bytes[..]).expect("one");
+        assert_eq!(heard, Verdict::Unfit(" [31mred ".into()));
     }
 }

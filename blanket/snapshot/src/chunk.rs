@@ -22,7 +22,7 @@ use crate::pieces::{self, Piece};
 const MAGIC: &[u8; 8] = b"BLANKETV";
 
 /// Version of the container and of all that is in it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Most bytes of a chunk.
 pub const MAX_CHUNK: usize = 64 << 20;

@@ -18,6 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use crate::builder::{Domain, GuestMemory};
+use crate::cpu::Cpu;
 use crate::hypervisor::{Crash, Exit, Hypervisor, Isolation, Kick, Machine, Vcpu, within_limits};
 use crate::kvm;
 use crate::shared_page::SharedPage;
@@ -178,6 +179,10 @@ impl Hypervisor for Device {
 
     fn info(&self) -> Info {
         self.info
+    }
+
+    fn cpu(&self) -> Cpu {
+        Cpu::of_this(self.info.xcr0_mask)
     }
 
     fn create(

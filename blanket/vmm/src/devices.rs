@@ -85,6 +85,16 @@ impl Devices {
             .collect()
     }
 
+    /// Number and MAC of each network.
+    pub(crate) fn macs(&self) -> Vec<(u32, String)> {
+        self.iter()
+            .filter_map(|device| match device {
+                AnyDevice::Net(net) => Some((net.number(), net.mac().to_string())),
+                AnyDevice::Disk(..) => None,
+            })
+            .collect()
+    }
+
     /// All of them, in the order in which they were added.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &AnyDevice> {
         self.0.iter().map(|slot| &slot.device)

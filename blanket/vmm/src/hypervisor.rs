@@ -7,6 +7,7 @@ use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Audit, Info, VmStats, crash};
 
 use crate::builder::Domain;
+use crate::cpu::Cpu;
 use crate::device::Error;
 use crate::trace::Record;
 
@@ -30,6 +31,9 @@ pub trait Hypervisor: Send + Sync {
 
     /// What it can do.
     fn info(&self) -> Info;
+
+    /// The CPU that its VMs find.
+    fn cpu(&self) -> Cpu;
 
     /// Makes a VM of a built domain. It keeps the domain's memory mapped for as
     /// long as it lives.

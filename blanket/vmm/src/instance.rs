@@ -23,6 +23,7 @@ use crate::balloon::{Balloon, Memory};
 use crate::boot;
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
+use crate::cpu::Cpu;
 use crate::device;
 use crate::devices::Devices;
 use crate::entropy;
@@ -448,6 +449,12 @@ impl Instance {
     #[must_use]
     pub(crate) fn target(&self) -> u64 {
         lock(&self.now).target
+    }
+
+    /// The CPU that its guests find on this host.
+    #[must_use]
+    pub(crate) fn cpu(&self) -> Cpu {
+        self.hypervisor.cpu()
     }
 
     /// The components of XCR0 that its guests may have on this host.

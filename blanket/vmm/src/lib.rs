@@ -10,6 +10,7 @@ pub mod boot;
 pub mod builder;
 pub mod console;
 pub mod core_image;
+pub mod cpu;
 pub mod device;
 pub mod devices;
 pub mod entropy;

@@ -148,7 +148,13 @@ impl Instance {
         let mut writer = Writer::new(to)?;
         writer.text(Kind::Machine, &Machine::of(self, running, devices))?;
         let pages = memory::write(&mut writer, &running.domain)?;
-        let state = State::read(&running.domain, self.spec().vcpus, store, console)?;
+        let state = State::read(
+            &running.domain,
+            self.spec().vcpus,
+            store,
+            console,
+            self.target(),
+        )?;
         writer.text(Kind::State, &state)?;
         let (_, bytes) = writer.finish()?;
         Ok((bytes, pages))
@@ -198,7 +204,7 @@ impl Instance {
         {
             let mut now = lock(&self.now);
             now.booted.clone_from(&machine.kernel);
-            now.target = machine.target;
+            now.target = state.target;
         }
         if moved {
             self.become_uuid(&machine.uuid);
@@ -235,6 +241,14 @@ fn read(
     reader.finish()?;
     state.check(&machine)?;
     Ok((domain, machine, state))
+}
+
+/// What a VM is made of that is offered by another host, and nothing else.
+pub(crate) fn offered(from: impl Read) -> Result<Machine, ResumeError> {
+    let mut reader = Reader::new(from)?;
+    let machine = reader.text(Kind::Machine)?;
+    reader.finish()?;
+    Ok(machine)
 }
 
 /// What a saved VM is made of, from its beginning alone.

@@ -202,6 +202,12 @@ impl Vif {
         self.link.announce(&self.config.mac.announcement());
     }
 
+    /// The guest's address.
+    #[must_use]
+    pub fn mac(&self) -> Mac {
+        self.config.mac
+    }
+
     fn queues(&self) -> u32 {
         let most = self.config.queues.unwrap_or(MAX_QUEUES);
         most.min(self.vcpus)

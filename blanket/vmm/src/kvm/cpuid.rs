@@ -13,6 +13,7 @@ use kvm_bindings::{
 };
 
 use super::{Error, refused};
+use crate::cpu::Cpu;
 
 /// KVM's feature leaf.
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -180,6 +181,11 @@ impl Cpuid {
             }
         }
         CpuId::from_entries(&entries).map_err(|_| Error::Cpuid("it has too many leaves"))
+    }
+
+    /// What VMs find.
+    pub fn cpu(&self) -> Cpu {
+        Cpu::new(&self.policy, |leaf, subleaf| self.host(leaf, subleaf))
     }
 
     /// Whether a VM has XSAVE.

@@ -35,6 +35,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, G
 
 use crate::builder::{Domain, GuestMemory};
 use crate::core_image::BUILD_ID;
+use crate::cpu::Cpu;
 use crate::device;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine, Vcpu, within_limits};
 use crate::trace::Record;
@@ -369,6 +370,10 @@ impl Hypervisor for Kvm {
 
     fn info(&self) -> Info {
         self.info
+    }
+
+    fn cpu(&self) -> Cpu {
+        self.cpuid.cpu()
     }
 
     fn create(

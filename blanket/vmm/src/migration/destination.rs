@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use blanket_migration::handover::{Destination, DestinationDoes};
 use blanket_migration::link::{self, Link, Server, Token};
-use blanket_migration::message::{Hello, Id, Message};
+use blanket_migration::message::{Hello, Id, Message, Purpose, Verdict};
 
 use libc::EFD_CLOEXEC;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::disks::Images;
 use super::{NotGiven, ReceiveError};
 use crate::instance::{Error, Instance};
+use crate::saved::{self, ResumeError};
 use crate::sync::lock;
 use crate::vm::Vm;
 
@@ -118,7 +119,7 @@ impl Instance {
     /// It did not come, cannot be had here, or was kept; nothing is left running.
     pub fn receive_from(self: &Arc<Self>, incoming: Incoming) -> Result<Vm, Error> {
         let incoming = Arc::new(incoming);
-        let (mut link, hello) = first(&incoming, &self.killed)?;
+        let (mut link, hello) = self.first(&incoming)?;
         let given = Arc::new(Given {
             id: hello.id,
             state: Mutex::new(Destination::Receiving),
@@ -167,14 +168,35 @@ impl Instance {
     }
 }
 
-fn first(incoming: &Incoming, killed: &EventFd) -> Result<(Link, Hello), Error> {
-    loop {
-        if let Next::Link(mut link, hello) = incoming.connection(killed, None)? {
-            if !hello.again {
-                return Ok((link, hello));
+impl Instance {
+    /// The link of the first one that brings a VM that can be had here.
+    fn first(&self, incoming: &Incoming) -> Result<(Link, Hello), Error> {
+        loop {
+            let Next::Link(mut link, hello) = incoming.connection(&self.killed, None)? else {
+                continue;
+            };
+            if hello.purpose == Purpose::Asks {
+                // Nothing was ever received here.
+                let _ = Message::Gone.write(&mut link);
+                continue;
             }
-            // Nothing was ever received here.
-            let _ = Message::Gone.write(&mut link);
+            let offered = saved::offered(&mut link).inspect_err(|error| {
+                tracing::warn!("a connection is refused: {error}");
+            });
+            let Ok(machine) = offered else { continue };
+            let fits = machine.moves_to(self);
+            let verdict = match &fits {
+                Ok(()) => Verdict::Fits,
+                Err(ResumeError::Impossible(why)) => Verdict::Unfit(why.clone()),
+                Err(error) => Verdict::Unfit(error.to_string()),
+            };
+            let heard = verdict.write(&mut link);
+            if hello.purpose == Purpose::Moves {
+                fits?;
+                if heard.is_ok() {
+                    return Ok((link, hello));
+                }
+            }
         }
     }
 }
@@ -236,7 +258,7 @@ impl Given {
             let Next::Link(mut link, hello) = incoming.connection(killed, claimed)? else {
                 return Ok(None);
             };
-            if hello.again && hello.id == self.id {
+            if hello.purpose == Purpose::Asks && hello.id == self.id {
                 if let Some(message) = lock(&self.state).greets() {
                     let _ = message.write(&mut link);
                 }
@@ -246,7 +268,14 @@ impl Given {
                 return Ok(Some(link));
             }
             tracing::warn!("another VM is refused: one is here already");
-            let _ = Message::Gone.write(&mut link);
+            let _ = match hello.purpose {
+                Purpose::Asks => Message::Gone.write(&mut link),
+                Purpose::Moves | Purpose::Tries => {
+                    // Heard to its end, or the answer may be lost.
+                    let _ = saved::offered(&mut link);
+                    Verdict::Unfit("another VM has come there already".into()).write(&mut link)
+                }
+            };
         }
     }
 }
@@ -313,7 +342,7 @@ mod tests {
             let hello = Hello {
                 id,
                 secret: token.secret(),
-                again: true,
+                purpose: Purpose::Asks,
             };
             hello.write(&mut link).expect("said");
             link

@@ -47,6 +47,9 @@ pub enum SendError {
     /// The link.
     #[error("the link broke: {0}")]
     Link(#[from] std::io::Error),
+    /// The destination cannot have it.
+    #[error("the destination cannot have it: {0}")]
+    Unfit(String),
     /// The destination does not take it.
     #[error("the destination did not take it; it says why")]
     Refused,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use blanket_migration::handover::Source;
 use blanket_migration::link::{Link, Token};
-use blanket_migration::message::Hello;
+use blanket_migration::message::{Hello, Purpose};
 use blanket_migration::precopy::Wishes;
 
 use crate::entropy;
@@ -105,7 +105,7 @@ impl Outgoing {
             hello: Hello {
                 id: entropy::bytes()?,
                 secret: token.secret(),
-                again: false,
+                purpose: Purpose::Moves,
             },
             state: Mutex::new(State {
                 progress,
@@ -125,7 +125,7 @@ impl Outgoing {
     /// How a connection begins over which the destination is asked once more.
     pub(super) fn again(&self) -> Hello {
         Hello {
-            again: true,
+            purpose: Purpose::Asks,
             ..self.hello
         }
     }

@@ -1,19 +1,20 @@
 //! The side that has the VM.
 
-use std::io::BufWriter;
+use std::io::{BufWriter, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use blanket_migration::handover::{Source, SourceDoes};
-use blanket_migration::link::Link;
-use blanket_migration::message::Message;
+use blanket_migration::link::{Link, Token};
+use blanket_migration::message::{Hello, Message, Purpose, Verdict};
 use blanket_migration::precopy::{Control, Next, Round};
 use blanket_snapshot::{Kind, Writer};
 
 use super::disks::{Blocks, Moving};
 use super::outgoing::{Answer, Moved, Outgoing, Paced, Stage};
 use super::{Dirty, SendError};
+use crate::entropy;
 use crate::instance::{Instance, Running};
 use crate::saved::memory;
 use crate::saved::{Machine, SaveError, State};
@@ -67,16 +68,33 @@ impl Instance {
         sent
     }
 
+    /// Asks the other end of a link, whose token this is, whether the VM could go on there.
+    /// Nothing of it is sent but what it is made of.
+    ///
+    /// # Errors
+    /// Why it could not.
+    pub fn try_at(&self, mut link: Link, token: &Token) -> Result<(), SendError> {
+        let running = lock(&self.now).running.clone();
+        let running = running.ok_or(SendError::NotRunning)?;
+        let hello = Hello {
+            id: entropy::bytes()?,
+            secret: token.secret(),
+            purpose: Purpose::Tries,
+        };
+        let machine = Machine::of(self, &running, &lock(&self.devices));
+        offer(&mut link, &hello, &machine)
+    }
+
     fn sent_to(&self, mut link: Link, out: &Outgoing) -> Result<Moved, SendError> {
         let running = lock(&self.now).running.clone();
         let running = running.ok_or(SendError::NotRunning)?;
         // Until it is over: no device comes or goes.
         let devices = lock(&self.devices);
         let begun = Instant::now();
-        out.hello.write(&mut link)?;
+        let machine = Machine::of(self, &running, &devices);
+        offer(&mut link, &out.hello, &machine)?;
         let moving = Moving::begin(&devices);
         let mut sending = Sending::begin(&running, self.spec().vcpus, out, link, &moving)?;
-        let machine = Machine::of(self, &running, &devices);
         sending
             .writer
             .text(Kind::Machine, &machine)
@@ -95,7 +113,7 @@ impl Instance {
                 let sent = self.console.standing_still(|console| {
                     running.xenstore.standing_still(|store| {
                         sending.finish(rest, |domain, vcpus| {
-                            State::read(domain, vcpus, store, console)
+                            State::read(domain, vcpus, store, console, self.target())
                         })
                     })
                 });
@@ -122,6 +140,21 @@ impl Instance {
         };
         tracing::info!(?moved, "the VM has moved");
         Ok(moved)
+    }
+}
+
+/// Begins a connection: whether the destination can have what is made so.
+fn offer(link: &mut Link, hello: &Hello, machine: &Machine) -> Result<(), SendError> {
+    hello.write(&mut *link)?;
+    let mut writer = Writer::new(BufWriter::new(&mut *link)).map_err(SaveError::from)?;
+    let text = writer.text(Kind::Machine, machine);
+    text.map_err(SaveError::from)?;
+    let (mut to, _) = writer.finish().map_err(SaveError::from)?;
+    to.flush()?;
+    drop(to);
+    match Verdict::read(link)? {
+        Verdict::Fits => Ok(()),
+        Verdict::Unfit(why) => Err(SendError::Unfit(why)),
     }
 }
 
@@ -418,7 +451,10 @@ mod tests {
                 let other = s.spawn(|| {
                     let mut link = self.answer();
                     let hello = Hello::read(&mut link).expect("it greets");
-                    assert!(hello.again && hello.id == self.out.hello.id);
+                    assert_eq!(
+                        (hello.purpose, hello.id),
+                        (Purpose::Asks, self.out.hello.id)
+                    );
                     says.write(&mut link).expect("said");
                     Message::read(&mut link).ok()
                 });

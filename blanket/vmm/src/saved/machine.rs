@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ResumeError;
 use crate::builder::{self, Domain};
+use crate::cpu::Cpu;
 use crate::devices::Devices;
 use crate::instance::{Instance, Running};
 use crate::sync::lock;
@@ -25,8 +26,6 @@ pub struct Machine {
     pub memory: u64,
     /// RAM that it can have at most, bytes.
     pub max_memory: u64,
-    /// What its guest is asked to have, bytes.
-    pub target: u64,
     /// vCPUs.
     pub vcpus: u32,
     /// Which kernel runs in it.
@@ -35,6 +34,10 @@ pub struct Machine {
     pub devices: Vec<(String, u32)>,
     /// Number and size, bytes, of each of its disks.
     pub disks: Vec<(u32, u64)>,
+    /// Number and MAC of each of its networks.
+    pub macs: Vec<(u32, String)>,
+    /// The CPU that it has found.
+    pub cpu: Cpu,
     /// The components of XCR0 that it may have found.
     pub xcr0_mask: u64,
     /// Version of its core's state.
@@ -69,11 +72,12 @@ impl Machine {
             uuid: instance.uuid(),
             memory: spec.memory,
             max_memory: spec.most_memory(),
-            target: instance.target(),
             vcpus: spec.vcpus,
             kernel: instance.booted(),
             devices: devices.numbers(),
             disks: devices.sizes(),
+            macs: devices.macs(),
+            cpu: instance.cpu(),
             xcr0_mask: instance.xcr0_mask(),
             core: state::VERSION,
             boot: words(&domain.boot).map(named).into(),
@@ -106,6 +110,9 @@ impl Machine {
                 spec.most_memory() >> 20
             ));
         }
+        if let Some(why) = instance.cpu().lacks(&self.cpu) {
+            return impossible(why);
+        }
         let here = instance.xcr0_mask();
         if self.xcr0_mask & !here != 0 || (self.xcr0_mask == 0) != (here == 0) {
             return impossible(format!(
@@ -137,6 +144,22 @@ impl Machine {
         }
         if let Some(more) = there.iter().find(|it| !self.devices.contains(it)) {
             return impossible(format!("it had no {}; add it when it runs", named(more)));
+        }
+        Ok(())
+    }
+
+    /// Whether it can go on as `instance` and be the same VM to others.
+    pub(crate) fn moves_to(&self, instance: &Instance) -> Result<(), ResumeError> {
+        self.fits(instance)?;
+        let macs = lock(&instance.devices).macs();
+        for (number, mac) in &self.macs {
+            let here = macs.iter().find(|(here, _)| here == number);
+            if let Some((_, here)) = here.filter(|(_, here)| here != mac) {
+                return Err(ResumeError::Impossible(format!(
+                    "its network {number} has the MAC {mac}, and the one here {here}: give it \
+                     mac={mac} (--net)"
+                )));
+            }
         }
         Ok(())
     }

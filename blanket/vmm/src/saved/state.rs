@@ -37,6 +37,8 @@ pub struct State {
     xenstore: xenstore::State,
     /// The host's indices in the ring of its console.
     console: [u32; 2],
+    /// What its guest is asked to have, bytes.
+    pub(super) target: u64,
     /// When it was stopped, ns since 1970 by the clock of its host.
     stopped_at: u64,
 }
@@ -110,6 +112,7 @@ impl State {
         vcpus: u32,
         xenstore: xenstore::State,
         console: [u32; 2],
+        target: u64,
     ) -> Result<Self, GuestMemoryError> {
         let vm = named(
             VmState::FIELDS,
@@ -151,6 +154,7 @@ impl State {
             marks,
             xenstore,
             console,
+            target,
             stopped_at: now_ns(),
         })
     }
@@ -170,6 +174,7 @@ impl State {
         let whole = self.vcpus.len() as u64 == u64::from(machine.vcpus)
             && marked == machine.boot.get("ram_frames").copied()
             && self.vcpus.iter().all(|vcpu| vcpu.fpu.len() <= FPU)
+            && self.target <= machine.max_memory
             && self.ports.iter().all(|(port, _)| *port < PORTS);
         whole
             .then_some(())

@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::machine::words;
 use super::{Machine, State, read};
 use crate::builder::{self, Domain};
+use crate::cpu::Cpu;
 use crate::hypervisor::{self, Hypervisor as _, Isolation};
 use crate::testing::{Fake, Guest};
 use crate::xenstore::Xenstore;
@@ -50,11 +51,12 @@ pub(super) fn of_size(start: u64, most: u64, ram: u64) -> Machine {
         uuid: "00000000-0000-4000-8000-000000000000".into(),
         memory: start * PAGE_SIZE,
         max_memory: most * PAGE_SIZE,
-        target: start * PAGE_SIZE,
         vcpus: 1,
         kernel: "6.1".into(),
         devices: vec![("vbd".into(), 0)],
         disks: vec![(0, 1 << 20)],
+        macs: vec![],
+        cpu: Cpu::default(),
         xcr0_mask: 7,
         core: state::VERSION,
         boot: BTreeMap::from(words(&boot).map(named)),
@@ -87,7 +89,7 @@ fn texts() -> [Value; 2] {
         };
         let store = Xenstore::new(&domain, &spec, machine_of(&domain)).expect("a store");
         let state = store
-            .standing_still(|store| State::read(&domain, 1, store, [3, 4]))
+            .standing_still(|store| State::read(&domain, 1, store, [3, 4], machine.memory))
             .expect("memory");
         [
             serde_json::to_value(&machine).expect("plain data"),
@@ -187,12 +189,13 @@ pub fn saved(mut data: &[u8]) {
         return;
     };
     assert!(ram <= domain.boot.ram_frames);
+    let target = state.target;
     let Ok((store, console)) = state.backends(&domain, &machine_of(&domain)) else {
         return;
     };
     let again = || {
         store
-            .standing_still(|store| State::read(&domain, machine.vcpus, store, console))
+            .standing_still(|store| State::read(&domain, machine.vcpus, store, console, target))
             .expect("memory")
     };
     let mut writer = Writer::new(Vec::new()).expect("memory");

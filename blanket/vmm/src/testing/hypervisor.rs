@@ -9,6 +9,7 @@ use blanket_abi::device::{Audit, Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
 use blanket_abi::trace::kind;
 
 use crate::builder::{Domain, GuestMemory, STORE_PORT};
+use crate::cpu::Cpu;
 use crate::device::Error;
 use crate::hypervisor::{Exit, Hypervisor, Isolation, Kick, Machine, Vcpu};
 use crate::sync::lock;
@@ -111,6 +112,10 @@ impl<F: Fn(u32, u32) -> Program + Send + Sync> Hypervisor for Fake<F> {
             max_frames: 1 << 24,
             ..Info::default()
         }
+    }
+
+    fn cpu(&self) -> Cpu {
+        Cpu::default()
     }
 
     fn create(
