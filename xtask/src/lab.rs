@@ -284,6 +284,8 @@ if [ $code != 0 ] || [ $complaints != 0 ]; then
     if [ $complaints != 0 ]; then dmesg | grep -E -A 8 "$bad" | head -n 60 >/dev/ttyS0; fi
 fi
 printf '\036LAB-EXIT %s %s %s\n' $LAB_NONCE $code $complaints >&3
+# Waits until all of it has left (TCSADRAIN): the instance is off a moment later.
+stty -F /dev/ttyS1 raw -echo clocal
 "#;
 
 /// Makes a VM's initramfs inside an instance: `lab-initrd SCRIPT [FILE...]`.

@@ -4,7 +4,9 @@
 //! source: "BLANKETM"  version u32  purpose u32  id [u8; 16]  secret [u8; 32]
 //! if it does not ask: what the VM is made of, as a saved VM that ends there
 //! destination: a verdict
-//! if it moves: the VM; afterwards words of four bytes both ways
+//! if it moves: the VM, in which there are marks
+//! destination: "ALL HERE" at each mark
+//! afterwards words of four bytes both ways
 //! ```
 //!
 //! Numbers are little-endian. A word is one of [`Message`], a verdict a [`Verdict`].
@@ -138,6 +140,31 @@ impl Verdict {
     }
 }
 
+/// The destination has all up to a mark. Longer than the words of the handover, so that nobody
+/// takes the one for the other.
+const HERE: [u8; 8] = *b"ALL HERE";
+
+/// Says that all up to a mark is here.
+///
+/// # Errors
+/// The link's.
+pub fn acknowledge(mut to: impl Write) -> io::Result<()> {
+    to.write_all(&HERE)?;
+    to.flush()
+}
+
+/// Waits until the other side has all up to a mark.
+///
+/// # Errors
+/// The link's; something else.
+pub fn acknowledged(mut from: impl Read) -> io::Result<()> {
+    let mut word = [0; 8];
+    from.read_exact(&mut word)?;
+    let heard = word == HERE;
+    let bad = || io::Error::new(io::ErrorKind::InvalidData, "no answer to a mark");
+    heard.then_some(()).ok_or_else(bad)
+}
+
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -268,6 +295,16 @@ mod tests {
             assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Foreign)));
             assert!(matches!(Hello::read(&bytes[..5]), Err(HelloError::Link(_))));
         }
+    }
+
+    #[test]
+    fn marks_are_answered() {
+        let mut bytes = Vec::new();
+        acknowledge(&mut bytes).expect("written");
+        assert!(acknowledged(&bytes[..]).is_ok());
+        assert!(acknowledged(&bytes[..7]).is_err());
+        bytes[0] = b'N';
+        assert!(acknowledged(&bytes[..]).is_err());
     }
 
     #[test]

@@ -36,6 +36,8 @@ pub enum Kind {
     Pages,
     /// A piece of a disk. As many as there are, among the pages.
     Disk,
+    /// All before it is to be acknowledged. Among the pages of a VM that moves.
+    Mark,
     /// What its core and its backends know, as JSON. The last one before the end.
     State,
     /// The end.
@@ -48,6 +50,7 @@ impl Kind {
             Self::Machine => b"VM  ",
             Self::Pages => b"PAGE",
             Self::Disk => b"DISK",
+            Self::Mark => b"MARK",
             Self::State => b"STAT",
             Self::End => b"END ",
         }
@@ -60,6 +63,7 @@ impl Kind {
             Self::Machine => "machine",
             Self::Pages => "pages",
             Self::Disk => "disk",
+            Self::Mark => "mark",
             Self::State => "state",
             Self::End => "end",
         }
@@ -70,6 +74,7 @@ impl Kind {
             Self::Machine,
             Self::Pages,
             Self::Disk,
+            Self::Mark,
             Self::State,
             Self::End,
         ];
@@ -157,6 +162,16 @@ impl<W: Write> Writer<W> {
         self.chunk(Kind::Disk, &packed)
     }
 
+    /// A mark, and all before it is on its way.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn mark(&mut self) -> Result<&mut W, Error> {
+        self.chunk(Kind::Mark, &[])?;
+        self.to.flush().map_err(Error::Write)?;
+        Ok(&mut self.to)
+    }
+
     /// Ends, and gives the stream back with the number of bytes.
     ///
     /// # Errors
@@ -176,6 +191,8 @@ pub enum Part {
     Pages(Run),
     /// A piece of a disk.
     Disk(Piece),
+    /// Whoever writes waits for the word that all before this is here.
+    Mark,
 }
 
 /// Reads a saved VM.
@@ -272,7 +289,12 @@ impl<R: Read> Reader<R> {
         })
     }
 
-    /// The next run of pages or piece of a disk; `None` when something else follows.
+    /// What it is read from, to answer a mark.
+    pub fn from_mut(&mut self) -> &mut R {
+        &mut self.from
+    }
+
+    /// The next run of pages, piece of a disk or mark; `None` when something else follows.
     ///
     /// # Errors
     /// It is damaged.
@@ -282,6 +304,8 @@ impl<R: Read> Reader<R> {
         Ok(Some(match kind {
             Kind::Pages => Part::Pages(pages::unpack(&bytes).ok_or(bad)?),
             Kind::Disk => Part::Disk(pieces::unpack(&bytes).ok_or(bad)?),
+            Kind::Mark if bytes.is_empty() => Part::Mark,
+            Kind::Mark => return Err(Error::Damaged(self.place - 1)),
             _ => {
                 self.next = Some((kind, bytes));
                 return Ok(None);

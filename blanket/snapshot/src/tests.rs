@@ -205,3 +205,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn marks_come_where_they_were_made() {
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer.pages(3, &page(1)).expect("written");
+    let so_far = writer.mark().expect("written").len();
+    writer.pages(3, &page(2)).expect("written");
+    writer.chunk(Kind::Mark, b"?").expect("written");
+    let (bytes, _) = writer.finish().expect("written");
+    let mut reader = Reader::new(&bytes[..]).expect("one");
+    assert!(matches!(reader.part(), Ok(Some(Part::Pages(_)))));
+    assert!(matches!(reader.part(), Ok(Some(Part::Mark))));
+    assert_eq!(
+        reader.from_mut().len(),
+        bytes.len() - so_far,
+        "nothing is read ahead"
+    );
+    assert!(matches!(reader.part(), Ok(Some(Part::Pages(_)))));
+    assert!(reader.part().is_err(), "a mark has nothing in it");
+}

@@ -75,6 +75,14 @@ pub(crate) struct Received {
     state: State,
 }
 
+/// What comes with a VM that moves, and not with a saved one.
+pub(crate) struct Moving<'a, R> {
+    /// Its disks.
+    pub(crate) images: &'a mut Images,
+    /// Tells its source that all up to a mark is here.
+    pub(crate) answers: &'a mut dyn FnMut(&mut R) -> std::io::Result<()>,
+}
+
 /// What saving a VM came to.
 #[derive(Clone, Copy, Debug)]
 pub struct Saved {
@@ -173,12 +181,12 @@ impl Instance {
     ///
     /// # Errors
     /// It cannot be read, or cannot be had on this host.
-    pub(crate) fn receive(
+    pub(crate) fn receive<R: Read>(
         &self,
-        from: impl Read,
-        images: Option<&mut Images>,
+        from: R,
+        moving: Option<Moving<'_, R>>,
     ) -> Result<Received, ResumeError> {
-        let (domain, machine, state) = self.read(from, images)?;
+        let (domain, machine, state) = self.read(from, moving)?;
         Ok(Received {
             domain,
             machine,
@@ -212,30 +220,30 @@ impl Instance {
         self.launch(domain, Some(Resumed { state, moved }), gate)
     }
 
-    fn read(
+    fn read<R: Read>(
         &self,
-        from: impl Read,
-        images: Option<&mut Images>,
+        from: R,
+        moving: Option<Moving<'_, R>>,
     ) -> Result<(Domain, Machine, State), ResumeError> {
         let mergeable = self.spec().mergeable;
-        read(from, mergeable, images, |machine| machine.fits(self))
+        read(from, mergeable, moving, |machine| machine.fits(self))
     }
 }
 
 /// What is in a saved VM, if its machine `fits`.
-fn read(
-    from: impl Read,
+fn read<R: Read>(
+    from: R,
     mergeable: bool,
-    mut images: Option<&mut Images>,
+    mut moving: Option<Moving<'_, R>>,
     fits: impl FnOnce(&Machine) -> Result<(), ResumeError>,
 ) -> Result<(Domain, Machine, State), ResumeError> {
     let mut reader = Reader::new(from)?;
     let machine: Machine = reader.text(Kind::Machine)?;
     fits(&machine)?;
     let domain = machine.domain(mergeable)?;
-    memory::read(&mut reader, &domain, images.as_deref_mut())?;
-    if let Some(images) = images {
-        images.flush()?;
+    memory::read(&mut reader, &domain, &mut moving)?;
+    if let Some(moving) = moving {
+        moving.images.flush()?;
     }
     let state: State = reader.text(Kind::State)?;
     reader.finish()?;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use blanket_migration::handover::{Destination, DestinationDoes};
 use blanket_migration::link::{self, Link, Server, Token};
-use blanket_migration::message::{Hello, Id, Message, Purpose, Verdict};
+use blanket_migration::message::{Hello, Id, Message, Purpose, Verdict, acknowledge};
 
 use libc::EFD_CLOEXEC;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::disks::Images;
 use super::{NotGiven, ReceiveError};
 use crate::instance::{Error, Instance};
-use crate::saved::{self, ResumeError};
+use crate::saved::{self, Moving, ResumeError};
 use crate::sync::lock;
 use crate::vm::Vm;
 
@@ -129,7 +129,13 @@ impl Instance {
         *lock(&self.incoming) = Some(Arc::clone(&given));
         // Not held while it is received: devices are looked at then, too.
         let images = Images::of(&lock(&self.devices));
-        let received = images.and_then(|mut images| self.receive(&mut link, Some(&mut images)));
+        let received = images.and_then(|mut images| {
+            let moving = Moving {
+                images: &mut images,
+                answers: &mut |link: &mut &mut Link| acknowledge(link),
+            };
+            self.receive(&mut link, Some(moving))
+        });
         let mut link = Some(link);
         let vm = received.map_err(Error::from).and_then(|received| {
             tracing::debug!("all of the VM is here");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use blanket_migration::handover::{Source, SourceDoes};
 use blanket_migration::link::{Link, Token};
-use blanket_migration::message::{Hello, Message, Purpose, Verdict};
+use blanket_migration::message::{Hello, Message, Purpose, Verdict, acknowledged};
 use blanket_migration::precopy::{Control, Next, Round};
 use blanket_snapshot::{Kind, Writer};
 
@@ -247,18 +247,24 @@ impl<'a> Sending<'a> {
     fn round(&mut self, rest: Option<&Rest>, share: u32) -> Result<u64, SendError> {
         let (domain, disks) = (&self.running.domain, self.disks);
         let writer = &mut self.writer;
-        let sent = slowed(&self.running.handle, share, || match rest {
-            None => {
-                let all = disks.all();
-                disks.write(writer, &all)?;
-                Ok(memory::write(writer, domain)? + all.pages())
-            }
-            Some(rest) => {
-                disks.write(writer, &rest.disks)?;
-                Ok(memory::write_dirty(writer, domain, &rest.memory)? + rest.disks.pages())
-            }
-        });
-        sent.map_err(SendError::Send)
+        slowed(&self.running.handle, share, || {
+            let sent = match rest {
+                None => {
+                    let all = disks.all();
+                    disks.write(writer, &all)?;
+                    memory::write(writer, domain)? + all.pages()
+                }
+                Some(rest) => {
+                    disks.write(writer, &rest.disks)?;
+                    memory::write_dirty(writer, domain, &rest.memory)? + rest.disks.pages()
+                }
+            };
+            // Else the round's pace would be that at which the network takes bytes in, and
+            // what lies there would have to come first when the VM stands still.
+            let to = writer.mark().map_err(SaveError::from)?;
+            acknowledged(&mut to.get_mut().link)?;
+            Ok(sent)
+        })
     }
 
     /// What was written since it was asked last.

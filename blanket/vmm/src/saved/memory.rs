@@ -7,10 +7,10 @@ use blanket_snapshot::{Error, PAGE, Part, Reader, Writer};
 use rustix::fs::SeekFrom;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::ResumeError;
+use super::{Moving, ResumeError};
 use crate::balloon;
 use crate::builder::{Domain, GuestMemory};
-use crate::migration::{Dirty, Images};
+use crate::migration::Dirty;
 
 /// Pages that are looked at together.
 const RUN: u64 = 256;
@@ -82,19 +82,28 @@ pub(crate) fn write_dirty<W: Write>(
 }
 
 /// Reads them into memory that is all zero at first. Pages may come again: the last ones
-/// count, and those that are zero then cost the host nothing.
+/// count, and those that are zero then cost the host nothing. Disks and marks come with a VM
+/// that moves only.
 pub(super) fn read<R: Read>(
     reader: &mut Reader<R>,
     domain: &Domain,
-    mut images: Option<&mut Images>,
+    moving: &mut Option<Moving<'_, R>>,
 ) -> Result<(), ResumeError> {
     let end = domain.boot.state_base;
     while let Some(part) = reader.part()? {
-        let run = match (part, &mut images) {
+        let run = match (part, &mut *moving) {
             (Part::Pages(run), _) => run,
-            (Part::Disk(piece), Some(images)) => {
-                images.write(&piece)?;
+            (Part::Disk(piece), Some(moving)) => {
+                moving.images.write(&piece)?;
                 continue;
+            }
+            (Part::Mark, Some(moving)) => {
+                (moving.answers)(reader.from_mut()).map_err(Error::Read)?;
+                continue;
+            }
+            (Part::Mark, None) => {
+                let why = "a saved VM waits for no answers".to_owned();
+                return Err(ResumeError::Impossible(why));
             }
             (Part::Disk(piece), None) => {
                 let why = "a saved VM brings no disks".to_owned();
