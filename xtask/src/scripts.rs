@@ -46,6 +46,7 @@ pub const MIGRATE_FAILURES_LONG: &str = with_common!(
     "migrate-failures.sh"
 );
 
+pub const MIGRATE_SLOW: &str = with_common!("migrate-slow.sh");
 pub const MIGRATE_OTHER_CPU: &str = with_common!("migrate-other-cpu.sh");
 
 pub const MIGRATE_INSTANCES: &str = with_common!("migrate-instances.sh");

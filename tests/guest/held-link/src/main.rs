@@ -1,5 +1,8 @@
 //! Stands between the source and the destination of a migration, and holds their link once,
-//! at a step of the handover that is named.
+//! at a step of the handover that is named; or makes it a long and narrow one.
+//!
+//! `held-link PORT TO slow MILLISECONDS BYTES` lets a byte take so long from one end to the
+//! other, and so many pass in a second each way.
 //!
 //! `held-link PORT TO STEP` listens at 127.0.0.1:PORT and connects whoever comes with
 //! 127.0.0.1:TO. At STEP of the first connection it prints `HELD`, and waits for a line on its
@@ -16,6 +19,11 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+mod slow;
+
+use slow::Slow;
 
 /// Bytes of a record's header: type, version, length.
 const HEADER: usize = 5;
@@ -47,6 +55,12 @@ struct Heard {
     bytes: usize,
     source: u32,
     destination: u32,
+}
+
+/// What is done to connections.
+enum Link {
+    Held(Held),
+    Slow(Slow),
 }
 
 struct Held {
@@ -113,11 +127,18 @@ fn pass(held: &Held, side: From, from: &mut TcpStream, to: &mut TcpStream) -> io
     Ok(())
 }
 
-fn connection(held: &Held, mut source: TcpStream, to: u16) -> io::Result<()> {
+fn connection(link: &Link, mut source: TcpStream, to: u16) -> io::Result<()> {
     let mut destination = TcpStream::connect(("127.0.0.1", to))?;
     for end in [&source, &destination] {
         end.set_nodelay(true)?;
     }
+    let held = match link {
+        Link::Held(held) => held,
+        Link::Slow(slow) => {
+            slow.connection(&source, &destination);
+            return Ok(());
+        }
+    };
     let (mut from_source, mut to_destination) = (source.try_clone()?, destination.try_clone()?);
     std::thread::scope(|s| {
         s.spawn(move || {
@@ -132,25 +153,45 @@ fn connection(held: &Held, mut source: TcpStream, to: u16) -> io::Result<()> {
     Ok(())
 }
 
-fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().collect();
-    let usage = || {
-        eprintln!("usage: held-link PORT TO copy|ready|go|runs|known");
-        ExitCode::from(2)
-    };
-    let [_, port, to, step] = arguments.as_slice() else {
-        return usage();
-    };
-    let step = match step.as_str() {
+fn step(name: &str) -> Option<Step> {
+    Some(match name {
         "copy" => Step::Copy,
         "ready" => Step::Destination(1),
         "go" => Step::Source(1),
         "runs" => Step::Destination(2),
         "known" => Step::Source(2),
-        _ => return usage(),
+        _ => return None,
+    })
+}
+
+/// The ports, and what is done between them.
+fn arguments(words: &[String]) -> Option<(u16, u16, Link)> {
+    let (port, to, link) = match words {
+        [_, port, to, slow, delay, rate] if slow == "slow" => {
+            let slow = Slow {
+                delay: Duration::from_millis(delay.parse().ok()?),
+                rate: rate.parse().ok()?,
+            };
+            (port, to, Link::Slow(slow))
+        }
+        [_, port, to, name] => {
+            let held = Held {
+                step: step(name)?,
+                heard: Mutex::default(),
+                once: AtomicBool::new(false),
+            };
+            (port, to, Link::Held(held))
+        }
+        _ => return None,
     };
-    let (Ok(port), Ok(to)) = (port.parse::<u16>(), to.parse::<u16>()) else {
-        return usage();
+    Some((port.parse().ok()?, to.parse().ok()?, link))
+}
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().collect();
+    let Some((port, to, link)) = arguments(&words) else {
+        eprintln!("usage: held-link PORT TO (copy|ready|go|runs|known | slow MILLISECONDS BYTES)");
+        return ExitCode::from(2);
     };
     let listener = match TcpListener::bind(("127.0.0.1", port)) {
         Ok(listener) => listener,
@@ -159,16 +200,11 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let held = Held {
-        step,
-        heard: Mutex::default(),
-        once: AtomicBool::new(false),
-    };
     std::thread::scope(|s| {
         for source in listener.incoming().flatten() {
-            let held = &held;
+            let link = &link;
             s.spawn(move || {
-                if let Err(error) = connection(held, source, to) {
+                if let Err(error) = connection(link, source, to) {
                     eprintln!("held-link: {error}");
                 }
             });
