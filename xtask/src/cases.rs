@@ -244,7 +244,7 @@ fn single() -> Vec<Case> {
             }),
             ..migrate("migrate-other-cpu", MIGRATE_OTHER_CPU)
         },
-        hard_times("migrate-slow", 600, MIGRATE_SLOW),
+        long(hard_times("migrate-slow", 600, MIGRATE_SLOW)),
         migrate("migrate-failures", MIGRATE_FAILURES),
         long(Case {
             timeout: 1800,

@@ -24,8 +24,11 @@ use crate::vm::{End, Handle, Then};
 /// Bytes that are sent together.
 const BUFFER: usize = 1 << 18;
 
-/// The part of its time that a slow guest has, it has in pieces of this length.
+/// A slow guest's time comes in slices of this length, of which it has the first part.
 const SLICE: Duration = Duration::from_millis(40);
+/// That part is no shorter, or to stop the guest would take longer than it runs; the slice is
+/// longer then.
+const RUNS: Duration = Duration::from_millis(2);
 
 impl Instance {
     /// The migration that goes out, or went out last.
@@ -323,10 +326,11 @@ fn slowed<T>(handle: &Handle, share: u32, work: impl FnOnce() -> T) -> T {
     let done = AtomicBool::new(false);
     std::thread::scope(|s| {
         let slower = crate::thread::named("slower").spawn_scoped(s, || {
-            let runs = SLICE * share / 100;
+            let runs = (SLICE * share / 100).max(RUNS);
+            let stands = runs * (100 - share) / share.max(1);
             while !done.load(Ordering::Acquire) {
                 // Time is what is to pass.
-                if handle.paused(|| std::thread::sleep(SLICE - runs)).is_none() {
+                if handle.paused(|| std::thread::sleep(stands)).is_none() {
                     return;
                 }
                 std::thread::sleep(runs);
