@@ -7,8 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use crate::guestware;
 use crate::initramfs;
 use crate::kernels::{self, Flavour};
 use crate::lab::Payload;
+use crate::monitor::Monitor;
 use crate::project::{Project, write_if_changed};
 use crate::qemu::{self, End, Hardware, Machine};
 use crate::setup::{self, Need};
@@ -60,6 +60,10 @@ pub struct Args {
     /// made with `build --measured`, to take turns with this one.
     #[arg(long, value_name = "DIR", requires = "storm")]
     against: Option<PathBuf>,
+    /// Instead of all that: what so many moves of a VM cost, beside QEMU's own live migration
+    /// of the same guest; writes its section of docs/benchmarks.md.
+    #[arg(long, value_name = "MOVES", num_args = 0..=1, default_missing_value = "3")]
+    moves: Option<u32>,
     /// Instead of all that: what disks and networks cost, natively and in VMs, by instruction
     /// count; writes its section of docs/benchmarks.md.
     #[arg(long)]
@@ -85,6 +89,7 @@ impl Args {
             instructions: true,
             guard: true,
             density: None,
+            moves: None,
             storm: None,
             kind: Vec::new(),
             against: None,
@@ -159,6 +164,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if let Some(guests) = args.density {
         return crate::density::run(project, guests);
     }
+    if let Some(moves) = args.moves {
+        return crate::moves::run(project, moves);
+    }
     if let Some(rounds) = args.storm {
         return crate::storm::run(project, rounds, &args.kind, args.against.as_deref());
     }
@@ -187,6 +195,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         let page = page(args, &release, &text)
             + &crate::page::section(project, crate::storm::TITLE)
             + &crate::page::section(project, crate::density::TITLE)
+            + &crate::page::section(project, crate::moves::TITLE)
             + &crate::page::section(project, crate::io_cost::TITLE);
         write_if_changed(&project.root.join(crate::page::PAGE), page.as_bytes())?;
     }
@@ -358,7 +367,7 @@ struct Reader {
     part: Part,
     /// QEMU's control socket, when its counters are wanted.
     counters: Option<PathBuf>,
-    monitor: Option<Monitor>,
+    counters_of: Option<Counters>,
     last: Option<f64>,
     reps: u32,
 }
@@ -370,7 +379,7 @@ impl Reader {
             run: Run::default(),
             part: Part::default(),
             counters,
-            monitor: None,
+            counters_of: None,
             last: None,
             reps,
         }
@@ -415,10 +424,10 @@ impl Reader {
 
     fn sample(&mut self) -> Option<f64> {
         let socket = self.counters.as_ref()?;
-        if self.monitor.is_none() {
-            self.monitor = Monitor::open(socket).ok();
+        if self.counters_of.is_none() {
+            self.counters_of = Counters::open(socket).ok();
         }
-        self.monitor.as_mut()?.flushes().ok()
+        self.counters_of.as_mut()?.flushes().ok()
     }
 }
 
@@ -465,54 +474,33 @@ fn parse(line: &str) -> Option<Row> {
     })
 }
 
-/// QEMU's control socket.
-struct Monitor {
-    stream: UnixStream,
-    reader: BufReader<UnixStream>,
+/// QEMU's counters of its TLB.
+struct Counters {
+    monitor: Monitor,
     /// MMU modes that this QEMU keeps a TLB for.
     modes: f64,
 }
 
-impl Monitor {
+impl Counters {
     fn open(socket: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(socket)
-            .with_context(|| format!("cannot connect to {}", socket.display()))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        let reader = BufReader::new(stream.try_clone()?);
-        let mut this = Self {
-            stream,
-            reader,
-            modes: 16.0,
-        };
-        this.ask(r#"{"execute":"qmp_capabilities"}"#)?;
-        let version = this.ask(r#"{"execute":"query-version"}"#)?;
+        let mut monitor = Monitor::open(socket)?;
+        let version = monitor.ask(r#"{"execute":"query-version"}"#)?;
         // `NB_MMU_MODES`: 8 for x86 up to QEMU 7, 16 for all targets since.
-        if version.contains(r#""major": 7"#) || version.contains(r#""major":7"#) {
-            this.modes = 8.0;
-        }
-        Ok(this)
-    }
-
-    fn ask(&mut self, request: &str) -> Result<String> {
-        writeln!(self.stream, "{request}")?;
-        loop {
-            let mut line = String::new();
-            ensure!(
-                self.reader.read_line(&mut line)? > 0,
-                "QEMU closed its control socket"
-            );
-            if line.starts_with("{\"return\"") || line.starts_with("{\"error\"") {
-                return Ok(line);
-            }
-        }
+        let modes = if version["qemu"]["major"] == 7 {
+            8.0
+        } else {
+            16.0
+        };
+        Ok(Self { monitor, modes })
     }
 
     /// Times that the whole TLB was flushed. On a CPU without PCIDs that is what
     /// a load of CR3 does; QEMU counts it once for each of its MMU modes.
     fn flushes(&mut self) -> Result<f64> {
-        let answer = self.ask(
+        let answer = self.monitor.ask(
             r#"{"execute":"human-monitor-command","arguments":{"command-line":"info jit"}}"#,
         )?;
+        let answer = answer.as_str().unwrap_or_default();
         let number = |name: &str| -> Result<f64> {
             let (_, rest) = answer
                 .split_once(name)

@@ -30,7 +30,7 @@ pub fn run(project: &Project, guests: u32) -> Result<()> {
         "export BLANKET_HOST=module\nGUESTS={guests}\n{DENSITY}"
     ));
     let machine = Machine::new("EPYC,-svm", kernel.clone(), "6G");
-    let mut output = Tee(Vec::new());
+    let mut output = Tee::default();
     let timeout = Duration::from_secs(120 + 120 * u64::from(guests));
     let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut output)?;
     if outcome.end != End::Exit(0) {
@@ -38,13 +38,20 @@ pub fn run(project: &Project, guests: u32) -> Result<()> {
         bail!("the instance ended with {:?}", outcome.end);
     }
     outcome.discard();
-    let text = section(&String::from_utf8_lossy(&output.0), &kernel.release)?;
+    let text = section(&output.text(), &kernel.release)?;
     println!("{text}");
     crate::page::write_section(project, TITLE, &text)
 }
 
 /// Shows what comes, and keeps it.
-struct Tee(Vec<u8>);
+#[derive(Default)]
+pub struct Tee(Vec<u8>);
+
+impl Tee {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0).into_owned()
+    }
+}
 
 impl Write for Tee {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {

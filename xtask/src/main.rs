@@ -21,6 +21,8 @@ mod initramfs;
 mod io_cost;
 mod kernels;
 mod lab;
+mod monitor;
+mod moves;
 mod package;
 mod page;
 mod project;

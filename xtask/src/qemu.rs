@@ -501,6 +501,26 @@ pub fn run_in(
     })
 }
 
+/// A machine that runs until this is dropped: its console goes to `console.log` in `dir`, its
+/// control socket there is `qmp`.
+pub fn alone(
+    project: &Project,
+    machine: &Machine,
+    payload: &Initramfs,
+    dir: &Path,
+) -> Result<impl Drop + use<>> {
+    let accelerator = accelerator(project)?;
+    start(
+        project,
+        machine,
+        accelerator,
+        payload,
+        dir,
+        "-",
+        &Line::Null,
+    )
+}
+
 /// Boots `machine` with the user's terminal on its second serial line.
 pub fn interactive(project: &Project, machine: &Machine, payload: &Initramfs) -> Result<()> {
     let dir = run_dir(project)?;

@@ -7,12 +7,18 @@ macro_rules! with_common {
     };
     ($settings:literal, $script:literal) => {
         concat!(
+            "cat >/tmp/tick.sh <<'S'\n",
+            include_str!("../../tests/lab-scripts/tick.sh"),
+            "S\n",
             include_str!("../../tests/lab-scripts/common.sh"),
             $settings,
             include_str!(concat!("../../tests/lab-scripts/", $script))
         )
     };
 }
+
+/// What the guests of these scripts do.
+pub const TICK: &str = include_str!("../../tests/lab-scripts/tick.sh");
 
 pub const KILL_VMM: &str = with_common!("kill-vmm.sh");
 pub const KILL_VMM_LONG: &str = with_common!("ROUNDS=40 SEED=2\n", "kill-vmm.sh");
@@ -46,6 +52,7 @@ pub const MIGRATE_FAILURES_LONG: &str = with_common!(
     "migrate-failures.sh"
 );
 
+pub const MOVE_COST: &str = with_common!("move-cost.sh");
 pub const MIGRATE_SLOW: &str = with_common!("migrate-slow.sh");
 pub const MIGRATE_OTHER_CPU: &str = with_common!("migrate-other-cpu.sh");
 

@@ -1,0 +1,15 @@
+# A VM that computes moves from one process to another, MOVES times, each by itself: what each
+# move cost, as `blanket migrate` says it.
+start vm-0
+ticking vm-0 5
+move=0
+while [ $move -lt $MOVES ]; do
+    now=vm-$move
+    move=$((move + 1))
+    blanket run --incoming 127.0.0.1:$((7100 + move)) --token-file token-$move --name vm-$move --memory 128M \
+        --console file:vm-$move.log --detach >/dev/null || fail "nobody waits"
+    blanket migrate $now --to 127.0.0.1:$((7100 + move)) --token-file token-$move --json >moved || fail "it does not move"
+    echo "MOVE $(tr -d ' \n' <moved)"
+    ticking vm-$move 5
+done
+echo "MOVES-OK"
