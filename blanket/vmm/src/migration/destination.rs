@@ -162,9 +162,7 @@ impl Instance {
         answer_later(Arc::clone(self), incoming, given, link);
         Ok(vm)
     }
-}
 
-impl Instance {
     /// The VM that has come here waits for a source that cannot be heard: by its user's word,
     /// who knows that it is nowhere else and never will be, it runs. False: it does not wait.
     #[must_use]
@@ -172,9 +170,7 @@ impl Instance {
         let given = lock(&self.incoming).clone();
         given.is_some_and(|given| given.claim())
     }
-}
 
-impl Instance {
     /// The link of the first one that brings a VM that can be had here.
     fn first(&self, incoming: &Incoming) -> Result<(Link, Hello), Error> {
         loop {
