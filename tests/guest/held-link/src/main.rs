@@ -31,6 +31,8 @@ const HEADER: usize = 5;
 const WORD: usize = 4 + 1 + 16;
 /// Application data, as all is after the greeting.
 const DATA: u8 = 23;
+/// Which of the destination's words says that it is ready: the first one is its verdict.
+const READY: u32 = 2;
 /// Bytes of memory after which `copy` holds.
 const COPIED: usize = 1 << 20;
 
@@ -39,7 +41,7 @@ enum Step {
     Copy,
     /// The destination's word of this number.
     Destination(u32),
-    /// The source's, counted from the destination's first on.
+    /// The source's, counted from [`READY`] on.
     Source(u32),
 }
 
@@ -81,7 +83,7 @@ impl Held {
                 heard.destination += 1;
                 Step::Destination(heard.destination)
             }
-            From::Source if word && heard.destination > 0 => {
+            From::Source if word && heard.destination >= READY => {
                 heard.source += 1;
                 Step::Source(heard.source)
             }
@@ -156,9 +158,9 @@ fn connection(link: &Link, mut source: TcpStream, to: u16) -> io::Result<()> {
 fn step(name: &str) -> Option<Step> {
     Some(match name {
         "copy" => Step::Copy,
-        "ready" => Step::Destination(1),
+        "ready" => Step::Destination(READY),
         "go" => Step::Source(1),
-        "runs" => Step::Destination(2),
+        "runs" => Step::Destination(READY + 1),
         "known" => Step::Source(2),
         _ => return None,
     })
