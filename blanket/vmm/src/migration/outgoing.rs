@@ -198,7 +198,11 @@ impl Outgoing {
     pub fn claim(&self) -> bool {
         let mut state = lock(&self.state);
         let doubt = state.progress.stage == Stage::Doubt;
-        state.claimed |= doubt;
+        if doubt {
+            state.claimed = true;
+            // Who waits for what comes of it does not take the doubt for that.
+            state.progress.stage = Stage::Standing;
+        }
         self.changed.notify_all();
         doubt
     }

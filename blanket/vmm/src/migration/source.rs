@@ -549,6 +549,7 @@ mod tests {
             |played| {
                 played.out.wait();
                 assert!(played.out.claim());
+                assert_ne!(played.out.progress().stage, Stage::Doubt, "it is ended");
             },
         );
         assert!(matches!(moved, Err(SendError::Refused)), "{moved:?}");
