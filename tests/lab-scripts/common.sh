@@ -17,7 +17,7 @@ lab-initrd tick >tick.img
 
 is() { [ "$1" = "$2" ] || fail "$3: '$2' instead of '$1'"; }
 # until_true WHAT CONDITION: waits until it holds, `patience` seconds.
-patience=10
+patience=60
 until_true() {
     tries=0
     until eval "$2"; do

@@ -2,7 +2,6 @@
 # there) the link is cut, or one of the two processes is killed. Afterwards one of them runs
 # it, or can; what it counts goes on where it was; and the user was told which. WALK has the
 # steps and what happens there.
-patience=60
 now=
 n=0
 

@@ -12,7 +12,6 @@ fail() {
     journalctl --no-pager -n 60
     exit 1
 }
-patience=60
 group_of() { echo "$cgroups$(sed -n 's/^0:://p' "/proc/$1/cgroup")"; }
 property() { systemctl show --value --property "$2" "$1"; }
 units() { systemctl list-units --all --plain --no-legend "$@"; }
