@@ -243,6 +243,11 @@ impl Blkfront {
         self.slots - self.req_prod.wrapping_sub(self.rsp_cons)
     }
 
+    /// Places in the ring.
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+
     /// Puts a request into the ring; where it is.
     pub fn put(&mut self, slot: &[u8; SLOT]) -> u32 {
         let index = self.req_prod;

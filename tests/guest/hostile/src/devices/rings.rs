@@ -8,20 +8,24 @@ use super::netfront::Netfront;
 use super::xenstore::Store;
 use crate::rng::Rng;
 
-/// Places of the index of requests that are not: farther than the ring, back, far off.
-fn beyond(rng: &mut Rng, slots: u32) -> u32 {
+/// Places of the index of requests that are not: farther than the `room` that is left, back,
+/// far off. `pending` requests may not have been taken yet: no further back than that, it would
+/// only take them back, which a frontend may.
+fn beyond(rng: &mut Rng, room: u32, pending: u32) -> u32 {
     match rng.below(5) {
-        0 => slots + 1,
-        1 => slots + 1 + rng.below(1000) as u32,
-        2 => u32::MAX - rng.below(u64::from(slots)) as u32,
+        0 => room + 1,
+        1 => room + 1 + rng.below(1000) as u32,
+        2 => u32::MAX - pending - rng.below(u64::from(room.max(1))) as u32,
         3 => 1 << 31,
-        _ => (rng.next() as u32).max(slots + 1),
+        _ => (rng.next() as u32).clamp(room + 1, u32::MAX - pending),
     }
 }
 
 /// A disk's index of requests jumps: the device is closed, and says so.
 pub fn disk(store: &mut Store, disk: &mut Blkfront, rng: &mut Rng) {
-    let jump = beyond(rng, disk.room());
+    // With the ones below.
+    let pending = disk.slots() - disk.room() + 3;
+    let jump = beyond(rng, disk.room(), pending);
     // Sometimes beside requests that are right.
     for _ in 0..rng.below(4) {
         let (id, page) = (disk.id(), disk.data(3));
@@ -45,7 +49,8 @@ pub fn disk(store: &mut Store, disk: &mut Blkfront, rng: &mut Rng) {
 
 /// The same of a network, of either ring.
 pub fn network(store: &mut Store, net: &mut Netfront, rng: &mut Rng) {
-    let jump = beyond(rng, super::netfront::SLOTS);
+    let slots = super::netfront::SLOTS;
+    let jump = beyond(rng, slots, slots);
     if rng.once_in(2) {
         net.produce(net.tx_prod.wrapping_add(jump));
     } else {
