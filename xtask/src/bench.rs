@@ -366,20 +366,20 @@ struct Reader {
     run: Run,
     part: Part,
     /// QEMU's control socket, when its counters are wanted.
-    counters: Option<PathBuf>,
-    counters_of: Option<Counters>,
+    socket: Option<PathBuf>,
+    counters: Option<Counters>,
     last: Option<f64>,
     reps: u32,
 }
 
 impl Reader {
-    fn new(counters: Option<PathBuf>, reps: u32) -> Self {
+    fn new(socket: Option<PathBuf>, reps: u32) -> Self {
         Self {
             held: Vec::new(),
             run: Run::default(),
             part: Part::default(),
-            counters,
-            counters_of: None,
+            socket,
+            counters: None,
             last: None,
             reps,
         }
@@ -423,11 +423,11 @@ impl Reader {
     }
 
     fn sample(&mut self) -> Option<f64> {
-        let socket = self.counters.as_ref()?;
-        if self.counters_of.is_none() {
-            self.counters_of = Counters::open(socket).ok();
+        let socket = self.socket.as_ref()?;
+        if self.counters.is_none() {
+            self.counters = Counters::open(socket).ok();
         }
-        self.counters_of.as_mut()?.flushes().ok()
+        self.counters.as_mut()?.flushes().ok()
     }
 }
 
@@ -500,7 +500,7 @@ impl Counters {
         let answer = self.monitor.ask(
             r#"{"execute":"human-monitor-command","arguments":{"command-line":"info jit"}}"#,
         )?;
-        let answer = answer.as_str().unwrap_or_default();
+        let answer = answer.as_str().context("QEMU's monitor says no text")?;
         let number = |name: &str| -> Result<f64> {
             let (_, rest) = answer
                 .split_once(name)

@@ -2,17 +2,13 @@
 //! its memory.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use crate::build;
-use crate::initramfs::{self, Files};
 use crate::kernels::{self, Flavour};
-use crate::lab::Payload;
+use crate::measured;
 use crate::project::Project;
-use crate::qemu::{self, End, Hardware, Machine};
 use crate::scripts::DENSITY;
 
 /// What the page's section begins with.
@@ -21,46 +17,12 @@ pub const TITLE: &str = "\n## Density\n";
 /// Runs it under the module, prints the section of the page, and writes it there.
 pub fn run(project: &Project, guests: u32) -> Result<()> {
     let kernel = kernels::fetch(project, Flavour::Cloud)?;
-    let mut payload = Payload::new(project, &kernel, Hardware::Virtio, "EPYC,-svm")?;
-    payload.module(&build::module_for(project, &kernel)?);
-    payload.program(&build::command(project)?)?;
-    payload.guest_kernel(&kernel);
-    payload.guest_initrd(&initramfs::guest(project, None, &Files::new())?)?;
-    payload.command(&format!(
-        "export BLANKET_HOST=module\nGUESTS={guests}\n{DENSITY}"
-    ));
-    let machine = Machine::new("EPYC,-svm", kernel.clone(), "6G");
-    let mut output = Tee::default();
+    let script = format!("GUESTS={guests}\n{DENSITY}");
     let timeout = Duration::from_secs(120 + 120 * u64::from(guests));
-    let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut output)?;
-    if outcome.end != End::Exit(0) {
-        eprint!("{}", outcome.console_tail(100));
-        bail!("the instance ended with {:?}", outcome.end);
-    }
-    outcome.discard();
-    let text = section(&output.text(), &kernel.release)?;
+    let output = measured::in_instance(project, &kernel, "6G", &script, timeout)?;
+    let text = section(&output, &kernel.release)?;
     println!("{text}");
     crate::page::write_section(project, TITLE, &text)
-}
-
-/// Shows what comes, and keeps it.
-#[derive(Default)]
-pub struct Tee(Vec<u8>);
-
-impl Tee {
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0).into_owned()
-    }
-}
-
-impl Write for Tee {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.extend_from_slice(bytes);
-        std::io::stdout().write(bytes)
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stdout().flush()
-    }
 }
 
 /// `DENSITY host=module guests=40 ...` as a section.

@@ -21,6 +21,7 @@ mod initramfs;
 mod io_cost;
 mod kernels;
 mod lab;
+mod measured;
 mod monitor;
 mod moves;
 mod package;

@@ -1,8 +1,8 @@
 //! `bench --moves N`: what it costs to move a VM, beside QEMU's own live migration of the same
 //! guest with the same work.
 
-use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,14 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::build;
-use crate::density::Tee;
 use crate::initramfs::{self, Files, Initramfs};
 use crate::kernels::{self, Flavour, Kernel};
-use crate::lab::Payload;
+use crate::measured::{self, CPU};
 use crate::monitor::Monitor;
 use crate::project::Project;
-use crate::qemu::{self, End, Hardware, Machine};
+use crate::qemu::{self, Machine};
 use crate::scripts::{MOVE_COST, TICK};
 
 /// What the page's section begins with.
@@ -25,8 +23,6 @@ pub const TITLE: &str = "\n## Moves\n";
 
 /// RAM of the VM on both sides.
 const MEMORY: &str = "128M";
-/// Of QEMU's, which has virtualization neither: as the instance.
-const CPU: &str = "EPYC,-svm";
 /// Pieces of work that the guest has done before it moves, and between two moves.
 const WORKED: usize = 5;
 /// Longest time for anything of QEMU's.
@@ -47,35 +43,20 @@ struct Move {
 pub fn run(project: &Project, moves: u32) -> Result<()> {
     ensure!(moves > 0, "at least one move is to be made");
     let kernel = kernels::fetch(project, Flavour::Cloud)?;
-    let mut rows = BTreeMap::new();
-    rows.insert("Blanket, under the module", ours(project, &kernel, moves)?);
+    let ours = ours(project, &kernel, moves)?;
     let theirs = (0..moves).map(|_| theirs(project, &kernel));
-    rows.insert("QEMU", theirs.collect::<Result<_>>()?);
+    let theirs = theirs.collect::<Result<_>>()?;
+    let rows = [("Blanket, under the module", ours), ("QEMU", theirs)];
     let text = section(&rows, moves, &kernel.release);
     println!("{text}");
     crate::page::write_section(project, TITLE, &text)
 }
 
 fn ours(project: &Project, kernel: &Kernel, moves: u32) -> Result<Vec<Move>> {
-    let mut payload = Payload::new(project, kernel, Hardware::Virtio, CPU)?;
-    payload.module(&build::module_for(project, kernel)?);
-    payload.program(&build::command(project)?)?;
-    payload.guest_kernel(kernel);
-    payload.guest_initrd(&initramfs::guest(project, None, &Files::new())?)?;
-    payload.command(&format!(
-        "export BLANKET_HOST=module\nMOVES={moves}\n{MOVE_COST}"
-    ));
-    let machine = Machine::new(CPU, kernel.clone(), "1G");
-    let mut output = Tee::default();
+    let script = format!("MOVES={moves}\n{MOVE_COST}");
     let timeout = PATIENCE * (1 + moves);
-    let outcome = qemu::run(project, &[machine], &payload.archive, timeout, &mut output)?;
-    if outcome.end != End::Exit(0) {
-        eprint!("{}", outcome.console_tail(100));
-        bail!("the instance ended with {:?}", outcome.end);
-    }
-    outcome.discard();
+    let output = measured::in_instance(project, kernel, "1G", &script, timeout)?;
     let all: Vec<Move> = output
-        .text()
         .lines()
         .filter_map(|line| line.trim_end().strip_prefix("MOVE "))
         .map(blankets)
@@ -126,10 +107,8 @@ fn theirs(project: &Project, kernel: &Kernel) -> Result<Move> {
     let to = format!("tcp:127.0.0.1:{port}");
     let source = qemu::alone(project, &machine, &initrd, &here)?;
     let worked = |dir: &Path, count| {
-        until(|| Ok(ticks(dir)? >= count)).with_context(|| {
-            let console = fs::read_to_string(dir.join("console.log")).unwrap_or_default();
-            format!("QEMU's guest does not work: {console}")
-        })
+        until(|| Ok(ticks(dir)? >= count))
+            .with_context(|| format!("QEMU's guest does not work: see {}", dir.display()))
     };
     worked(&here, WORKED)?;
     let destination = waiting(project, &machine, &initrd, &there, &to)?;
@@ -182,7 +161,12 @@ fn waiting(
 
 /// How often the guest has worked.
 fn ticks(dir: &Path) -> Result<usize> {
-    let console = fs::read(dir.join("console.log")).unwrap_or_default();
+    let console = match fs::read(dir.join("console.log")) {
+        Ok(console) => console,
+        // QEMU makes it when it begins.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(error.into()),
+    };
     let console = String::from_utf8_lossy(&console);
     ensure!(!console.contains("BAD"), "QEMU's guest computes wrong");
     Ok(console.matches("TICK ").count())
@@ -198,7 +182,7 @@ fn until(mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     Ok(())
 }
 
-fn section(rows: &BTreeMap<&str, Vec<Move>>, moves: u32, release: &str) -> String {
+fn section(rows: &[(&str, Vec<Move>)], moves: u32, release: &str) -> String {
     let mut text = format!(
         "{TITLE}\n\
          Made by `cargo xtask bench --moves {moves}`, which writes this section: a guest with the stock kernel {release}, \
@@ -206,7 +190,7 @@ fn section(rows: &BTreeMap<&str, Vec<Move>>, moves: u32, release: &str) -> Strin
          one process to another on one emulated instance with two CPUs, compressed and by TLS; as a machine of QEMU's own \
          emulator from one process to another on this host, as QEMU does it if nothing else is said but the same \
          {DOWNTIME} ms. Both over the loopback of where they run. Emulated, and not the same: Blanket's source, destination and guest \
-         share the instance's two emulated CPUs, QEMU's copying is native. Bytes do not depend on that.\n\n\
+         share the instance's two emulated CPUs, QEMU's copying is native.\n\n\
          | what moves | rounds | MiB sent | took, s | stood still, ms |\n|---|---:|---:|---:|---:|\n"
     );
     for (what, all) in rows {
@@ -243,7 +227,7 @@ mod tests {
         let theirs = r#"{"status":"completed","total-time":1500,"downtime":40,"ram":{"transferred":5242880,"dirty-sync-count":3}}"#;
         let theirs = serde_json::from_str(theirs).expect("JSON");
         assert_eq!(qemus(&theirs).expect("figures"), wanted);
-        let rows = BTreeMap::from([("QEMU", vec![wanted, wanted])]);
+        let rows = [("QEMU", vec![wanted, wanted])];
         let text = section(&rows, 2, "6.1");
         assert!(text.starts_with(TITLE) && text.contains("--moves 2"));
         assert!(

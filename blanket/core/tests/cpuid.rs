@@ -1,7 +1,7 @@
 //! The CPUID policy on recorded CPUs and on arbitrary ones.
 
 use blanket_abi::xen::cpuid::BASE;
-use blanket_core::cpuid::{Policy, Regs, allow, needs_hardware};
+use blanket_core::cpuid::{Policy, Regs, allow, features, needs_hardware};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -89,8 +89,10 @@ const EDX_NEEDED: [(u32, &str); 13] = [
 fn recorded_cpus_keep_what_a_kernel_needs() {
     each(|name, dump, p| {
         let one = ask(p, dump, 1, 0);
+        let found: Vec<&str> = features(p, |leaf, subleaf| dump[&(leaf, subleaf)]).collect();
         for (bit, feature) in EDX_NEEDED {
             assert_eq!(one[3] >> bit & 1, 1, "{name}: {feature}");
+            assert!(found.contains(&feature), "{name}: {feature} by its name");
         }
         assert_eq!(one[2] >> 13 & 1, 1, "{name}: cx16");
         assert_eq!(one[2] >> 31, 1, "{name}: hypervisor");
@@ -99,6 +101,7 @@ fn recorded_cpus_keep_what_a_kernel_needs() {
         let ext = ask(p, dump, 0x8000_0001, 0);
         for (bit, feature) in [(11, "syscall"), (20, "nx"), (29, "lm")] {
             assert_eq!(ext[3] >> bit & 1, 1, "{name}: {feature}");
+            assert!(found.contains(&feature), "{name}: {feature} by its name");
         }
         assert_eq!(
             ask(p, dump, 0, 0)[1..],

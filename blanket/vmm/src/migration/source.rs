@@ -43,10 +43,7 @@ impl Instance {
     /// Another one is not over.
     pub fn begin_migration(&self, out: Arc<Outgoing>) -> Result<(), SendError> {
         let mut present = lock(&self.outgoing);
-        if present
-            .as_ref()
-            .is_some_and(|it| it.progress().stage != Stage::Over)
-        {
+        if moves(present.as_ref()) {
             return Err(SendError::Twice);
         }
         *present = Some(out);
@@ -77,6 +74,10 @@ impl Instance {
     /// # Errors
     /// Why it could not.
     pub fn try_at(&self, mut link: Link, token: &Token) -> Result<(), SendError> {
+        // Its devices are not to be had before that is over.
+        if moves(self.outgoing().as_ref()) {
+            return Err(SendError::Twice);
+        }
         let running = lock(&self.now).running.clone();
         let running = running.ok_or(SendError::NotRunning)?;
         let hello = Hello {
@@ -144,6 +145,11 @@ impl Instance {
         tracing::info!(?moved, "the VM has moved");
         Ok(moved)
     }
+}
+
+/// Whether it is not over.
+fn moves(out: Option<&Arc<Outgoing>>) -> bool {
+    out.is_some_and(|it| it.progress().stage != Stage::Over)
 }
 
 /// Begins a connection: whether the destination can have what is made so.

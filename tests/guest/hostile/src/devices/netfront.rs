@@ -49,7 +49,7 @@ pub struct Netfront {
     pub tx_prod: u32,
     pub tx_cons: u32,
     pub rx_prod: u32,
-    rx_cons: u32,
+    pub rx_cons: u32,
     /// Requests made.
     pub requests: u64,
 }

@@ -23,9 +23,7 @@ fn beyond(rng: &mut Rng, room: u32, pending: u32) -> u32 {
 
 /// A disk's index of requests jumps: the device is closed, and says so.
 pub fn disk(store: &mut Store, disk: &mut Blkfront, rng: &mut Rng) {
-    // With the ones below.
-    let pending = disk.slots() - disk.room() + 3;
-    let jump = beyond(rng, disk.room(), pending);
+    let room = disk.room();
     // Sometimes beside requests that are right.
     for _ in 0..rng.below(4) {
         let (id, page) = (disk.id(), disk.data(3));
@@ -40,6 +38,7 @@ pub fn disk(store: &mut Store, disk: &mut Blkfront, rng: &mut Rng) {
     if rng.once_in(2) {
         disk.push();
     }
+    let jump = beyond(rng, room, disk.slots() - disk.room());
     disk.produce(disk.req_prod.wrapping_add(jump));
     claim(
         store.wait(disk.backend_node("state").str(), b"5", PATIENCE),
@@ -50,10 +49,11 @@ pub fn disk(store: &mut Store, disk: &mut Blkfront, rng: &mut Rng) {
 /// The same of a network, of either ring.
 pub fn network(store: &mut Store, net: &mut Netfront, rng: &mut Rng) {
     let slots = super::netfront::SLOTS;
-    let jump = beyond(rng, slots, slots);
     if rng.once_in(2) {
+        let jump = beyond(rng, slots, net.tx_prod.wrapping_sub(net.tx_cons));
         net.produce(net.tx_prod.wrapping_add(jump));
     } else {
+        let jump = beyond(rng, slots, net.rx_prod.wrapping_sub(net.rx_cons));
         net.produce_rx(net.rx_prod.wrapping_add(jump));
         // It is looked at when there is a packet.
         let packet = net.tx_page(0);
