@@ -16,7 +16,7 @@ while :; do
         rm /hold/much
         filled=yes
     fi
-    sum=$(yes "$n" | head -c 20000000 | tee /hold/big | md5sum)
+    sum=$(yes "$n" | head -c 6000000 | tee /hold/big | md5sum)
     [ "$(md5sum </hold/big)" = "$sum" ] || { echo BAD big; exit 1; }
     [ "$(md5sum </hold/keep)" = "$kept" ] || { echo BAD keep; exit 1; }
     rm /hold/big

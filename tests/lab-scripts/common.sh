@@ -17,15 +17,16 @@ lab-initrd tick >tick.img
 
 is() { [ "$1" = "$2" ] || fail "$3: '$2' instead of '$1'"; }
 # until_true WHAT CONDITION: waits until it holds, `patience` seconds.
-patience=60
+patience=180
 until_true() {
-    tries=0
+    deadline=$(($(date +%s) + patience))
     until eval "$2"; do
-        tries=$((tries + 1))
-        [ $tries -lt $((patience * 10)) ] || fail "$1"
+        [ $(date +%s) -lt $deadline ] || fail "$1"
         sleep 0.1
     done
 }
+# listens PORT: waits until somebody does.
+listens() { until_true "nobody listens at $1" "netstat -ltn | grep -q ':$1 '"; }
 pid_of() { blanket ps | awk -v name="$1" '$1 == name { print $2 }'; }
 
 # obeying WORD: obeys.img, a guest that ticks and does what it is asked to, `poweroff` or
@@ -64,6 +65,14 @@ sums='check() {
         md5sum </tmp/$1 | cmp - /tmp/$1.sum || { echo WRONG; exit 1; }
     done
 }'
+
+# For a guest's script: /tmp/WORD is there when its user has written WORD on its console, the
+# last of which is `end`. A `read` with a timeout instead loses the letters that it has when its time is over.
+hears='exec 4<&0
+while read word <&4; do : >"/tmp/$word"; [ "$word" != end ] || break; done &'
+
+# tells VM WORD: writes it on its console.
+tells() { echo $2 | blanket console $1 >/dev/null 2>&1 & }
 
 # start NAME [options]: a VM in the background that ticks on NAME.log.
 start() {

@@ -47,6 +47,7 @@ walk() {
     held-link $((7200 + n)) $((7100 + n)) $step <say-$n >held-$n &
     between=$!
     exec 5>say-$n
+    listens $((7200 + n))
     blanket migrate $now --to 127.0.0.1:$((7200 + n)) --token-file $next.token --patience 5 --json >moved 2>err &
     migrates=$!
     until_true "$1: its step is not reached: $(cat err)" "grep -q HELD held-$n || ! kill -0 $migrates 2>/dev/null"

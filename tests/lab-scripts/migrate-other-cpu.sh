@@ -1,8 +1,5 @@
 # Two instances of one vendor, the other one's CPU much older: what a VM's guest has found in its
 # CPU decides where it can go, before anything of it is sent.
-# A command in the other instance, whose shell listens anew after each.
-other() { until echo "cd /root; $*" | nc 10.77.0.2 7001 2>/dev/null; do sleep 0.2; done; }
-other true
 start vm
 ticking vm
 other "blanket run --incoming 0.0.0.0:7100 --token-file token --name vm --memory 128M --detach"

@@ -12,7 +12,14 @@ ip addr add 192.168.77.1/24 dev br0
 ip link set br0 up
 tail -f /dev/null | nc -l -p 7000 >stream &
 
+# Nothing of this is sent: it cannot be compressed.
+head -c 64m /dev/urandom >base.raw
+base=$(md5sum <base.raw | cut -d' ' -f1)
+end=$(tail -c 48m base.raw | md5sum)
+
 echo "$sums" >script
+echo "$hears" >>script
+echo "end='$end'" >>script
 cat >>script <<'S'
 until [ -e /sys/class/net/eth0 ] && [ -b /dev/xvda ] && [ -b /dev/xvdb ]; do sleep 0.1; done
 ip addr add 192.168.77.2/24 dev eth0
@@ -31,8 +38,7 @@ until [ -e /tmp/end ]; do
         printf '%-512s' "BLOCK $n" | dd of=/dev/$disk bs=512 seek=$((n * 37)) conv=notrunc,fsync 2>/dev/null || echo WRONG disk
     done
     echo "COUNT $n"
-    # Its user ends it with a word on its console.
-    read -t 1 word && [ "$word" = end ] && touch /tmp/end
+    sleep 1
 done
 exec 3>&-
 # Past its cache: what the images have.
@@ -45,20 +51,24 @@ for disk in xvda xvdb; do
         [ "$block" = "$(printf '%-512s' "BLOCK $i")" ] || echo "WRONG block $i of $disk: $block"
     done
 done
+[ "$(dd if=/dev/xvdb bs=1M skip=16 2>/dev/null | md5sum)" = "$end" ] || echo WRONG base
 touch /tmp/stop
 wait $a && wait $b
 S
 lab-initrd script >initrd
 
 vm="--memory 192M --cpus 2"
-# Images of its own for each place: a raw one and a qcow2 one.
+# Images of its own for each place: a raw one, and an overlay over what all places have.
 images() {
     [ -e $1.raw ] || blanket disk create --format raw --size 8M $1.raw >/dev/null || fail "no image"
-    [ -e $1.qcow2 ] || blanket disk create --format qcow2 --size 8M $1.qcow2 >/dev/null || fail "no image"
-    echo "--disk $1.raw --disk $1.qcow2"
+    [ -e $1.qcow2 ] || blanket disk create --backing base.raw $1.qcow2 >/dev/null || fail "no image"
+    echo "--disk $1.raw --disk $1.qcow2$on"
 }
+on=,base=md5:$base
 net() { echo "--net tap=vm$1,mac=02:00:00:00:77:02"; }
-last() { cat *.log | tr -d '\r' | sed -n 's/^COUNT //p' | sort -n | tail -n 1; }
+# A line may begin in one place and end in the next.
+logs=vm.log
+last() { cat $logs | tr -d '\r' | sed -n 's/^COUNT //p' | sort -n | tail -n 1; }
 counted() {
     to=$(($(last) + $1))
     until [ "$(last)" -ge $to ]; do
@@ -75,7 +85,6 @@ waits() {
         --console file:$name.log "$@" >/dev/null || fail "$name does not wait"
 }
 
-: >none.log
 now=vm
 blanket run --name vm --kernel /guest/vmlinuz --initrd initrd $vm $(images vm) $(net 0) --detach \
     --console file:vm.log --cmdline "console=hvc0 panic=-1" >/dev/null || fail "it does not start"
@@ -109,6 +118,12 @@ net() { echo "--net tap=vm$1,mac=02:00:00:00:77:03"; }
 waits stranger 1
 refused mac=02:00:00:00:77:02
 net() { echo "--net tap=vm$1,mac=02:00:00:00:77:02"; }
+for other in '' ,base=md5:0; do
+    on=$other
+    waits stranger 1
+    refused 'give both the same base='
+done
+on=,base=md5:$base
 counted 2
 
 move=0
@@ -124,8 +139,11 @@ for host in $HOSTS; do
     tr -d ' \n' <moved
     echo
     grep -q '"stage": "moved"' moved || fail "it has not moved"
+    bytes=$(sed -n 's/.*"bytes": \([0-9]*\).*/\1/p' moved)
+    [ "$bytes" -lt 64000000 ] || fail "the base was sent: $bytes bytes"
     until ! blanket stats $now >/dev/null 2>&1; do sleep 0.1; done
     now=$next
+    logs="$logs $next.log"
     counted 3
     first=$(tr -d '\r' <$now.log | sed -n 's/^COUNT //p' | head -n 1)
     [ "$first" -gt "$before" ] || fail "it counts $first after $before"
@@ -133,12 +151,12 @@ for host in $HOSTS; do
     blanket audit $now || fail "audit of $now"
     echo "ok: $now counts from $first"
 done
-echo end | blanket console $now >/dev/null 2>&1 &
+tells $now end
 until ! blanket stats $now >/dev/null 2>&1; do sleep 0.2; done
 tr -d '\r' <$now.log | grep -qx 'GUEST-EXIT 0' || fail "it did not end well"
 ! grep -h WRONG *.log || fail "it computes wrong"
 blanket disk info $now.qcow2 >/dev/null || fail "its qcow2 image is none"
-cat *.log | tr -d '\r' | sed -n 's/^COUNT //p' >counted
+cat $logs | tr -d '\r' | sed -n 's/^COUNT //p' >counted
 seq $(tail -n 1 stream | sed 's/LINE //') >all
 sort -n counted | cmp - all || fail "numbers are missing, or come twice"
 sed 's/^/LINE /' all | cmp - stream || fail "the connection broke: $(tail -n 1 stream)"

@@ -3,7 +3,7 @@
 # ends and says why; nothing leaks, and the neighbour does not notice.
 #   TRICKS  which; those that do not say so end in a VM that goes on
 cat >held <<'S'
-head -c 12M /dev/urandom >/tmp/held
+head -c 5m /dev/urandom >/tmp/held || { echo BAD held; exit 1; }
 want=$(md5sum </tmp/held)
 work() {
     n=0

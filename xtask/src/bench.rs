@@ -65,7 +65,8 @@ pub struct Args {
     #[arg(long, value_name = "MOVES", num_args = 0..=1, default_missing_value = "3")]
     moves: Option<u32>,
     /// Instead of all that: what disks and networks cost, natively and in VMs, by instruction
-    /// count; writes its section of docs/benchmarks.md.
+    /// count; writes its section of docs/benchmarks.md. Rows are called `disk/read-4k`,
+    /// `tap/udp-send` and so on.
     #[arg(long)]
     io: bool,
     /// Compare what the VMs cost against native with docs/benchmarks.tsv, by instruction
@@ -171,7 +172,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         return crate::storm::run(project, rounds, &args.kind, args.against.as_deref());
     }
     if args.io {
-        return crate::io_cost::run(project, args.scale, args.reps, !args.no_kvm);
+        return crate::io_cost::run(project, args.scale, args.reps, !args.no_kvm, &args.only);
     }
     let counted = boot(project, args, true)?;
     if args.guard {

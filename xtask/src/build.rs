@@ -42,6 +42,8 @@ enum Part {
     Module,
     /// The static `blanket` command.
     Command,
+    /// The static `supercloud` command.
+    Supercloud,
     /// The static programs that tests and benchmarks run in VMs.
     Programs,
 }
@@ -102,6 +104,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     }
     if wants(Part::Command) {
         println!("{}", command(project)?.display());
+    }
+    if wants(Part::Supercloud) {
+        println!("{}", supercloud(project)?.display());
     }
     if wants(Part::Programs) {
         for program in [
@@ -354,6 +359,13 @@ pub fn command(project: &Project) -> Result<PathBuf> {
     built.into_iter().next().context("no command was built")
 }
 
+/// Builds the static `supercloud` command.
+pub fn supercloud(project: &Project) -> Result<PathBuf> {
+    let (select, names) = (["--bin", "supercloud"], ["supercloud"]);
+    let built = static_binaries(project, &select, &names, STATIC, None)?;
+    built.into_iter().next().context("no command was built")
+}
+
 /// Builds the static programs that run in VMs and, unchanged, in instances.
 pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
     static_binaries(
@@ -373,6 +385,11 @@ pub fn io_cost(project: &Project) -> Result<Vec<PathBuf>> {
 /// Builds what compares what goes through networks.
 pub fn net_check(project: &Project) -> Result<Vec<PathBuf>> {
     static_binaries(project, &["-p", "net-check"], &["net-check"], LEAN, None)
+}
+
+/// Builds what drives virtual networks.
+pub fn fabric(project: &Project) -> Result<Vec<PathBuf>> {
+    static_binaries(project, &["-p", "fabric"], &["fabric"], LEAN, None)
 }
 
 /// Builds what runs in instances only.

@@ -2,6 +2,7 @@
 //! the VMs (L2) in them. Adding a case is adding an entry to [`cases`].
 
 mod case;
+mod kinds;
 mod matrix;
 
 use crate::debian::Variant;
@@ -9,16 +10,24 @@ use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 use crate::scripts::{
-    BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_POSTGRES, DENSITY_8, DENSITY_40, DISK_FULL,
-    DISKS, HOST_CPUS, HOSTILE, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES, HOSTILE_SOAK,
-    KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS, MEMORY_SHORT,
-    MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_FAILURES,
-    MIGRATE_FAILURES_LONG, MIGRATE_INSTANCES, MIGRATE_OTHER_CPU, MIGRATE_SLOW, NETWORK, NETWORK_4,
-    SAVE, SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY, SUSPEND, SYSTEMD_SCOPE, TAKEN_SAMPLE,
-    TAKEN_SOAK, VMM_TRICKS, VMM_TRICKS_ALL,
+    BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_MOVES, DEBIAN_POSTGRES, DEMO_NODES, DENSITY_4,
+    DENSITY_40, DISK_FULL, DISKS, HOST_CPUS, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES,
+    HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS,
+    MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_FAILURES,
+    MIGRATE_FAILURES_LONG, MIGRATE_OTHER_CPU, MIGRATE_POST_COPY, MIGRATE_POST_COPY_FAILURES,
+    MIGRATE_POST_COPY_KVM, MIGRATE_POST_COPY_SLOW, MIGRATE_SLOW, NETWORK, NETWORK_4, NODES,
+    NODES_DRAIN, NODES_NETWORK, NODES_SNAPSHOT, SAVE, SAVE_BETWEEN, SHADOW_RECLAIM, SIGNED_ONLY,
+    SUSPEND, SYSTEMD_SCOPE, TAKEN_SAMPLE, TAKEN_SOAK, VIRTUAL_NETWORK, VMM_TRICKS, VMM_TRICKS_ALL,
+};
+
+use kinds::{
+    NMIS, audit, core_failure, debian, density, disks, everywhere, guest, hard_times, hostile,
+    hostile_devices, ioctl_fuzz, isolated, kvm, long, machine_checks, memory, memory_moves,
+    memory_taken, migrate, network, observe, save, two_clouds, virtual_network,
 };
 
 pub use case::{Adapter, Case, Companion, Expect, Guest, Work};
+pub use kinds::FABRIC_MODULES;
 
 /// What every combination of the matrix runs: processes, memory, time, CPUs.
 const BASICS: &str = include_str!("../../tests/lab-scripts/basics.sh");
@@ -193,10 +202,10 @@ fn single() -> Vec<Case> {
             append: "module.sig_enforce=1 lockdown=confidentiality",
             ..hard_times("kvm-locked-down", 420, LOCKED_DOWN)
         }),
-        density("density", DENSITY_8, 600),
+        density("density", DENSITY_4, 600),
         long(density("density-40", DENSITY_40, 3600)),
         long(density("memory-merged-ten", MERGED_10, 1800)).expecting("MERGED guests=10"),
-        hard_times("kexec", 420, KEXEC_NOW),
+        long(hard_times("kexec", 420, KEXEC_NOW)),
         Case {
             append: "crashkernel=256M",
             ..hard_times("kdump", 420, KEXEC_CRASH)
@@ -216,24 +225,27 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
         save("save", SAVE),
-        Case {
+        long(Case {
             cpu: "EPYC",
             ..save("save-between-hosts", SAVE_BETWEEN)
-        },
+        }),
         migrate("migrate", MIGRATE),
-        Case {
+        long(Case {
             cpu: "EPYC",
             ..migrate("migrate-between-hosts", MIGRATE_BETWEEN)
-        },
+        }),
+        long(two_clouds(virtual_network("demo-nodes", DEMO_NODES))).expecting("DEMO-NODES-OK"),
         Case {
-            host: Flavour::Generic,
             memory: "1G",
-            companion: Some(Companion {
-                cpu: "EPYC",
-                hardware: Hardware::NvmeE1000e,
-            }),
-            ..migrate("migrate-between-instances", MIGRATE_INSTANCES)
-        },
+            ..two_clouds(migrate("nodes", NODES))
+        }
+        .expecting("NODES-OK"),
+        long(Case {
+            memory: "3G",
+            timeout: 1800,
+            ..two_clouds(migrate("nodes-drain", NODES_DRAIN))
+        })
+        .expecting("NODES-DRAIN-OK"),
         Case {
             cpu: "Skylake-Server",
             host: Flavour::Generic,
@@ -244,6 +256,20 @@ fn single() -> Vec<Case> {
             }),
             ..migrate("migrate-other-cpu", MIGRATE_OTHER_CPU)
         },
+        migrate("migrate-post-copy", MIGRATE_POST_COPY),
+        long(Case {
+            cpu: "EPYC",
+            ..migrate("migrate-post-copy-kvm", MIGRATE_POST_COPY_KVM)
+        }),
+        long(migrate(
+            "migrate-post-copy-failures",
+            MIGRATE_POST_COPY_FAILURES,
+        )),
+        long(hard_times(
+            "migrate-post-copy-slow",
+            600,
+            MIGRATE_POST_COPY_SLOW,
+        )),
         long(hard_times("migrate-slow", 600, MIGRATE_SLOW)),
         migrate("migrate-failures", MIGRATE_FAILURES),
         long(Case {
@@ -252,6 +278,14 @@ fn single() -> Vec<Case> {
         }),
         network("network", NETWORK, 900),
         long(kvm(network("kvm-network", NETWORK_4, 900))),
+        long(virtual_network("virtual-network", VIRTUAL_NETWORK)).expecting("VIRTUAL-NETWORK-OK"),
+        Case {
+            supercloud: true,
+            ..virtual_network("nodes-network", NODES_NETWORK)
+        }
+        .expecting("NODES-NETWORK-OK"),
+        two_clouds(virtual_network("nodes-snapshot", NODES_SNAPSHOT))
+            .expecting("NODES-SNAPSHOT-OK"),
         debian("debian", Variant::Base, 2700, DEBIAN),
         long(debian("debian-load", Variant::Full, 5400, DEBIAN_LOAD)),
         long(debian(
@@ -260,6 +294,15 @@ fn single() -> Vec<Case> {
             10_800,
             DEBIAN_POSTGRES,
         )),
+        long(Case {
+            cpu: "EPYC,-svm",
+            modules: &["tun", "bridge"],
+            companion: Some(Companion {
+                cpu: "EPYC",
+                hardware: Hardware::Virtio,
+            }),
+            ..debian("debian-moves", Variant::Full, 7200, DEBIAN_MOVES)
+        }),
         long(kvm(debian("kvm-debian", Variant::Base, 3600, DEBIAN))),
         Case {
             long: true,
@@ -269,7 +312,7 @@ fn single() -> Vec<Case> {
         }
         .expecting("SYSTEMD-SCOPE-OK"),
         guest("fork-exec", 600, 2, FORK_EXEC),
-        guest("stress", 600, 2, "N=20 sh /tests/stress.sh"),
+        guest("stress", 600, 2, "N=10 sh /tests/stress.sh"),
         Case {
             stress_ng: true,
             ..guest("stress-ng", 900, 2, "N=20 sh /tests/stress-ng.sh")
@@ -301,7 +344,7 @@ fn single() -> Vec<Case> {
             4,
             "N=20 sh /tests/stress.sh",
         ))),
-        kvm(guest("kvm-hotplug", 300, 4, "abi-test hotplug")),
+        long(kvm(guest("kvm-hotplug", 300, 4, "abi-test hotplug"))),
         kvm(Case {
             name: "kvm-abi-same-as-instance".into(),
             long: true,
@@ -313,7 +356,7 @@ fn single() -> Vec<Case> {
             ..Case::default()
         }),
         core_failure("core-failure"),
-        kvm(core_failure("kvm-core-failure")),
+        long(kvm(core_failure("kvm-core-failure"))),
         ioctl_fuzz(
             "ioctl-fuzz",
             include_str!("../../tests/lab-scripts/ioctl-fuzz.sh"),
@@ -332,12 +375,12 @@ fn single() -> Vec<Case> {
         hard_times("vmm-tricks", 900, VMM_TRICKS),
         long(hard_times("vmm-tricks-all", 1800, VMM_TRICKS_ALL)),
         audit("audit"),
-        kvm(audit("kvm-audit")),
+        long(kvm(audit("kvm-audit"))),
         isolated(audit("audit")).expecting("isolated: the guest's roots show"),
         long(isolated(kvm(audit("kvm-audit")))).expecting("isolated: the guest's roots show"),
         long(isolated(hostile("hostile"))),
         hostile("hostile"),
-        kvm(hostile("kvm-hostile")),
+        long(kvm(hostile("kvm-hostile"))),
         Case {
             long: true,
             expect: vec![Expect::Line("taken back ")],
@@ -418,273 +461,6 @@ fn single() -> Vec<Case> {
             ..Case::default()
         },
     ]
-}
-
-/// Walks of all roots of VMs that run.
-fn audit(name: &str) -> Case {
-    Case {
-        name: name.into(),
-        timeout: 900,
-        work: Work::Instance {
-            script: include_str!("../../tests/lab-scripts/audit.sh"),
-            guests: vec![Flavour::Cloud],
-        },
-        expect: vec![Expect::Line("no entry maps what it must not")],
-        ..Case::default()
-    }
-}
-
-/// Something bad happens to VMMs or to the instance; the script's last word is `...-OK`.
-fn hard_times(name: &str, timeout: u64, script: &'static str) -> Case {
-    Case {
-        name: name.into(),
-        timeout,
-        work: Work::Instance {
-            script,
-            guests: vec![Flavour::Cloud],
-        },
-        expect: vec![Expect::Line("-OK")],
-        ..Case::default()
-    }
-}
-
-/// A VM with fio, and a machine with small file systems and block devices.
-fn disks(name: &str, timeout: u64, script: &'static str) -> Case {
-    Case {
-        fio: true,
-        drivers: &["xen_blkfront"],
-        // zram's blocks are pages.
-        modules: &["loop", "zram", "lzo_rle", "lz4"],
-        ..hard_times(name, timeout, script)
-    }
-}
-
-fn density(name: &str, script: &'static str, timeout: u64) -> Case {
-    Case {
-        memory: "6G",
-        ..hard_times(name, timeout, script)
-    }
-}
-
-/// Counters for a collector, and the trace.
-fn observe(name: &str) -> Case {
-    Case {
-        name: name.into(),
-        timeout: 420,
-        work: Work::Instance {
-            script: include_str!("../../tests/lab-scripts/observe.sh"),
-            guests: vec![Flavour::Cloud],
-        },
-        expect: vec![Expect::Line("OBSERVE-OK")],
-        ..Case::default()
-    }
-}
-
-/// Programs that hold the device and mean ill, beside a VM that works.
-fn ioctl_fuzz(name: &str, script: &'static str) -> Case {
-    Case {
-        name: name.into(),
-        timeout: 600,
-        work: Work::Instance {
-            script,
-            guests: vec![Flavour::Cloud],
-        },
-        expect: vec![Expect::Line("IOCTL-FUZZ-OK")],
-        ..Case::default()
-    }
-}
-
-/// A VM with a disk and a network that is saved and goes on.
-fn save(name: &str, script: &'static str) -> Case {
-    Case {
-        drivers: &["xen_blkfront", "xen_netfront"],
-        modules: &["tun"],
-        ..hard_times(name, 900, script)
-    }
-}
-
-/// A VM that moves while it runs.
-fn migrate(name: &str, script: &'static str) -> Case {
-    Case {
-        drivers: &["xen_blkfront", "xen_netfront"],
-        modules: &["tun", "bridge"],
-        ..hard_times(name, 900, script)
-    }
-}
-
-/// Two VMs and their networks.
-fn network(name: &str, script: &'static str, timeout: u64) -> Case {
-    Case {
-        net_check: true,
-        drivers: &["xen_netfront"],
-        network: true,
-        modules: &["tun", "bridge"],
-        ..hard_times(name, timeout, script)
-    }
-    .expecting("NETWORK-OK")
-}
-
-/// A whole Debian as a VM, in an instance that has its image.
-fn debian(name: &str, image: Variant, timeout: u64, script: &'static str) -> Case {
-    Case {
-        image: Some(image),
-        network: true,
-        memory: "3G",
-        modules: &["tun"],
-        work: Work::Instance {
-            script,
-            guests: vec![],
-        },
-        ..hard_times(name, timeout, script)
-    }
-    .expecting("DEBIAN-OK")
-}
-
-/// A core that fails on purpose, beside a VM that works.
-fn core_failure(name: &str) -> Case {
-    Case {
-        name: name.into(),
-        timeout: 600,
-        work: Work::Instance {
-            script: include_str!("../../tests/lab-scripts/core-failure.sh"),
-            guests: vec![Flavour::Cloud],
-        },
-        expect: vec![Expect::Line("CORE-FAILURE-OK")],
-        ..Case::default()
-    }
-}
-
-const NMIS: &str = concat!(
-    "EVENT=NMI HANDLER=exc_nmi\n",
-    include_str!("../../tests/lab-scripts/everywhere.sh")
-);
-const MACHINE_CHECKS: &str = concat!(
-    // The CPU has Meltdown.
-    "export BLANKET_ISOLATE=${BLANKET_ISOLATE:-off}\n",
-    "EVENT=MCE HANDLER=exc_machine_check\n",
-    include_str!("../../tests/lab-scripts/everywhere.sh")
-);
-
-/// Events at each instruction of the world switch.
-fn everywhere(name: &str, event: Event, script: &'static str) -> Case {
-    Case {
-        name: name.into(),
-        inject: Some(event),
-        // One CPU, which the debugger steps.
-        smp: 1,
-        timeout: 600,
-        work: Work::Instance {
-            script,
-            guests: vec![Flavour::Cloud],
-        },
-        ..Case::default()
-    }
-}
-
-/// Linux survives these on Intel's models only, and the cloud kernel was built without a
-/// handler for any.
-fn machine_checks() -> Case {
-    Case {
-        cpu: "Skylake-Server,-vmx",
-        host: Flavour::Generic,
-        ..everywhere("mce-everywhere", Event::MachineCheck, MACHINE_CHECKS)
-    }
-}
-
-/// A kernel that attacks the core, beside a VM that works.
-fn hostile(name: &str) -> Case {
-    hard_times(name, 600, HOSTILE)
-}
-
-/// A kernel that attacks its devices' backends, beside a VM that works.
-fn hostile_devices(name: &str, timeout: u64, script: &'static str) -> Case {
-    Case {
-        modules: &["tun"],
-        ..hard_times(name, timeout, script)
-    }
-}
-
-impl Case {
-    /// With one more claim about its output.
-    fn expecting(mut self, line: &'static str) -> Self {
-        self.expect.push(Expect::Line(line));
-        self
-    }
-}
-
-/// The same case, with `--long` only.
-fn long(case: Case) -> Case {
-    Case { long: true, ..case }
-}
-
-/// The same case with VMs that are isolated from their core.
-fn isolated(case: Case) -> Case {
-    Case {
-        name: format!("{}-isolated", case.name),
-        isolate: true,
-        ..case
-    }
-}
-
-/// The same case inside the instance's KVM.
-fn kvm(case: Case) -> Case {
-    Case {
-        cpu: "EPYC",
-        adapter: Adapter::Kvm,
-        ..case
-    }
-}
-
-fn guest(name: &str, timeout: u64, vcpus: u32, script: &'static str) -> Case {
-    Case {
-        name: name.into(),
-        timeout,
-        work: Work::Guest(Guest {
-            vcpus,
-            script,
-            ..Guest::default()
-        }),
-        ..Case::default()
-    }
-}
-
-/// The host takes a VM's memory: it moves and swaps it.
-fn memory_taken(name: &str, script: &'static str) -> Case {
-    Case {
-        name: name.into(),
-        // zram's own, and what it compresses with: 6.1's default, then 6.12's.
-        modules: &["zram", "lzo_rle", "lz4"],
-        timeout: 900,
-        work: Work::Instance {
-            script,
-            guests: vec![Flavour::Cloud],
-        },
-        expect: vec![Expect::Line("taken back ")],
-        ..Case::default()
-    }
-}
-
-fn memory_moves(name: &str) -> Case {
-    Case {
-        name: name.into(),
-        timeout: 900,
-        work: Work::Instance {
-            script: include_str!("../../tests/lab-scripts/memory-moves.sh"),
-            guests: vec![Flavour::Cloud],
-        },
-        ..Case::default()
-    }
-}
-
-fn memory(name: &str, memory: &'static str) -> Case {
-    Case {
-        name: name.into(),
-        work: Work::Guest(Guest {
-            memory,
-            ..Guest::default()
-        }),
-        ..Case::default()
-    }
 }
 
 /// All cases.

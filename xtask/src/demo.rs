@@ -1,4 +1,4 @@
-//! `demo`: a VM that moves between two instances; two stock kernels as VMs on an instance
+//! `demo`: a VM that moves between two nodes; two stock kernels as VMs on an instance
 //! without nested virtualization, a whole Debian there, and the two kernels on an instance that
 //! has it.
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xshell::cmd;
 
 use crate::build;
+use crate::cases;
 use crate::debian;
 use crate::guestware;
 use crate::initramfs::{self, Files};
@@ -17,7 +18,7 @@ use crate::kernels::{self, Flavour, Kernel};
 use crate::lab::Payload;
 use crate::project::Project;
 use crate::qemu::{self, Accelerator, End, Hardware, Machine};
-use crate::scripts::{DEBIAN_DEMO, MIGRATE_INSTANCES};
+use crate::scripts::{DEBIAN_DEMO, DEMO_NODES};
 use crate::setup::{self, Need};
 
 /// Arguments of `demo`.
@@ -135,27 +136,30 @@ fn in_lab(project: &Project, cpu: &str, guests: &[Kernel], steps: &Steps) -> Res
     Ok(())
 }
 
-/// A VM moves, while it runs, between two instances with different virtual hardware: as two
-/// clouds, of which one gives virtualization.
+/// Two instances with different virtual hardware become nodes, as of two clouds, of which one
+/// gives virtualization; a VM moves between them while it runs.
 fn moves(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     let host = kernels::fetch(project, Flavour::Generic)?;
     let guest = guests.first().context("no kernel")?;
     let mut payload = Payload::new(project, &host, Hardware::Virtio, WITHOUT)?;
     let drivers = [
-        &["kvm_amd", "tun", "bridge"],
+        &["kvm_amd"],
+        cases::FABRIC_MODULES,
         Hardware::NvmeE1000e.modules(),
     ]
     .concat();
     payload.more_modules(project, &host, &drivers)?;
     payload.module(&build::module_for(project, &host)?);
     payload.program(&build::command(project)?)?;
+    payload.program(&build::supercloud(project)?)?;
+    payload.archive.add(&guestware::fabric(project)?);
     payload.guest_kernel(guest);
     let mut initrd = initramfs::guest(project, None, &Files::new())?;
     initrd.modules(project, guest, &["xen_blkfront", "xen_netfront"])?;
     payload.guest_initrd(&initrd)?;
     payload.archive.text("lab/companion", 0o644, "");
-    payload.command(MIGRATE_INSTANCES);
-    steps.say("a VM that moves, while it runs, between two instances as of two clouds:");
+    payload.command(DEMO_NODES);
+    steps.say("two nodes as of two clouds, and a VM that moves between them while it runs:");
     let here = Machine {
         pair: true,
         ..Machine::new(WITHOUT, host, "1G")

@@ -32,6 +32,19 @@ pub fn net_check(project: &Project) -> Result<Files> {
     in_bin(build::net_check(project)?)
 }
 
+/// What drives virtual networks, and Debian's programs that it starts.
+pub fn fabric(project: &Project) -> Result<Files> {
+    let mut files = in_bin(build::fabric(project)?)?;
+    let programs = ["nft", "dnsmasq"];
+    files.extend(debian_programs(
+        project,
+        "fabric-tools",
+        FABRIC_TOOLS,
+        &programs,
+    )?);
+    Ok(files)
+}
+
 fn in_bin(programs: Vec<PathBuf>) -> Result<Files> {
     let mut files = Files::new();
     for program in programs {
@@ -168,6 +181,37 @@ const NETWORK_TOOLS: &[&str] = &[
     "zlib1g",
 ];
 
+/// What virtual networks are made with, with where their libraries are.
+const FABRIC_TOOLS: &[&str] = &[
+    "dnsmasq-base",
+    "libc6",
+    "libcap2",
+    "libdbus-1-3",
+    "libedit2",
+    "libbsd0",
+    "libgcrypt20",
+    "libgmp10",
+    "libgpg-error0",
+    "libhogweed6",
+    "libidn2-0",
+    "libjansson4",
+    "liblz4-1",
+    "liblzma5",
+    "libmd0",
+    "libmnl0",
+    "libnetfilter-conntrack3",
+    "libnettle8",
+    "libnfnetlink0",
+    "libnftables1",
+    "libnftnl11",
+    "libsystemd0",
+    "libtinfo6",
+    "libunistring2",
+    "libxtables12",
+    "libzstd1",
+    "nftables",
+];
+
 /// Debian's stress-ng, in /bin, with the libraries that it loads.
 pub fn stress_ng(project: &Project) -> Result<Files> {
     debian_programs(project, "stress-ng", STRESS_NG, &["stress-ng"])
@@ -214,7 +258,11 @@ fn debian_programs(
     let loader = root.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2");
     let mut files = Files::new();
     for name in programs {
-        let program = root.join("usr/bin").join(name);
+        let places = ["usr/bin", "usr/sbin"].map(|dir| root.join(dir).join(name));
+        let program = places
+            .iter()
+            .find(|path| path.is_file())
+            .with_context(|| format!("{name} is in none of its packages"))?;
         let list = cmd!(sh, "{loader} --library-path {path} --list {program}")
             .quiet()
             .read()?;
@@ -232,7 +280,7 @@ fn debian_programs(
                 files.insert(format!("lib/x86_64-linux-gnu/{library}"), from);
             }
         }
-        files.insert(format!("bin/{name}"), program);
+        files.insert(format!("bin/{name}"), program.clone());
     }
     files.insert("lib64/ld-linux-x86-64.so.2".into(), loader);
     Ok(files)

@@ -69,10 +69,17 @@ const NET_ROWS: &[(&str, &str)] = &[
 /// What is not measured: in user mode the stream from the instance stood still at times.
 const LEFT_OUT: (&str, &str) = ("user", "tcp-receive");
 
-/// Runs it, prints the section of the page, and writes it there.
-pub fn run(project: &Project, scale: f64, reps: u32, kvm: bool) -> Result<()> {
+/// Runs it, prints the section of the page, and writes it there. With `only`, no more than
+/// the rows whose names (`DEVICE/ROW`) begin so, which are printed.
+pub fn run(project: &Project, scale: f64, reps: u32, kvm: bool, only: &[String]) -> Result<()> {
     let kernel = kernels::fetch(project, Flavour::Cloud)?;
-    let program = format!("IO_COST='io-cost --scale {scale} --reps {reps}'\n");
+    let mut program = format!("IO_COST='io-cost --scale {scale} --reps {reps}");
+    for only in only {
+        let named = |c: char| c.is_ascii_alphanumeric() || "/-".contains(c);
+        ensure!(only.chars().all(named), "{only} is no beginning of a row");
+        let _ = write!(program, " --only {only}");
+    }
+    program.push_str("'\n");
     let files = guestware::io_cost(project)?;
     let mut payload = Payload::new(project, &kernel, Hardware::Virtio, CPU)?;
     payload.more_modules(project, &kernel, &["loop", "tun", "veth"])?;
@@ -107,6 +114,10 @@ pub fn run(project: &Project, scale: f64, reps: u32, kvm: bool) -> Result<()> {
         bail!("the instance ended with {:?}", outcome.end);
     }
     outcome.discard();
+    if !only.is_empty() {
+        print!("{}", some(&reader.costs));
+        return Ok(());
+    }
     let command = format!(
         "--io --scale {scale} --reps {reps}{}",
         if kvm { "" } else { " --no-kvm" }
@@ -185,6 +196,26 @@ impl Write for Reader {
 /// A column: its title, the place and the device.
 type Column<'a> = (&'a str, &'a str, &'a str);
 
+/// Rows one below the other, with what the same costs natively.
+fn some(costs: &Costs) -> String {
+    let mut text = String::from("\n| place | row | instructions for an operation | / native |\n");
+    text.push_str("|---|---|---:|---:|\n");
+    for ((place, device, row), cost) in costs {
+        let native = match device.as_str() {
+            "disk" | "disk-persistent" => "disk",
+            "tap" | "user" | "veth" => "veth",
+            _ => "raw",
+        };
+        let native = costs.get(&("native".to_owned(), native.to_owned(), row.clone()));
+        let ratio = native.map_or("-".into(), |native| {
+            format!("{:.2}", cost.instructions / native.instructions)
+        });
+        let each = cost.instructions / cost.operations;
+        let _ = writeln!(text, "| {place} | {device}/{row} | {each:.0} | {ratio} |");
+    }
+    text
+}
+
 /// The figures as a section of the page.
 fn section(costs: &Costs, release: &str, command: &str, reps: u32) -> Result<String> {
     ensure!(!costs.is_empty(), "no figures came");
@@ -203,7 +234,9 @@ fn section(costs: &Costs, release: &str, command: &str, reps: u32) -> Result<Str
          They are CPU time on a CPU on which each instruction takes the same time, and say nothing of latency, of what \
          an exit costs on hardware, or of how fast a real disk is.\n\n\
          Disks are opened with `O_DIRECT`. A row of writes ends with one flush, which is counted; pages that the instance \
-         holds of its disk are dropped before each row. *persistent*: with the option of that name. The mean is the geometric one.\n",
+         holds of its disk are dropped before each row. *persistent*: with the option of that name. The mean is the geometric one. \
+         What of it is the price of a guest's own kernel, of a second block layer or network stack, and ours, \
+         is counted by function in [decision 28](decisions/0028-price-of-a-request.md).\n",
         spreads[spreads.len() / 2] * 100.0,
         widest * 100.0
     );

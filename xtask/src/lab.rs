@@ -92,6 +92,12 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     }
     if let Some(command) = find_command(project, args.no_build)? {
         payload.program(&command)?;
+        let supercloud = command.with_file_name("supercloud");
+        if !args.no_build {
+            payload.program(&build::supercloud(project)?)?;
+        } else if supercloud.exists() {
+            payload.program(&supercloud)?;
+        }
     }
     for flavour in &args.guest {
         payload.guest_kernel(&kernels::fetch(project, *flavour)?);

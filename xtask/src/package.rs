@@ -1,4 +1,4 @@
-//! `package`: Debian packages of the static command and of the module.
+//! `package`: Debian packages of the static commands and of the module.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ const SOURCES: &str = concat!("usr/src/blanket-", env!("CARGO_PKG_VERSION"));
 /// The `package` verb.
 pub fn run(project: &Project, args: &Args) -> Result<()> {
     setup::ensure(project, &[Need::Build, Need::Boot])?;
-    let packages = [command(project)?, module(project)?];
+    let packages = [command(project)?, module(project)?, supercloud(project)?];
     for package in &packages {
         println!("{}", package.display());
     }
@@ -97,44 +97,55 @@ const LICENCE: &str = "Format: https://www.debian.org/doc/packaging-manuals/copy
     License: Apache-2.0 OR MIT\n\nFiles: usr/src/*\nCopyright: the Blanket contributors\n\
     License: GPL-2.0 OR MIT\n";
 
-fn command(project: &Project) -> Result<PathBuf> {
-    let blanket = build::command(project)?;
-    let root = tree(project, "blanket")?;
+/// The tree of a command: it, its man pages, completions and papers.
+fn command_tree(project: &Project, name: &str, program: &Path) -> Result<PathBuf> {
+    let root = tree(project, name)?;
     let sh = project.shell()?;
-    copy(&root, "usr/bin/blanket", 0o755, &blanket)?;
-    let man = project.out_dir("package/man")?;
-    cmd!(sh, "{blanket} generate man {man}").quiet().run()?;
+    copy(&root, &format!("usr/bin/{name}"), 0o755, program)?;
+    let man = tree(project, &format!("man-{name}"))?;
+    cmd!(sh, "{program} generate man {man}").quiet().run()?;
     for entry in fs::read_dir(&man)? {
         let page = entry?.path();
         let name = page
             .file_name()
             .context("a page without a name")?
             .to_string_lossy();
-        copy(&root, &format!("usr/share/man/man1/{name}"), 0o644, &page)?;
+        if page.is_file() {
+            copy(&root, &format!("usr/share/man/man1/{name}"), 0o644, &page)?;
+        }
     }
     cmd!(sh, "gzip -9nr {root}/usr/share/man").quiet().run()?;
     for (shell, path) in [
-        ("bash", "usr/share/bash-completion/completions/blanket"),
-        ("zsh", "usr/share/zsh/vendor-completions/_blanket"),
-        ("fish", "usr/share/fish/vendor_completions.d/blanket.fish"),
+        (
+            "bash",
+            format!("usr/share/bash-completion/completions/{name}"),
+        ),
+        ("zsh", format!("usr/share/zsh/vendor-completions/_{name}")),
+        (
+            "fish",
+            format!("usr/share/fish/vendor_completions.d/{name}.fish"),
+        ),
     ] {
-        let text = cmd!(sh, "{blanket} generate completions {shell}")
+        let text = cmd!(sh, "{program} generate completions {shell}")
             .quiet()
             .read()?;
-        put(&root, path, 0o644, format!("{text}\n").as_bytes())?;
+        put(&root, &path, 0o644, format!("{text}\n").as_bytes())?;
     }
+    let papers = format!("usr/share/doc/{name}");
     put(
         &root,
-        "usr/share/doc/blanket/copyright",
+        &format!("{papers}/copyright"),
         0o644,
         LICENCE.as_bytes(),
     )?;
-    copy(
-        &root,
-        "usr/share/doc/blanket/README.md",
-        0o644,
-        &project.root.join("README.md"),
-    )?;
+    let readme = project.root.join("README.md");
+    copy(&root, &format!("{papers}/README.md"), 0o644, &readme)?;
+    Ok(root)
+}
+
+fn command(project: &Project) -> Result<PathBuf> {
+    let blanket = build::command(project)?;
+    let root = command_tree(project, "blanket", &blanket)?;
     let control = format!(
         "Package: blanket\nVersion: {VERSION}\nArchitecture: amd64\nSection: admin\n\
          Priority: optional\nMaintainer: the Blanket contributors <blanket@localhost>\n\
@@ -145,6 +156,46 @@ fn command(project: &Project) -> Result<PathBuf> {
     );
     pack(project, &root, &control)
 }
+
+fn supercloud(project: &Project) -> Result<PathBuf> {
+    let program = build::supercloud(project)?;
+    let root = command_tree(project, "supercloud", &program)?;
+    copy(
+        &root,
+        "usr/lib/systemd/system/supercloud.service",
+        0o644,
+        &project.root.join("supercloud/cli/supercloud.service"),
+    )?;
+    put(&root, "DEBIAN/postinst", 0o755, RELOAD.as_bytes())?;
+    put(&root, "DEBIAN/prerm", 0o755, STOP_AGENT.as_bytes())?;
+    let control = format!(
+        "Package: supercloud\nVersion: {VERSION}\nArchitecture: amd64\nSection: admin\n\
+         Priority: optional\nMaintainer: the Blanket contributors <blanket@localhost>\n\
+         Depends: blanket (= {VERSION})\n\
+         Description: several instances as nodes, and VMs that move between them\n \
+         The agent of a node and the command that talks to it. VMs are run, listed and moved by\n \
+         name, while they run, between instances of any provider.\n"
+    );
+    pack(project, &root, &control)
+}
+
+/// The unit is not started by itself: the first start makes a cluster, or joins one.
+const RELOAD: &str = r#"#!/bin/sh
+set -e
+if [ "$1" = configure ] && [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+fi
+exit 0
+"#;
+
+/// VMs go on without their agent.
+const STOP_AGENT: &str = r#"#!/bin/sh
+set -e
+if [ "$1" = remove ] && [ -d /run/systemd/system ]; then
+    systemctl disable --now supercloud.service || true
+fi
+exit 0
+"#;
 
 /// Files of the module's directory that are not part of it.
 const NOT_SHIPPED: &[&str] = &["60-blanket.rules"];
@@ -301,6 +352,17 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
 
 /// Runs in the instance, from its initramfs.
 const TRY_OUT: &str = r#"set -e
+# until_works LOG COMMAND...: for half a minute, or a word of why in LOG.
+until_works() {
+    log=$1
+    shift
+    tries=0
+    until "$@"; do
+        tries=$((tries + 1))
+        [ $tries -lt 300 ] || { cat $log; exit 1; }
+        sleep 0.1
+    done
+}
 for disk in /sys/block/vd*; do
     [ "$(cat $disk/serial)" = root ] && mount -t ext4 /dev/${disk##*/} /mnt
 done
@@ -322,7 +384,38 @@ grep -q VM-WORKS /tmp/out
 # The demo's script by Debian's own shell and programs, as `./x demo --here` runs it.
 chroot /mnt env KERNELS='cloud=/run/it/guest/vmlinuz-cloud generic=/run/it/guest/vmlinuz-generic' \
     MKINITRD='sh /run/it/demo/mkinitrd /run/it/guest/initrd.img' sh /run/it/demo/demo.sh
-chroot /mnt apt-get -q remove -y blanket blanket-dkms
+# A node of its own, and a VM by its name.
+[ -e /mnt/usr/share/man/man1/supercloud.1.gz ]
+[ -e /mnt/usr/lib/systemd/system/supercloud.service ]
+chroot /mnt supercloud node start --name bare --listen 127.0.0.1:7700 2>/tmp/agent.log &
+agent=$!
+until_works /tmp/agent.log chroot /mnt supercloud node list
+chroot /mnt supercloud vm run --name web --kernel /run/it/guest/vmlinuz --initrd /run/it/guest/initrd.img \
+    --memory 128M --cmdline 'console=hvc0 quiet' || { cat /tmp/agent.log; exit 1; }
+until_works /tmp/agent.log chroot /mnt sh -c 'supercloud vm logs web | grep VM-WORKS'
+until chroot /mnt supercloud vm list | grep 'web .*ended'; do sleep 0.1; done
+chroot /mnt supercloud vm rm web
+# Another node has it installed and added by ssh, as from another machine.
+mkdir -p /mnt/run/sshd /mnt/root/.ssh
+chroot /mnt sh -c 'ssh-keygen -q -t ed25519 -N "" -f /root/.ssh/id_ed25519
+    cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
+    echo "StrictHostKeyChecking accept-new" >/root/.ssh/config
+    /usr/sbin/sshd -p 2222'
+here='chroot /mnt env SUPERCLOUD_RUNTIME_DIR=/run/here SUPERCLOUD_DATA_DIR=/run/here-data supercloud'
+$here node start --name here --listen 127.0.0.1:7701 2>/tmp/here.log &
+other=$!
+until_works /tmp/here.log $here node list
+packages=$(cd /mnt; for file in run/it/packages/*.deb; do echo "--package /$file"; done)
+$here node add ssh://root@127.0.0.1:2222 $packages || { cat /tmp/here.log /tmp/agent.log; exit 1; }
+$here node list
+$here node list | grep -q '^bare .*reachable'
+sshd=$(cat /mnt/run/sshd.pid)
+kill $sshd
+while kill -0 $sshd 2>/dev/null; do sleep 0.1; done
+kill $agent $other
+wait $agent
+wait $other
+chroot /mnt apt-get -q remove -y supercloud blanket blanket-dkms
 ! grep -q '^blanket ' /proc/modules
 umount /mnt/run /mnt/dev/pts /mnt/dev /mnt/sys /mnt/proc /mnt
 "#;
@@ -334,7 +427,9 @@ fn bare_debian(project: &Project, release: &str) -> Result<PathBuf> {
     let _lock = project.lock("bare-debian")?;
     let dir = project.out_dir("package")?;
     let (disk, mark) = (dir.join("bare-debian.img"), dir.join("bare-debian.for"));
-    let include = format!("dkms,linux-headers-{release},gcc-12,kmod,passwd,busybox-static");
+    let include = format!(
+        "dkms,linux-headers-{release},gcc-12,kmod,passwd,busybox-static,openssh-server,openssh-client"
+    );
     if fs::read_to_string(&mark).is_ok_and(|made_for| made_for == include) {
         return Ok(disk);
     }

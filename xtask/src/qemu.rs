@@ -1,5 +1,7 @@
 //! QEMU as the cloud's hypervisor (L0): machines, accelerators, running one.
 
+mod outcome;
+
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -16,6 +18,8 @@ use crate::apt::{Apt, BACKPORTED};
 use crate::initramfs::Initramfs;
 use crate::kernels::{self, Flavour, Kernel};
 use crate::project::{Project, write_if_changed};
+
+pub use outcome::{End, Outcome};
 
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -235,57 +239,6 @@ pub fn has_svm(cpu: &str) -> bool {
         "-svm" | "svm=off" => false,
         _ => has,
     })
-}
-
-/// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The command in the instance ended with this code.
-    Exit(i32),
-    /// The machine stopped before the command had ended: a panic, an oops.
-    Died,
-    /// The time was over.
-    TimedOut,
-}
-
-/// What is left of a run.
-pub struct Outcome {
-    /// How it ended.
-    pub end: End,
-    /// Lines of the instance's kernel log that report a bug or a warning.
-    pub complaints: u32,
-    /// Directory of the run; removed by [`Outcome::discard`].
-    pub dir: PathBuf,
-}
-
-impl Outcome {
-    /// The instance's console log.
-    pub fn console(&self) -> PathBuf {
-        self.dir.join("console.log")
-    }
-
-    /// Last lines of the console log and QEMU's own messages.
-    pub fn console_tail(&self, lines: usize) -> String {
-        let mut text = String::new();
-        for name in ["qemu.log", "console.log"] {
-            let bytes = fs::read(self.dir.join(name)).unwrap_or_default();
-            let log = String::from_utf8_lossy(&bytes);
-            let all: Vec<&str> = log
-                .lines()
-                .filter(|line| !line.contains("TCG doesn't support requested feature"))
-                .collect();
-            for line in &all[all.len().saturating_sub(lines)..] {
-                text.push_str(line.trim_end_matches('\r'));
-                text.push('\n');
-            }
-        }
-        text
-    }
-
-    /// Removes the run's directory.
-    pub fn discard(self) {
-        let _ = fs::remove_dir_all(&self.dir);
-    }
 }
 
 /// `/` of the unpacked emulator, which is that of Debian's backports: 7.2, that

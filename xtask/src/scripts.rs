@@ -5,14 +5,33 @@ macro_rules! with_common {
     ($script:literal) => {
         with_common!("", $script)
     };
-    ($settings:literal, $script:literal) => {
+    ($settings:literal, $($script:literal),+) => {
         concat!(
             "cat >/tmp/tick.sh <<'S'\n",
             include_str!("../../tests/lab-scripts/tick.sh"),
             "S\n",
             include_str!("../../tests/lab-scripts/common.sh"),
             $settings,
-            include_str!(concat!("../../tests/lab-scripts/", $script))
+            $(include_str!(concat!("../../tests/lab-scripts/", $script))),+
+        )
+    };
+}
+
+/// Such a script for the first of two instances.
+macro_rules! with_other {
+    ($script:literal) => {
+        with_common!("", "two-instances.sh", $script)
+    };
+}
+
+/// A script for nodes whose VMs have their addresses from a network of the nodes' own.
+macro_rules! with_lease {
+    ($script:literal) => {
+        concat!(
+            "cat >/tmp/lease.sh <<'S'\n",
+            include_str!("../../tests/lab-scripts/lease.sh"),
+            "S\n",
+            with_other!($script)
         )
     };
 }
@@ -42,6 +61,12 @@ pub const SAVE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm'\n", "save.sh
 pub const MIGRATE: &str = with_common!("HOSTS='module module module'\n", "migrate.sh");
 pub const MIGRATE_BETWEEN: &str = with_common!("HOSTS='kvm module kvm module'\n", "migrate.sh");
 
+pub const MIGRATE_POST_COPY: &str = with_common!("HOSTS='module module'\n", "migrate-post-copy.sh");
+pub const MIGRATE_POST_COPY_KVM: &str =
+    with_common!("HOSTS='kvm module kvm'\n", "migrate-post-copy.sh");
+
+pub const MIGRATE_POST_COPY_FAILURES: &str = with_common!("migrate-post-copy-failures.sh");
+
 pub const MIGRATE_FAILURES: &str = with_common!(
     "WALK='ready:source go:cut runs:destination'\n",
     "migrate-failures.sh"
@@ -53,10 +78,12 @@ pub const MIGRATE_FAILURES_LONG: &str = with_common!(
 );
 
 pub const MOVE_COST: &str = with_common!("move-cost.sh");
-pub const MIGRATE_SLOW: &str = with_common!("migrate-slow.sh");
-pub const MIGRATE_OTHER_CPU: &str = with_common!("migrate-other-cpu.sh");
+pub const MIGRATE_SLOW: &str = with_common!("POST_COPY=never\n", "migrate-slow.sh");
+pub const MIGRATE_POST_COPY_SLOW: &str = with_common!("POST_COPY=auto\n", "migrate-slow.sh");
+pub const MIGRATE_OTHER_CPU: &str = with_other!("migrate-other-cpu.sh");
 
-pub const MIGRATE_INSTANCES: &str = with_common!("migrate-instances.sh");
+pub const NODES: &str = with_other!("nodes.sh");
+pub const NODES_DRAIN: &str = with_other!("nodes-drain.sh");
 
 pub const DISKS: &str = with_common!("disks.sh");
 pub const DISK_FULL: &str = with_common!("disk-full.sh");
@@ -67,10 +94,7 @@ pub const HOSTILE_DEVICES_LONG: &str =
 pub const SHADOW_RECLAIM: &str = with_common!("shadow-reclaim.sh");
 pub const BALLOON: &str = with_common!("balloon.sh");
 pub const MEMORY_GROWS: &str = with_common!("memory-grows.sh");
-pub const VMM_TRICKS: &str = with_common!(
-    "TRICKS='unmapped-pages post-copy dirty-log munmap read-only'\n",
-    "vmm-tricks.sh"
-);
+pub const VMM_TRICKS: &str = with_common!("TRICKS='post-copy dirty-log munmap'\n", "vmm-tricks.sh");
 pub const VMM_TRICKS_ALL: &str = with_common!(
     "TRICKS='unmapped-pages moved-away-and-back protected-and-back post-copy dirty-log fork \
      munmap no-access read-only moved-away punched'\n",
@@ -108,8 +132,8 @@ pub const TAKEN_SOAK: &str =
 
 /// Many small VMs at once; `GUESTS` says how many.
 pub const DENSITY: &str = include_str!("../../tests/lab-scripts/density.sh");
-pub const DENSITY_8: &str = concat!(
-    "GUESTS=8\n",
+pub const DENSITY_4: &str = concat!(
+    "GUESTS=4\n",
     include_str!("../../tests/lab-scripts/density.sh")
 );
 /// The figure that Blanket promises: 40 on an instance of 6 GiB and two CPUs.
@@ -123,6 +147,18 @@ pub const MERGED_10: &str = concat!(
     "GUESTS=10 MERGED=100\n",
     include_str!("../../tests/lab-scripts/density.sh")
 );
+
+/// A network of VMs over two instances.
+pub const VIRTUAL_NETWORK: &str = with_lease!("virtual-network.sh");
+
+/// Snapshots by the commands of nodes.
+pub const NODES_SNAPSHOT: &str = with_lease!("nodes-snapshot.sh");
+
+/// The same by the commands of nodes.
+pub const NODES_NETWORK: &str = with_lease!("nodes-network.sh");
+
+/// A VM with a page that moves between two clouds.
+pub const DEMO_NODES: &str = with_lease!("demo-nodes.sh");
 
 /// Networks of two VMs.
 pub const NETWORK: &str = include_str!("../../tests/lab-scripts/network.sh");
@@ -149,6 +185,14 @@ pub const DEBIAN_POSTGRES: &str = concat!(
     "ROUNDS=10\n",
     include_str!("../../tests/lab-scripts/debian-common.sh"),
     include_str!("../../tests/lab-scripts/debian-postgres.sh")
+);
+
+/// A whole Debian with a database that moves ten times.
+pub const DEBIAN_MOVES: &str = concat!(
+    "MOVES=10\n",
+    include_str!("../../tests/lab-scripts/debian-common.sh"),
+    include_str!("../../tests/lab-scripts/two-instances.sh"),
+    include_str!("../../tests/lab-scripts/debian-moves.sh")
 );
 
 /// A whole Debian: its system, disks and networks.

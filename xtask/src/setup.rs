@@ -20,7 +20,7 @@ pub enum Need {
 
 /// Debian packages by need. gcc-12 is what Debian 12's kernels were built with,
 /// libelf1 is for the objtool of their headers, xz for the 6.12 modules; qemu-utils makes and
-/// checks the disk images of unit tests, iproute2 and passt make the networks of others.
+/// checks the disk images of unit tests, iproute2, passt, nftables and dnsmasq make the networks of others.
 const PACKAGES: &[(Need, &[&str])] = &[
     (
         Need::Build,
@@ -40,6 +40,8 @@ const PACKAGES: &[(Need, &[&str])] = &[
             "debian-archive-keyring",
             "iproute2",
             "passt",
+            "nftables",
+            "dnsmasq-base",
         ],
     ),
     (

@@ -352,6 +352,8 @@ rm -r $dir
 struct Bench<'a> {
     project: &'a Project,
     command: PathBuf,
+    /// The `supercloud` command, if a case wants it.
+    supercloud: Option<PathBuf>,
     /// What tests run in instances only.
     instance_files: Files,
     /// What they run in instances and VMs.
@@ -364,12 +366,19 @@ struct Bench<'a> {
     network_tools: Files,
     /// What compares what goes through networks, if a case wants it.
     net_check: Files,
+    /// What makes virtual networks, if a case wants it.
+    fabric: Files,
 }
 
 impl<'a> Bench<'a> {
     /// Builds and fetches all that `cases` need, so that their times are theirs.
     fn prepare(project: &'a Project, cases: &[Case]) -> Result<Self> {
         let command = find_command(project, false)?.context("the checkout has no command")?;
+        let supercloud = if cases.iter().any(|case| case.supercloud) {
+            Some(build::supercloud(project)?)
+        } else {
+            None
+        };
         let instance_files = guestware::instance_programs(project)?;
         let mut files = guestware::programs(project)?;
         files.extend(guestware::scripts(project)?);
@@ -387,6 +396,7 @@ impl<'a> Bench<'a> {
         let fio = wanted(|case| case.fio, guestware::fio)?;
         let network_tools = wanted(|case| case.network, guestware::network_tools)?;
         let net_check = wanted(|case| case.net_check, guestware::net_check)?;
+        let fabric = wanted(|case| case.fabric, guestware::fabric)?;
         for case in cases {
             // An image that cannot be made fails its own cases only, which say why.
             if let Some(variant) = case.image
@@ -404,12 +414,14 @@ impl<'a> Bench<'a> {
         Ok(Self {
             project,
             command,
+            supercloud,
             instance_files,
             files,
             stressed,
             fio,
             network_tools,
             net_check,
+            fabric,
         })
     }
 
@@ -440,10 +452,25 @@ impl<'a> Bench<'a> {
     }
 
     fn report(&self, case: &Case, verbose: bool) -> Report {
+        let first = self.report_once(case, verbose);
+        let Some(fault) = &first.emulator_fault else {
+            return first;
+        };
+        // A race between the emulator's own threads says nothing about the case.
+        let again = self.report_once(case, verbose);
+        let text = format!(
+            "{}: the emulator fell over itself, and it was run once more: {fault}\n{}",
+            case.name, again.text
+        );
+        Report { text, ..again }
+    }
+
+    fn report_once(&self, case: &Case, verbose: bool) -> Report {
         let start = Instant::now();
         let mut output = Vec::new();
         let result = self.boot(case, &mut output);
         let output = String::from_utf8_lossy(&output).replace('\r', "");
+        let mut emulator_fault = None;
         let mut reasons = Vec::new();
         let mut console = String::new();
         match result {
@@ -453,6 +480,7 @@ impl<'a> Bench<'a> {
                 if reasons.is_empty() {
                     outcome.discard();
                 } else {
+                    emulator_fault = outcome.emulator_fault();
                     console = format!(
                         "-- {}\n{}",
                         outcome.console().display(),
@@ -472,7 +500,11 @@ impl<'a> Bench<'a> {
         }
         let verdict = if passed { "PASS" } else { "FAIL" };
         text.push_str(&format!("{verdict} {} ({seconds:.1} s)\n", case.name));
-        Report { passed, text }
+        Report {
+            passed,
+            text,
+            emulator_fault,
+        }
     }
 
     /// What QEMU gives the case's instance besides.
@@ -506,6 +538,9 @@ impl<'a> Bench<'a> {
             payload.archive.text("lab/companion", 0o644, "");
         }
         payload.program(&self.command)?;
+        if let (true, Some(program)) = (case.supercloud, &self.supercloud) {
+            payload.program(program)?;
+        }
         let files = match case {
             Case {
                 net_check: true, ..
@@ -519,6 +554,9 @@ impl<'a> Bench<'a> {
         payload.archive.add(&self.instance_files);
         if case.network {
             payload.network_tools(&self.network_tools);
+        }
+        if case.fabric {
+            payload.archive.add(&self.fabric);
         }
         if case.whole_system {
             payload.hand_over(project, &kernel)?;
@@ -626,6 +664,8 @@ const INJECTOR_LINES: [&str; 6] = [
 struct Report {
     passed: bool,
     text: String,
+    /// See [`Outcome::emulator_fault`].
+    emulator_fault: Option<String>,
 }
 
 fn guests(case: &Case) -> Vec<kernels::Flavour> {

@@ -57,10 +57,13 @@ and runs on at the destination. Until the destination has it, whatever goes wron
 If the link breaks in the very moment in which it changes hands, it stands still until the destination can \
 be asked again: `blanket migrate` does that by itself for a while, and again when it is called again.
 
+With --post-copy it may run there before all of its memory is there, which follows it. Until all has come, \
+the process here has a part of the VM: if it ends, the VM is lost.
+
 Exit codes:
-  0      it has moved
-  1      it has not moved, and runs here
-  9      it is not known: see what is said then";
+  0      it has moved, with all of its memory
+  1      it has not moved, and runs here; or its process has ended
+  9      it is not known; or a part of its memory is still here: see what is said then";
 
 const BALLOON: &str = "\
 Asks a VM's guest to have so much of its memory, and waits until it has. What the guest gives up goes to \
@@ -121,6 +124,10 @@ pub enum Command {
         name: String,
         /// The file; it must not be there
         file: PathBuf,
+        /// With what is in its disks, but for the bases that they are said to stand on (base=) and
+        /// those that it cannot write; it runs on while they are written
+        #[arg(long)]
+        disks: bool,
         /// Let the VM go on here afterwards
         #[arg(long)]
         keep_running: bool,
@@ -208,6 +215,10 @@ pub enum Command {
     Kill {
         /// The VM
         name: String,
+        /// Only if it waits for a VM of another host that was not given to it; exits with 1 if
+        /// the VM runs
+        #[arg(long)]
+        waiting: bool,
     },
     /// Clear away what a VM has left behind when its process ends; a part of `run`
     #[command(hide = true)]
@@ -248,13 +259,25 @@ pub enum Generated {
     },
 }
 
+/// When a VM goes on before all of its memory is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PostCopy {
+    /// Never.
+    Never,
+    /// When it would be slowed down too much.
+    Auto,
+    /// After the first round.
+    Now,
+}
+
 /// Arguments of `migrate`.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
     /// The VM
     pub name: String,
     /// Where `blanket run --incoming` waits for it
-    #[arg(long, value_name = "HOST:PORT", required_unless_present_any = ["cancel", "keep"])]
+    #[arg(long, value_name = "HOST:PORT", required_unless_present_any = ["cancel", "keep", "follow", "status"])]
     pub to: Option<String>,
     /// The token that was printed there
     #[arg(long, env = "BLANKET_TOKEN", hide_env_values = true)]
@@ -272,6 +295,11 @@ pub struct MigrateArgs {
     /// How much is sent in a second at most while it runs, such as 100M
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub bandwidth: Option<u64>,
+    /// Let it go on there before all of its memory is there, which follows: never; when it writes
+    /// so fast that it would be slowed down to less than a quarter; or after the first round.
+    /// If this process or its host ends before all has followed, the VM is lost
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "never")]
+    pub post_copy: PostCopy,
     /// Seconds to try to reach a destination that is lost when the VM changes hands
     #[arg(long, default_value = "60", value_parser = seconds)]
     pub patience: Duration,
@@ -284,9 +312,19 @@ pub struct MigrateArgs {
     /// Let it go on here: you know that the other host does not have it, and never will
     #[arg(long, conflicts_with_all = ["to", "dry_run"])]
     pub keep: bool,
+    /// Begin nothing: show how far a migration is that was begun by somebody else, until it is
+    /// over
+    #[arg(long, conflicts_with_all = ["to", "keep", "cancel", "dry_run"])]
+    pub follow: bool,
+    /// Say how far it is, here where it is sent from or where it is followed by its memory
+    #[arg(long, conflicts_with_all = ["to", "cancel", "keep", "dry_run"])]
+    pub status: bool,
     /// Write JSON
     #[arg(long)]
     pub json: bool,
+    /// Write a line of JSON each time that it has come further, and another when it is over
+    #[arg(long, conflicts_with_all = ["json", "quiet"])]
+    pub lines: bool,
     /// Do not show how far it is
     #[arg(long, short)]
     pub quiet: bool,
@@ -347,18 +385,27 @@ pub struct Run {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub pids_max: Option<u64>,
     /// Go on where a VM was when `blanket save` wrote this file, instead of a boot. Its memory,
-    /// vCPUs and identity come from the file; give its disks and networks as at its start
+    /// vCPUs come from the file; give its disks and networks as at its start, or, if it was
+    /// saved with --disks, new images of the same size
     #[arg(long, value_name = "FILE", conflicts_with_all = ["memory", "max_memory", "cpus", "balloon", "cloud_init"])]
     pub restore: Option<PathBuf>,
-    /// Wait at this address for a VM that `blanket migrate` moves here from another host,
-    /// instead of a boot. Give the same memory, vCPUs, disks and networks as it has there, and
+    /// Let it go on at once: all of the file is looked at, but the VM's memory comes from it when
+    /// it is needed, and in the background. The file must stay as it is until then (`migrate --status`)
+    #[arg(long, requires = "restore")]
+    pub lazy: bool,
+    /// Wait at this address (port 0: any that is free, see `ps --json`) for a VM that
+    /// `blanket migrate` moves here from another host, instead of a boot. Give the same memory, vCPUs, disks and networks as it has there, and
     /// the kernel too if it is to reboot by one
     #[arg(long, value_name = "ADDRESS:PORT", conflicts_with_all = ["restore", "balloon", "cloud_init"])]
     pub incoming: Option<SocketAddr>,
-    /// Write the token that `blanket migrate` needs to this file, for its owner alone [default:
-    /// it is printed]
+    /// Write the token that `blanket migrate` needs to this file, for its owner alone; it is emptied
+    /// when the VM is given, before it runs [default: the token is printed]
     #[arg(long, value_name = "FILE", requires = "incoming")]
     pub token_file: Option<PathBuf>,
+    /// The VM's identity; with --incoming, the only VM that is taken [default: a new one, or
+    /// whichever comes; with --restore, the one that it had]
+    #[arg(long, value_name = "UUID", value_parser = uuid)]
+    pub uuid: Option<String>,
     /// Memory, such as 256M or 2G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub memory: u64,
@@ -513,6 +560,16 @@ fn name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Checks a UUID: 32 lower-case hexadecimal digits in five groups.
+fn uuid(text: &str) -> Result<String, String> {
+    let groups: Vec<usize> = text.split('-').map(str::len).collect();
+    let digit = |c: char| c == '-' || c.is_ascii_digit() || ('a'..='f').contains(&c);
+    if groups != [8, 4, 4, 4, 12] || !text.chars().all(digit) {
+        return Err("a UUID is written like 0f8fad5b-d9cb-469f-a165-70867728950e".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
 fn sink(text: &str) -> Result<Sink, String> {
     let path = |path: &str| match path {
         "" => Err("the path is missing".to_owned()),
@@ -569,6 +626,19 @@ mod tests {
         assert_eq!(sink("file:/tmp/x"), Ok(Sink::File("/tmp/x".into())));
         assert_eq!(sink("socket:a:b"), Ok(Sink::Socket("a:b".into())));
         assert!(sink("file:").is_err() && sink("tcp:1").is_err());
+    }
+
+    #[test]
+    fn uuids() {
+        assert!(uuid("0f8fad5b-d9cb-469f-a165-70867728950e").is_ok());
+        for wrong in [
+            "",
+            "0F8FAD5B-d9cb-469f-a165-70867728950e",
+            "0f8fad5b-d9cb-469f-a165-70867728950",
+            "0f8fad5b-d9cb-469f-a165-7086772895é",
+        ] {
+            assert!(uuid(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

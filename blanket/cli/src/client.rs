@@ -230,11 +230,15 @@ pub fn reboot(name: &str, timeout: Duration) -> Result<ExitCode> {
 }
 
 /// `blanket kill`.
-pub fn kill(name: &str) -> Result<ExitCode> {
+pub fn kill(name: &str, waiting: bool) -> Result<ExitCode> {
     let registry = Registry::open()?;
     let stream = registry.connect(name)?;
-
-    ask(&stream, &Request::Kill).with_context(|| format!("{name} was not killed"))?;
+    let request = if waiting {
+        Request::Dismiss
+    } else {
+        Request::Kill
+    };
+    ask(&stream, &request).with_context(|| format!("{name} was not killed"))?;
     wait_gone(&stream);
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,9 @@
 //! `--cloud-init`: the disk by which the guest learns what it shall become.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -57,17 +59,34 @@ impl FromStr for CloudInit {
 }
 
 impl CloudInit {
-    /// The disk, as number `index` of the VM `name`.
-    pub fn disk(&self, index: u32, name: &str, vcpus: u32) -> Result<AnyDevice> {
+    /// The seed of the VM `name`, as an image.
+    fn image(&self, name: &str) -> Result<Vec<u8>> {
         let seed = Seed {
             user_data: read(&self.user_data)?,
             meta_data: self.meta_data.as_deref().map(read).transpose()?,
             network_config: self.network_config.as_deref().map(read).transpose()?,
             random: Some(entropy::bytes().context("the host gave no random bytes")?),
         };
-        let image = seed
-            .image(name)
-            .with_context(|| self.user_data.display().to_string())?;
+        seed.image(name)
+            .with_context(|| self.user_data.display().to_string())
+    }
+
+    /// Writes the seed of the VM `name` to a new file, which its owner alone may read.
+    pub fn write(&self, to: &Path, name: &str) -> Result<()> {
+        let image = self.image(name)?;
+        let file = fs::File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(to);
+        let written =
+            file.and_then(|mut file| file.write_all(&image).and_then(|()| file.sync_all()));
+        written.with_context(|| to.display().to_string())
+    }
+
+    /// The disk, as number `index` of the VM `name`.
+    pub fn disk(&self, index: u32, name: &str, vcpus: u32) -> Result<AnyDevice> {
+        let image = self.image(name)?;
         let file =
             memfd_create("cloud-init", MemfdFlags::CLOEXEC).context("no memory for the seed")?;
         fs::write(descriptor(file.as_raw_fd()), image).context("cannot write the seed")?;
@@ -113,6 +132,14 @@ mod tests {
         let mut sector = [0; 512];
         file.reader.read_exact_at(0, &mut sector).expect("read");
         assert_eq!(sector[510..], [0x55, 0xaa]);
+        // The same as a file, which is not overwritten.
+        let image = directory.path().join("seed");
+        cloud_init.write(&image, "web").expect("written");
+        assert_eq!(
+            fs::metadata(&image).expect("there").len(),
+            vbd.disk().size()
+        );
+        assert!(cloud_init.write(&image, "web").is_err());
         fs::write(&path, "hello\n").expect("written");
         assert!(cloud_init.disk(1, "web", 1).is_err());
     }

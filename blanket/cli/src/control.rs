@@ -2,8 +2,10 @@
 //! a `console` request the socket is the console.
 
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,11 +13,13 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_devices::block;
 use blanket_vmm::balloon;
 use blanket_vmm::instance::Instance;
+use blanket_vmm::migration::Phase;
 use blanket_vmm::trace::Record;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Report;
 use crate::disk::{self, DiskInfo};
+use crate::exit;
 use crate::handing;
 use crate::migrate::{self, Migrate, Migration};
 use crate::net::{self, NetInfo};
@@ -52,6 +56,8 @@ pub enum Request {
     Save {
         /// End it then.
         end: bool,
+        /// With what is in its disks.
+        disks: bool,
     },
     /// Move it to the other end of the connection whose descriptor comes along.
     Migrate(Migrate),
@@ -108,6 +114,8 @@ pub enum Request {
     },
     /// End it.
     Kill,
+    /// End it if it waits for a VM that was not given to it.
+    Dismiss,
     /// Attach to its console.
     Console,
     /// Switch its trace on or off.
@@ -226,6 +234,13 @@ pub struct Info {
     /// How much the guest can have, has, and is to have.
     #[serde(default)]
     pub balloon: Memory,
+    /// What its process does with it: starting, waiting (for one of another host, at
+    /// `incoming`), receiving, received, running, sending, standing, doubt or ended.
+    #[serde(default)]
+    pub phase: String,
+    /// Where it may come from another host, if it is to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incoming: Option<SocketAddr>,
     /// Seconds since it was started.
     pub uptime_seconds: f64,
     /// How often it was booted.
@@ -249,8 +264,21 @@ pub struct About {
     pub name: String,
     /// Where its console goes.
     pub console: String,
+    /// Where it may come from another host.
+    pub incoming: Option<SocketAddr>,
+    /// Its control socket.
+    pub socket: PathBuf,
     /// In which box it is.
     pub confinement: Confinement,
+}
+
+impl About {
+    fn phase(&self, instance: &Instance) -> String {
+        match instance.phase() {
+            Phase::Starting if self.incoming.is_some() && instance.awaits() => "waiting".into(),
+            phase => phase.word().into(),
+        }
+    }
 }
 
 /// The requests that have no answer yet.
@@ -341,6 +369,8 @@ fn answer(
                 vcpus: spec.vcpus,
                 memory: spec.memory,
                 balloon: instance.memory().into(),
+                phase: about.phase(instance),
+                incoming: about.incoming,
                 uptime_seconds: instance.uptime().as_secs_f64(),
                 boots: instance.boots(),
                 kernel: instance.booted(),
@@ -369,7 +399,7 @@ fn answer(
                 Err(error) => Answer::Error(error.to_string()),
             }
         }
-        Ok(Request::Save { end }) => saved::answer(instance, handed, *end),
+        Ok(Request::Save { end, disks }) => saved::answer(instance, handed, *end, *disks),
         Ok(Request::Migrate(wanted)) => migrate::answer(instance, handed, wanted),
         Ok(Request::Migration) => migrate::progress(instance),
         Ok(Request::CancelMigration) => migrate::cancel(instance),
@@ -418,6 +448,13 @@ fn answer(
             instance.kill();
             Answer::Done
         }
+        Ok(Request::Dismiss) => {
+            if about.incoming.is_some() && instance.dismiss() {
+                Answer::Done
+            } else {
+                Answer::Error("it runs, or is being started".into())
+            }
+        }
         Ok(Request::Trace { on }) => match instance.trace(*on) {
             Ok(was) => Answer::Trace { was },
             Err(error) => Answer::Error(error.to_string()),
@@ -442,9 +479,14 @@ fn answer(
     drop(asked);
     match request {
         Ok(Request::Console) => instance.console().attach(stream.into()),
+        // It may be in the middle of what it receives, and nothing of that is to be kept.
+        Ok(Request::Dismiss) if answer == Answer::Done => {
+            let _ = std::fs::remove_file(&about.socket);
+            std::process::exit(i32::from(exit::KILLED));
+        }
         // Held until this process, and with it the VM's memory and name, is gone,
         // or the client does not wait for that.
-        Ok(Request::Stop { .. } | Request::Kill | Request::Save { end: true })
+        Ok(Request::Stop { .. } | Request::Kill | Request::Save { end: true, .. })
             if matches!(answer, Answer::Done | Answer::Saved(_)) =>
         {
             std::io::copy(&mut &stream, &mut std::io::sink())?;
@@ -487,7 +529,12 @@ pub fn ask(stream: &UnixStream, request: &Request) -> Result<Answer> {
     ask_with(stream, request, &[])
 }
 
-/// Asks a VM something, and hands it descriptors.
+/// What a VM answers that does not do what it is asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(String);
+
+/// Asks a VM something, and hands it descriptors. [`Refused`] is among the errors.
 pub fn ask_with(
     stream: &UnixStream,
     request: &Request,
@@ -531,7 +578,7 @@ pub fn ask_with(
 
 fn understood(line: &[u8]) -> Result<Answer> {
     match serde_json::from_slice(line).context("an answer of another version")? {
-        Answer::Error(text) => Err(anyhow!(text)),
+        Answer::Error(text) => Err(Refused(text).into()),
         answer => Ok(answer),
     }
 }
@@ -583,6 +630,8 @@ mod tests {
             About {
                 name: "test".into(),
                 console: "none".into(),
+                incoming: None,
+                socket: socket.clone(),
                 confinement: Confinement::default(),
             },
         )
@@ -610,6 +659,9 @@ mod tests {
             ("test", 2, 64 << 20)
         );
         assert_eq!((info.pid, info.boots), (std::process::id(), 1));
+        assert_eq!((&*info.phase, info.incoming), ("running", None));
+        // It waits for nobody.
+        assert!(ask(&connect(), &Request::Dismiss).is_err());
         let halves: Vec<_> = info
             .generation_id
             .split(':')

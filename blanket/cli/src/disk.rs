@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_devices::Limits;
 use blanket_devices::block::{self, Config, Vbd, WhenFull};
 use blanket_devices::bus::{Report, State};
@@ -18,8 +18,9 @@ use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 
 use crate::args::{seconds, size};
+use crate::cloud_init::{self, CloudInit};
 use crate::control::{Answer, Request, ask_vm};
-use crate::exit::{self, output, show};
+use crate::exit::{self, hint, output, show};
 use crate::table::table;
 
 /// Most disks of a VM: Linux numbers them in one byte.
@@ -29,12 +30,23 @@ const MOST: u32 = 256;
 pub const HELP: &str = "\
 Adds a disk: PATH[,OPTION]..., an image or a block device. A comma in the path is written twice. Options: \
 `ro` (refuse writes), `format=raw|qcow2|vmdk|vhd` (otherwise name and content must agree), `backing=DIR` \
-(a directory outside the image's own whose files it may stand on), `lock=off`, `queues=N`, \
+(a directory outside the image's own whose files it may stand on), `base=CONTENT` (which content it stands on, by \
+a name that tells it, such as blake3:...: a move to a disk with the same `base=` takes with it only what is above), \
+`lock=off`, `queues=N`, \
 `cache=none|writeback` (a raw image past the instance's page cache or through it; past it by default if it is a block \
 device), \
 `on-full=wait|fail` (what happens when the host has no space left; waits by default), `bps=SIZE` and \
 `iops=N` (limits for each second), `persistent` (offer persistent grants). The guest calls them xvda, xvdb, \
 ... in their order.";
+
+/// How an image is opened, what device it becomes, and what it is said to stand on.
+type Understood = (Options, Config, Option<String>);
+
+/// Whether it can be the name of a content: it is compared, and shown, on another host.
+fn is_content(name: &str) -> bool {
+    let known = |c: char| c.is_ascii_alphanumeric() || ":._-".contains(c);
+    (1..=128).contains(&name.len()) && name.chars().all(known)
+}
 
 /// A disk as the user describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,8 +87,9 @@ impl FromStr for DiskSpec {
 }
 
 impl DiskSpec {
-    fn understand(&self, index: u32) -> Result<(Options, Config), String> {
+    fn understand(&self, index: u32) -> Result<Understood, String> {
         let mut options = Options::default();
+        let mut base = None;
         let mut config = Config {
             index,
             ..Config::default()
@@ -94,6 +107,7 @@ impl DiskSpec {
                     options.format = Some(name.parse::<Format>().map_err(|e| e.to_string())?);
                 }
                 ("backing", Some(path)) => options.backing.push(path.into()),
+                ("base", Some(content)) if is_content(content) => base = Some(content.to_owned()),
                 ("lock", Some("off")) => options.lock = false,
                 ("lock", Some("on")) => options.lock = true,
                 ("cache", Some("none")) => options.cache = Some(Cache::None),
@@ -109,7 +123,7 @@ impl DiskSpec {
                     let value = value.as_ref().map_or(String::new(), |v| format!("={v}"));
                     return Err(format!(
                         "{key}{value} is no option of a disk; there are ro, format=, backing=, \
-                         lock=, cache=, queues=, on-full=, bps=, iops= and persistent"
+                         base=, lock=, cache=, queues=, on-full=, bps=, iops= and persistent"
                     ));
                 }
             }
@@ -119,7 +133,7 @@ impl DiskSpec {
         {
             return Err("a limit of 0 would let nothing through".into());
         }
-        Ok((options, config))
+        Ok((options, config, base))
     }
 
     /// Opens the image as disk `index`.
@@ -129,11 +143,20 @@ impl DiskSpec {
 
     /// As [`DiskSpec::open`], and has another name in listings.
     pub fn open_as(&self, name: PathBuf, index: u32, vcpus: u32) -> Result<AnyDevice> {
-        let (options, config) = self.understand(index).map_err(anyhow::Error::msg)?;
+        let (options, config, base) = self.understand(index).map_err(anyhow::Error::msg)?;
         let image = blanket_disk::open(&self.path, &options)?;
+        let reader = image.reader();
+        if base.is_some() && !reader.has_backing() {
+            let path = self.path.display();
+            return Err(hint(
+                &anyhow!("{path} stands on no other image, and base= says which one it is"),
+                "leave base= out, or make an overlay with `blanket disk create --backing`",
+            ));
+        }
         let file = DiskFile {
             path: name,
-            reader: image.reader(),
+            reader,
+            base,
         };
         let vbd = Vbd::new(Arc::new(image), config, vcpus);
         Ok(AnyDevice::Disk(Arc::new(vbd), file))
@@ -196,6 +219,18 @@ pub enum DiskCommand {
         /// That one's format, if its name does not say it
         #[arg(long, requires = "backing")]
         backing_format: Option<Format>,
+    },
+    /// Write the disk by which a guest's cloud-init is told what it shall become, as `run
+    /// --cloud-init` makes it
+    Seed {
+        /// The file, which must not exist; give it to the VM as a disk, with ro
+        file: PathBuf,
+        /// As for `run --cloud-init`
+        #[arg(long, value_name = "FILE", long_help = cloud_init::HELP)]
+        cloud_init: CloudInit,
+        /// The VM's name
+        #[arg(long)]
+        name: String,
     },
     /// Keep an image as it is: what a VM writes from now on goes to a new one on top of it
     Snapshot {
@@ -365,6 +400,11 @@ pub fn command(command: &DiskCommand) -> Result<ExitCode> {
             };
             output(&format!("{disk}\n"))?;
         }
+        DiskCommand::Seed {
+            file,
+            cloud_init,
+            name,
+        } => cloud_init.write(file, name)?,
         DiskCommand::Detach {
             name,
             disk,
@@ -429,7 +469,7 @@ pub fn command(command: &DiskCommand) -> Result<ExitCode> {
 }
 
 fn boot(image: &DiskSpec, entry: Option<&str>) -> Result<ExitCode> {
-    let (options, _) = image.understand(0).map_err(anyhow::Error::msg)?;
+    let (options, ..) = image.understand(0).map_err(anyhow::Error::msg)?;
     let options = Options {
         read_only: true,
         ..options
@@ -576,11 +616,15 @@ mod tests {
             .parse()
             .expect("right");
         assert_eq!(spec.path, Path::new("a,b.img"));
-        let (options, config) = spec.understand(3).expect("right");
+        let (options, config, base) = spec.understand(3).expect("right");
         assert!(options.read_only && options.format == Some(Format::Raw));
         assert_eq!((config.index, config.queues), (3, Some(2)));
         assert_eq!(config.limits.bytes, Some(1 << 20));
         assert_eq!(config.when_full, WhenFull::Fail);
+        assert_eq!(base, None);
+        let based: DiskSpec = "a.qcow2,base=blake3:00ff".parse().expect("right");
+        let (.., base) = based.understand(0).expect("right");
+        assert_eq!(base.as_deref(), Some("blake3:00ff"));
         for wrong in [
             "",
             ",ro",
@@ -591,6 +635,9 @@ mod tests {
             "a,bps=5",
             "a,on-full=stop",
             "a,cache=much",
+            "a,base",
+            "a,base=",
+            "a,base=not one",
             "a,",
         ] {
             let error = wrong.parse::<DiskSpec>().expect_err(wrong);

@@ -15,7 +15,7 @@ const CRASH: u8 = 4;
 /// The guest's watchdog expired.
 const WATCHDOG: u8 = 5;
 /// The VM was killed.
-const KILLED: u8 = 6;
+pub const KILLED: u8 = 6;
 /// Blanket or its host failed under a running guest.
 const BLANKET: u8 = 7;
 /// The guest asked for something that is not supported.

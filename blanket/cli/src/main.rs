@@ -66,9 +66,10 @@ fn main() -> ExitCode {
         Command::Save {
             name,
             file,
+            disks,
             keep_running,
             json,
-        } => saved::save(&name, &file, keep_running, json),
+        } => saved::save(&name, &file, disks, keep_running, json),
         Command::Migrate(wanted) => migrate::command(&wanted),
         Command::Upgrade { name } => client::upgrade(&name),
         Command::Disk { command } => disk::command(&command),
@@ -76,7 +77,7 @@ fn main() -> ExitCode {
         Command::Audit { name, json } => client::audit(&name, json),
         Command::Stop { name, timeout } => client::stop(&name, timeout),
         Command::Reboot { name, timeout } => client::reboot(&name, timeout),
-        Command::Kill { name } => client::kill(&name),
+        Command::Kill { name, waiting } => client::kill(&name, waiting),
         Command::Keep(left) => keeper::command(&left),
         Command::Generate { what } => generate(&what),
     };

@@ -1,10 +1,11 @@
 //! `blanket migrate`, and what a VM's process does for it.
 
 use std::fs;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{ErrorKind, IsTerminal as _, Write as _};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,12 +14,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_vmm::instance::Instance;
-use blanket_vmm::migration::{Incoming, Link, Options, Outgoing, Stage, Token, Wishes};
+use blanket_vmm::migration::{
+    self, Incoming, Link, Message, Options, Outgoing, Pull, Stage, Token, UserFaults, Wishes,
+};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{MigrateArgs, Run};
+use crate::args::{MigrateArgs, PostCopy, Run};
 use crate::control::{Answer, Request, ask_vm, ask_vm_with};
 use crate::exit::{self, hint, show};
+use crate::registry::Registry;
 
 /// How often it is looked how far it is.
 const LOOK: Duration = Duration::from_millis(250);
@@ -42,12 +46,25 @@ pub struct Migrate {
     rounds: u32,
     /// Bytes for each second.
     bandwidth: Option<u64>,
+    /// Whether a part of its memory may follow it.
+    post_copy: PostCopy,
+}
+
+impl PostCopy {
+    fn wish(self) -> migration::PostCopy {
+        match self {
+            Self::Never => migration::PostCopy::Never,
+            Self::Auto => migration::PostCopy::Auto,
+            Self::Now => migration::PostCopy::Now,
+        }
+    }
 }
 
 /// What a migration is at.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Migration {
-    /// `copying`, `standing`, `doubt`, `moved` or `kept`; `fits` if it was only tried.
+    /// `copying`, `standing`, `doubt`, `pulling`, `cut`, `moved` or `kept`; `fits` if it was only
+    /// tried. At the destination `pulling`, `cut`, `lost` or `here`.
     pub stage: String,
     /// Rounds that are over.
     pub rounds: u32,
@@ -65,6 +82,13 @@ pub struct Migration {
     /// Milliseconds for which it ran nowhere; of a VM that has moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime_ms: Option<u64>,
+    /// Milliseconds for which its memory followed it, where it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pull_ms: Option<u64>,
+    /// Pages that are missing at the destination.
+    pub left: u64,
+    /// Touches of pages that were missing there.
+    pub faults: u64,
 }
 
 impl Migration {
@@ -74,10 +98,11 @@ impl Migration {
             Stage::Copying => "copying",
             Stage::Standing => "standing",
             Stage::Doubt => "doubt",
+            Stage::Pulling => "pulling",
+            Stage::Cut => "cut",
             Stage::Over if out.moved().is_some() => "moved",
             Stage::Over => "kept",
         };
-        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         Self {
             stage: stage.into(),
             rounds: now.rounds,
@@ -87,8 +112,34 @@ impl Migration {
             share: now.share,
             took_ms: out.moved().map(|moved| ms(moved.took)),
             downtime_ms: out.moved().map(|moved| ms(moved.downtime)),
+            pull_ms: out.moved().and_then(|moved| moved.pull).map(ms),
+            left: now.left,
+            faults: now.wanted,
         }
     }
+
+    /// At the destination.
+    fn arrived(pull: &Pull) -> Self {
+        let stage = match pull {
+            Pull { lost: true, .. } => "lost",
+            Pull { left: 0, .. } => "here",
+            Pull { linked: true, .. } => "pulling",
+            _ => "cut",
+        };
+        Self {
+            stage: stage.into(),
+            pages: pull.pages,
+            left: pull.left,
+            faults: pull.faults,
+            pull_ms: pull.took.map(ms),
+            share: 100,
+            ..Self::default()
+        }
+    }
+}
+
+fn ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 // ---- the VM's process, at the source ----
@@ -115,7 +166,7 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
             );
         }
         match out.progress().stage {
-            Stage::Doubt => out.ask(link()?),
+            Stage::Doubt | Stage::Cut => out.ask(link()?),
             // The destination waits for a VM that is not given.
             Stage::Over if out.moved().is_none() => out.tell_kept(link()?)?,
             _ => {}
@@ -126,7 +177,7 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
             .map_err(|why| anyhow!(why));
     }
     if wanted.dry_run {
-        instance.try_at(link()?, &token)?;
+        instance.try_at(link()?, &token, wanted.post_copy.wish())?;
         return Ok(Migration {
             stage: "fits".into(),
             ..Migration::default()
@@ -136,6 +187,7 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
         wishes: Wishes {
             downtime: Duration::from_millis(wanted.max_downtime_ms),
             rounds: wanted.rounds,
+            post_copy: wanted.post_copy.wish(),
         },
         bandwidth: wanted.bandwidth,
     };
@@ -162,7 +214,10 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
 pub fn progress(instance: &Instance) -> Answer {
     match instance.outgoing() {
         Some(out) => Answer::Migration(Migration::of(&out)),
-        None => Answer::Error("no VM is sent from here".into()),
+        None => match instance.pull() {
+            Some(pull) => Answer::Migration(Migration::arrived(&pull)),
+            None => Answer::Error("no VM is sent from here, nor is one followed here".into()),
+        },
     }
 }
 
@@ -198,18 +253,27 @@ pub fn keep(instance: &Instance) -> Answer {
 /// `blanket migrate`.
 pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
     let name = &args.name;
-    if args.cancel || args.keep {
-        let request = if args.cancel {
-            Request::CancelMigration
-        } else {
-            Request::KeepMigrating
+    if args.cancel || args.keep || args.status {
+        let request = match (args.cancel, args.keep) {
+            (true, _) => Request::CancelMigration,
+            (_, true) => Request::KeepMigrating,
+            _ => Request::Migration,
         };
         return match ask_vm(name, &request)? {
+            Answer::Migration(now) if args.status => {
+                show(&now, args.json, |now| format!("{}\n", sentence(now)))?;
+                Ok(ExitCode::SUCCESS)
+            }
             Answer::Migration(migration) => done(args, &migration),
             other => bail!("{name} answers {other:?}"),
         };
     }
+    if args.follow {
+        return follow(args);
+    }
     let token = token(args)?;
+    // One that is not there now has not ended meanwhile.
+    drop(Registry::open()?.connect(name)?);
     let wanted = |again| Migrate {
         token: token.to_string(),
         again,
@@ -217,6 +281,7 @@ pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
         max_downtime_ms: args.max_downtime,
         rounds: args.rounds,
         bandwidth: args.bandwidth,
+        post_copy: args.post_copy,
     };
     if args.dry_run {
         return done(args, &asked(args, &wanted(false), false)?);
@@ -228,29 +293,86 @@ pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
         )
     };
     // A VM whose whereabouts are in doubt is not sent again, but asked for.
-    let again = is_at("doubt");
-    let mut answer = asked(args, &wanted(again), !again).inspect_err(|_| {
+    let again = is_at("doubt") || is_at("cut");
+    let mut answer = asked(args, &wanted(again), !again).map_err(|error| {
         // The destination may have all of it, and wait to be given it. If it cannot be told,
         // it waits on, and runs nothing.
         if is_at("kept") {
             let _ = asked(args, &wanted(true), false);
         }
+        ended(args, &token, error)
     })?;
     let since = Instant::now();
     if answer.stage == "doubt" {
         eprintln!("blanket: the link is lost; {name} stands still until its destination answers");
     }
-    while answer.stage == "doubt" && since.elapsed() < args.patience {
+    if answer.stage == "cut" {
+        eprintln!(
+            "blanket: the link is lost; {name} runs on there as far as it has its memory, of which \
+             {} MiB are here",
+            answer.left >> 8
+        );
+    }
+    while ["doubt", "cut"].contains(&answer.stage.as_str()) && since.elapsed() < args.patience {
         // Nothing tells when a network is whole again.
         std::thread::sleep(RETRY);
         match asked(args, &wanted(true), false) {
             Ok(now) => answer = now,
             // It was reached, and does not have the VM: that is why it runs here.
             Err(error) if is_at("kept") => return Err(error),
+            Err(error) if is_gone(name) => return Err(ended(args, &token, error)),
             Err(error) => tracing::info!("{error:#}"),
         }
     }
     done(args, &answer)
+}
+
+/// Whether a VM's process is not there: nothing less is a proof of it, for what is said then
+/// ends the VM at its destination.
+fn is_gone(name: &str) -> bool {
+    let Ok(registry) = Registry::open() else {
+        return false;
+    };
+    let gone = UnixStream::connect(registry.socket(name)).err();
+    gone.is_some_and(|error| {
+        matches!(
+            error.kind(),
+            ErrorKind::ConnectionRefused | ErrorKind::NotFound
+        )
+    })
+}
+
+/// A migration ended with `error`, perhaps with its process: then what the destination did not have
+/// of its memory is lost, and nobody but this process has seen it.
+fn ended(args: &MigrateArgs, token: &Token, error: anyhow::Error) -> anyhow::Error {
+    if !is_gone(&args.name) {
+        return error;
+    }
+    let to = args.to.as_deref().unwrap_or_default();
+    let told = connect(to).and_then(|socket| {
+        let mut link = Link::to(socket, token)?;
+        Ok(migration::mourn(&mut link, token)?)
+    });
+    let next = match told {
+        Ok(Message::Gone) => format!("{to} had not been given it: it is gone"),
+        Ok(Message::Lost) => format!(
+            "it ran at {to} and a part of its memory was here, which is lost: it does nothing more \
+             there, and `blanket kill` ends it"
+        ),
+        Ok(Message::Ready) => format!(
+            "{to} has all of it, and waits: `blanket migrate NAME --keep` there lets it run"
+        ),
+        Ok(_) => format!("it runs at {to}"),
+        Err(error) => format!(
+            "{to} could not be asked ({error:#}): `blanket migrate NAME --status` there says what is \
+             left of it"
+        ),
+    };
+    let text = format!(
+        "the process of {} has ended while it was being moved",
+        args.name
+    );
+    hint(&error.context(text), next)
 }
 
 /// Connects, has the VM move, and shows how far it is meanwhile.
@@ -271,13 +393,11 @@ fn asked(args: &MigrateArgs, wanted: &Migrate, show_it: bool) -> Result<Migratio
             // Nobody hears it only if this thread's scope has ended.
             let _ = said.send(ask_vm_with(name, &request, &[socket.as_fd()]));
         });
-        let line = show_it && !args.quiet && !args.json && std::io::stderr().is_terminal();
+        let mut shown = Shown::new(args, show_it);
         loop {
             match hears.recv_timeout(LOOK) {
                 Ok(answer) => {
-                    if line {
-                        eprint!("\r\x1b[K");
-                    }
+                    shown.end();
                     return match answer? {
                         Answer::Migration(migration) => Ok(migration),
                         other => bail!("{name} answers {other:?}"),
@@ -289,15 +409,86 @@ fn asked(args: &MigrateArgs, wanted: &Migrate, show_it: bool) -> Result<Migratio
             if cancelled.swap(false, Ordering::AcqRel) {
                 // Its own answer tells what came of it.
                 let _ = ask_vm(name, &Request::CancelMigration);
-            } else if line && let Ok(Answer::Migration(now)) = ask_vm(name, &Request::Migration) {
-                eprint!("\r\x1b[K{}", sentence(&now));
-                let _ = std::io::stderr().flush();
+            } else if shown.wanted()
+                && let Ok(Answer::Migration(now)) = ask_vm(name, &Request::Migration)
+            {
+                shown.say(now)?;
             }
         }
     })
 }
 
+/// Shows a migration that somebody else has begun, until it is over.
+fn follow(args: &MigrateArgs) -> Result<ExitCode> {
+    let name = &args.name;
+    let mut shown = Shown::new(args, true);
+    loop {
+        let Answer::Migration(now) = ask_vm(name, &Request::Migration)? else {
+            bail!("{name} answers something else than how far it is");
+        };
+        // Of one that is in doubt somebody has to ask.
+        if !matches!(now.stage.as_str(), "copying" | "standing" | "pulling") {
+            shown.end();
+            return done(args, &now);
+        }
+        shown.say(now)?;
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// What its user sees of it on the way.
+struct Shown {
+    terminal: bool,
+    lines: bool,
+    last: Migration,
+}
+
+impl Shown {
+    fn new(args: &MigrateArgs, show_it: bool) -> Self {
+        let plain = !args.quiet && !args.json && !args.lines;
+        Self {
+            terminal: show_it && plain && std::io::stderr().is_terminal(),
+            lines: show_it && args.lines,
+            last: Migration::default(),
+        }
+    }
+
+    fn wanted(&self) -> bool {
+        self.terminal || self.lines
+    }
+
+    fn say(&mut self, now: Migration) -> Result<()> {
+        if self.terminal {
+            eprint!("\r\x1b[K{}", sentence(&now));
+            let _ = std::io::stderr().flush();
+        }
+        if self.lines && now != self.last {
+            line(&now)?;
+        }
+        self.last = now;
+        Ok(())
+    }
+
+    fn end(&self) {
+        if self.terminal {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
+
+/// One line of JSON.
+fn line(now: &Migration) -> Result<()> {
+    exit::output(&format!("{}\n", serde_json::to_string(now)?))
+}
+
 fn sentence(now: &Migration) -> String {
+    if now.stage == "pulling" {
+        return format!(
+            "pulling: {} MiB left, {} pages waited for",
+            now.left >> 8,
+            now.faults
+        );
+    }
     let slow = match now.share {
         0 | 100.. => String::new(),
         share => format!(", the guest has {share} % of its time"),
@@ -315,11 +506,27 @@ fn sentence(now: &Migration) -> String {
 fn done(args: &MigrateArgs, migration: &Migration) -> Result<ExitCode> {
     let name = &args.name;
     let to = args.to.as_deref().unwrap_or("its destination");
+    if args.lines {
+        line(migration)?;
+    }
+    let show = |text: &dyn Fn(&Migration) -> String| {
+        if args.lines {
+            return Ok(());
+        }
+        show(migration, args.json, text)
+    };
     match migration.stage.as_str() {
         "moved" => {
-            show(migration, args.json, |it| {
+            show(&|it| {
+                let followed = it.pull_ms.map_or_else(String::new, |took| {
+                    format!(
+                        ", and the rest of its memory followed within {took} ms, {} pages before \
+                         they came by themselves",
+                        it.faults
+                    )
+                });
                 format!(
-                    "{name} runs at {to}; {} pages in {} rounds, {} MiB in {:.1} s; it stood still for {} ms\n",
+                    "{name} runs at {to}; {} pages in {} rounds, {} MiB in {:.1} s; it stood still for {} ms{followed}\n",
                     it.pages,
                     it.rounds,
                     it.bytes.div_ceil(1 << 20),
@@ -330,18 +537,29 @@ fn done(args: &MigrateArgs, migration: &Migration) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         "fits" => {
-            show(migration, args.json, |_| {
-                format!("{name} can move to {to}\n")
-            })?;
+            show(&|_| format!("{name} can move to {to}\n"))?;
             Ok(ExitCode::SUCCESS)
         }
         "kept" => {
-            show(migration, args.json, |_| format!("{name} runs here\n"))?;
+            show(&|_| format!("{name} runs here\n"))?;
             Ok(ExitCode::SUCCESS)
+        }
+        "cut" => {
+            if args.json {
+                show(&|_| String::new())?;
+            }
+            eprintln!(
+                "blanket: {name} runs at {to}, but {} MiB of its memory are still here: it waits \
+                 there where it needs them\n  \
+                 call `blanket migrate {name}` again when {to} can be reached, with the same token; \
+                 do not end {name} here, or it is lost there",
+                migration.left >> 8
+            );
+            Ok(ExitCode::from(exit::DOUBT))
         }
         _ => {
             if args.json {
-                show(migration, true, |_| String::new())?;
+                show(&|_| String::new())?;
             }
             eprintln!(
                 "blanket: {name} stands still, and may run at {to}: the link broke when it changed hands\n  \
@@ -396,8 +614,9 @@ pub fn incoming(run: &Run) -> Result<Option<Incoming>> {
         return Ok(None);
     };
     let listener = TcpListener::bind(address).with_context(|| address.to_string())?;
-    let address = listener.local_addr().context("its address")?;
-    let incoming = Incoming::new(listener)?;
+    // While this process may.
+    let incoming = Incoming::new(listener, UserFaults::open())?;
+    let address = incoming.address().context("its address")?;
     let token = incoming.token();
     match &run.token_file {
         Some(path) => {
@@ -406,8 +625,10 @@ pub fn incoming(run: &Run) -> Result<Option<Incoming>> {
                 .create_new(true)
                 .mode(0o600)
                 .open(path);
-            let written = file.and_then(|mut file| writeln!(file, "{token}"));
-            written.with_context(|| path.display().to_string())?;
+            let written = file.and_then(|mut file| writeln!(file, "{token}").map(|()| file));
+            let file = written.with_context(|| path.display().to_string())?;
+            // Whoever finds it empty, and no process, knows that the VM may have run here.
+            incoming.when_given(move || file.set_len(0));
             eprintln!("blanket: waits for a VM at {address}");
         }
         None => eprintln!(

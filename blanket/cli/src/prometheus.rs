@@ -318,6 +318,8 @@ mod tests {
             vcpus: 2,
             memory: 256 << 20,
             balloon: Memory::default(),
+            phase: "running".into(),
+            incoming: None,
             uptime_seconds: 1.5,
             boots: 1,
             kernel: "k".into(),

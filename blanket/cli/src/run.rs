@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_vmm::builder::EXTRA_MEM_RATIO;
 use blanket_vmm::console::{Console, IoThread, Sink};
 use blanket_vmm::device::Error as DeviceError;
 use blanket_vmm::hypervisor::Isolation;
 use blanket_vmm::instance::{Instance, OnReboot, Spec};
-use blanket_vmm::migration::Incoming;
+use blanket_vmm::migration::{Incoming, UserFaults};
 use blanket_vmm::vm::End;
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -24,7 +24,7 @@ use signal_hook::iterator::Signals;
 
 use crate::args::{self, Run};
 use crate::disk::DiskSpec;
-use crate::exit;
+use crate::exit::{self, hint};
 use crate::registry::{Entry, Registry};
 use crate::setting::Setting;
 use crate::stats::Stats;
@@ -96,7 +96,10 @@ pub fn command(run: &mut Run) -> Result<ExitCode> {
         mergeable: run.mergeable,
         trace: run.trace,
         inject: run.inject,
-        uuid: saved.as_ref().map(|(machine, _)| machine.uuid.clone()),
+        uuid: run
+            .uuid
+            .clone()
+            .or_else(|| saved.as_ref().map(|(machine, _)| machine.uuid.clone())),
         pool_limit: run.shadow_memory.map_or(0, |bytes| bytes.div_ceil(4096)),
         isolation: match run.isolate {
             args::Isolate::Auto => Isolation::Auto,
@@ -121,7 +124,15 @@ pub fn command(run: &mut Run) -> Result<ExitCode> {
     let kept_at = registry.crash(&entry.name);
     let report = setting.crash.take();
     let origin = match (saved, migrate::incoming(run)?) {
-        (Some((_, file)), _) => Origin::Saved(file),
+        (Some((_, file)), _) => {
+            // While this process may.
+            let faults = run.lazy.then(UserFaults::open).transpose();
+            let faults = faults.map_err(|why| {
+                let error = anyhow!("its memory cannot stay in its file: {why}");
+                hint(&error, "or leave --lazy away")
+            })?;
+            Origin::Saved(file, faults)
+        }
         (None, Some(incoming)) => Origin::Elsewhere(incoming),
         (None, None) => Origin::Boot,
     };
@@ -154,8 +165,8 @@ pub fn command(run: &mut Run) -> Result<ExitCode> {
 enum Origin {
     /// By its kernel.
     Boot,
-    /// Where it was when it was saved.
-    Saved(File),
+    /// Where it was when it was saved; what its memory comes by that stays in the file.
+    Saved(File, Option<UserFaults>),
     /// Where it is on another host.
     Elsewhere(Incoming),
 }
@@ -181,6 +192,10 @@ fn live(
     let user = user.map(|claim| std::mem::ManuallyDrop::new(claim).user);
     // While this process has one thread, and before a guest runs.
     confine::enter(run, registry, &sink, user)?;
+    let incoming = match &origin {
+        Origin::Elsewhere(incoming) => Some(incoming.address().context("its address")?),
+        Origin::Boot | Origin::Saved(..) => None,
+    };
     let killer = Arc::clone(instance);
     let io = IoThread::start_at(
         Arc::clone(instance.console()),
@@ -200,6 +215,8 @@ fn live(
         control::About {
             name: entry.name.clone(),
             console: place.clone(),
+            incoming,
+            socket: registry.socket(&entry.name),
             confinement,
         },
     )?;
@@ -214,7 +231,8 @@ fn live(
     let waited = matches!(origin, Origin::Elsewhere(_)) && detached();
     let vm = match origin {
         Origin::Boot => instance.boot().map_err(boot_hint)?,
-        Origin::Saved(file) => instance.resume(BufReader::new(file))?,
+        Origin::Saved(file, None) => instance.resume(BufReader::new(file))?,
+        Origin::Saved(file, Some(faults)) => instance.resume_lazily(file, faults)?,
         Origin::Elsewhere(incoming) => instance.receive_from(incoming)?,
     };
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow};
 use blanket_vmm::instance::Instance;
 use blanket_vmm::saved::{self, Machine};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -15,30 +15,38 @@ use rustix::io::Errno;
 
 use crate::args::Run;
 use crate::client::wait_gone;
-use crate::control::{Answer, Request, Saved, ask_with};
+use crate::control::{Answer, Refused, Request, Saved, ask_with};
 use crate::exit::{hint, show};
 use crate::registry::Registry;
 
 /// `blanket save`. The file has its name only when it is whole.
-pub fn save(name: &str, file: &Path, keep_running: bool, json: bool) -> Result<ExitCode> {
+pub fn save(
+    name: &str,
+    file: &Path,
+    disks: bool,
+    keep_running: bool,
+    json: bool,
+) -> Result<ExitCode> {
     if fs::symlink_metadata(file).is_ok() {
         return Err(there(file));
     }
     let stream = Registry::open()?.connect(name)?;
     let part = Part::new(file)?;
-    let request = Request::Save { end: !keep_running };
-    let answer = ask_with(&stream, &request, &[part.file.as_fd()]);
-    let saved = match answer.with_context(|| name.to_owned()) {
+    let request = Request::Save {
+        end: !keep_running,
+        disks,
+    };
+    let saved = match ask_with(&stream, &request, &[part.file.as_fd()]) {
         Ok(Answer::Saved(saved)) => saved,
         // The VM goes on: there is nothing in the file that it has not.
-        Ok(Answer::Error(error)) => {
+        Err(error) if error.is::<Refused>() => {
             part.remove();
-            bail!("{name}: {error}");
+            return Err(error.context(name.to_owned()));
         }
         // It may have ended with all that it was in the file.
         Ok(Answer::Gone) => return Err(part.left(&anyhow!("{name} ended before it answered"))),
         Ok(other) => return Err(part.left(&anyhow!("{name} answers {other:?}"))),
-        Err(error) => return Err(part.left(&error)),
+        Err(error) => return Err(part.left(&error.context(name.to_owned()))),
     };
     part.name(file)?;
     if !keep_running {
@@ -154,12 +162,12 @@ impl Write for Kept {
 }
 
 /// The VM's part of it.
-pub fn answer(instance: &Instance, handed: Vec<OwnedFd>, end: bool) -> Answer {
+pub fn answer(instance: &Instance, handed: Vec<OwnedFd>, end: bool, disks: bool) -> Answer {
     let Ok([file]) = <[OwnedFd; 1]>::try_from(handed) else {
         return Answer::Error("there is no file to write to".into());
     };
     let file = Kept(BufWriter::new(File::from(file)));
-    match instance.save(file, end) {
+    match instance.save(file, disks, end) {
         Ok(saved) => Answer::Saved(Saved {
             bytes: saved.bytes,
             pages: saved.pages,

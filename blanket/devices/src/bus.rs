@@ -293,6 +293,11 @@ pub struct Report {
     pub fault: Option<String>,
 }
 
+/// How long a guest may take to forget a device that is gone.
+const FORGET: Duration = Duration::from_secs(5);
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// The devices of a VM. Dropping it ends all backends.
 pub struct Bus {
     shared: Arc<Shared>,
@@ -454,6 +459,8 @@ impl Bus {
                 .unwrap_or_else(PoisonError::into_inner);
             slots = guard;
         }
+        drop(slots);
+        self.shared.forgotten(key, until);
         Ok(())
     }
 
@@ -596,6 +603,30 @@ impl Shared {
             }
         }
         true
+    }
+
+    /// Waits until the guest has forgotten a device that is gone: another one of that number would be
+    /// taken for this one by a guest that is still at it.
+    fn forgotten(&self, key: Key, until: Instant) {
+        let device = id(key);
+        self.guest.store(&mut |store, conn| {
+            if let Err(error) = store.tell_of_nothing(conn, &device) {
+                tracing::warn!("{} {}: nodes: {error}", key.0, key.1);
+            }
+        });
+        let until = until.min(Instant::now() + FORGET);
+        let mut forgotten = false;
+        loop {
+            self.guest
+                .store(&mut |store, _| forgotten = store.is_forgotten(&device));
+            if forgotten || Instant::now() >= until {
+                break;
+            }
+            // Nothing tells of it.
+            std::thread::sleep(LOOK);
+        }
+        self.guest
+            .store(&mut |store, _| store.await_no_more(&device));
     }
 
     /// The backend's state by the store, for one that is not connected: a frontend that

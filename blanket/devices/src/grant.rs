@@ -4,7 +4,7 @@
 //! uses the granted frame, so that a guest that revokes a grant sees whether it is in use.
 //! [`Grants`] does it for a VM's table, which lies in memory that the guest shares.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use blanket_abi::xen::domid;
@@ -12,6 +12,7 @@ use blanket_abi::xen::grant::{PER_FRAME, flag};
 use blanket_abi::{Gfn, PAGE_SIZE};
 use vm_memory::GuestMemoryError;
 
+use crate::page::Frames;
 use crate::sync::lock;
 use crate::written::Written;
 use crate::{GuestMemory, Page};
@@ -166,14 +167,6 @@ pub enum Error {
         /// What it names.
         frame: u64,
     },
-    /// The table or the frame cannot be reached.
-    #[error("grant {gref}: {source}")]
-    Memory {
-        /// The entry.
-        gref: u32,
-        /// The cause.
-        source: GuestMemoryError,
-    },
 }
 
 /// Locks of the counts, so that threads of different queues seldom meet.
@@ -181,10 +174,9 @@ const SHARDS: usize = 64;
 
 /// A VM's grant table, as its backends use it.
 pub struct Grants {
-    memory: Arc<GuestMemory>,
-    ram_frames: u64,
+    ram: Frames,
     /// Its frames; all of them, those that the guest has not asked for are empty.
-    table: Vec<Page>,
+    table: Frames,
     /// Uses of each entry: entry `n` is number `n / SHARDS` of shard `n % SHARDS`.
     pins: Vec<Mutex<Box<[Pins]>>>,
     written: Written,
@@ -193,7 +185,7 @@ pub struct Grants {
 impl std::fmt::Debug for Grants {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Grants")
-            .field("frames", &self.table.len())
+            .field("table", &self.table)
             .finish_non_exhaustive()
     }
 }
@@ -202,25 +194,27 @@ impl Grants {
     /// The table of `frames` frames from `base` on, of a VM with `ram_frames` frames of RAM.
     ///
     /// # Errors
-    /// The table is not in its memory.
+    /// The table or the RAM is not in its memory, or not in one piece.
     pub fn new(
         memory: &Arc<GuestMemory>,
         ram_frames: u64,
         base: Gfn,
         frames: u64,
     ) -> Result<Self, GuestMemoryError> {
-        let table: Vec<Page> = (0..frames)
-            .map(|index| Page::new(memory, Gfn(base.0 + index)))
-            .collect::<Result<_, _>>()?;
-        let each = (table.len() * ENTRIES).div_ceil(SHARDS);
-        let shard = || Mutex::new(vec![Pins::default(); each].into_boxed_slice());
+        let entries = usize::try_from(frames).unwrap_or(usize::MAX / ENTRIES) * ENTRIES;
+        let shard = || Mutex::new(vec![Pins::default(); entries.div_ceil(SHARDS)].into());
         Ok(Self {
-            memory: Arc::clone(memory),
-            ram_frames,
-            table,
+            ram: Frames::new(memory, Gfn(0), ram_frames)?,
+            table: Frames::new(memory, base, frames)?,
             pins: (0..SHARDS).map(|_| shard()).collect(),
             written: Written::new(ram_frames),
         })
+    }
+
+    /// The VM's memory, to be kept while a [`Page::buffer`] of a granted page is in use.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        self.ram.memory()
     }
 
     /// Begins or ceases to note which frames backends write.
@@ -228,18 +222,29 @@ impl Grants {
         self.written.set(on);
     }
 
-    /// Adds the frames of RAM that backends have written since this was asked last, and
-    /// those that they may write at any moment, to `to`: a bit for each frame.
-    pub fn take_log(&self, to: &mut [u64]) {
+    /// Adds the frames of RAM that backends may write at any moment, among them their rings.
+    pub fn add_written(&self, to: &mut [u64]) {
         for (shard, pins) in (0u32..).zip(&self.pins) {
             for (gref, pins) in (shard..).step_by(SHARDS).zip(&lock(pins)[..]) {
-                if pins.writers > 0 {
-                    // The guest's word, which it must not change while it is in use. One
-                    // that does loses what was written there, and nothing of others'.
-                    self.written.note(Gfn(u64::from(self.frame(gref))));
+                // The guest's word, which it must not change while it is in use. One that does
+                // loses what was written there, and nothing of others'.
+                let frame = u64::from(self.frame(gref));
+                if pins.writers > 0
+                    && frame < self.ram.count()
+                    && let Ok(word) = usize::try_from(frame / 64)
+                    && let Some(word) = to.get_mut(word)
+                {
+                    *word |= 1 << (frame % 64);
                 }
             }
         }
+    }
+
+    /// Adds the frames of RAM that backends have written since this was asked last, and
+    /// those that they may write at any moment, to `to`: a bit for each frame.
+    pub fn take_log(&self, to: &mut [u64]) {
+        // In this order: a use that ends in between has noted what it wrote.
+        self.add_written(to);
         self.written.take(to);
     }
 
@@ -249,56 +254,62 @@ impl Grants {
     /// # Errors
     /// What the entry lacks.
     pub fn map(self: &Arc<Self>, gref: u32, write: bool) -> Result<Mapping, Error> {
-        let shard = self.shard(gref).ok_or(Error::Denied {
-            gref,
-            why: Denied::BadRef,
-        })?;
-        let mut pins = lock(shard);
-        let entries = self.table.len() as u64 * PER_FRAME;
-        let gfn = acquire(&**self, entries, gref, domid::BACKEND, write)
-            .map_err(|why| Error::Denied { gref, why })?;
-        let page = if gfn.0 < self.ram_frames {
-            Page::new(&self.memory, gfn).map_err(|source| Error::Memory { gref, source })
-        } else {
-            Err(Error::Frame { gref, frame: gfn.0 })
-        };
-        let pin = pins.get_mut(gref as usize / SHARDS).ok_or(Error::Denied {
-            gref,
-            why: Denied::BadRef,
-        })?;
-        pin.add(write);
-        match page {
-            Ok(page) => Ok(Mapping {
-                page,
-                gfn,
-                gref,
-                write,
-                grants: Arc::clone(self),
-            }),
-            Err(error) => {
-                release(&**self, gref, pin.remove(write));
-                Err(error)
-            }
-        }
+        let used = self.begin(gref, write)?;
+        Ok(Mapping {
+            used,
+            grants: Arc::clone(self),
+        })
     }
 
-    fn unmap(&self, gref: u32, write: bool) {
-        if let Some(shard) = self.shard(gref) {
+    /// Begins a use of an entry.
+    fn begin(&self, gref: u32, write: bool) -> Result<Used, Error> {
+        let denied = |why| Error::Denied { gref, why };
+        let bad = || denied(Denied::BadRef);
+        let entries = self.table.count() * PER_FRAME;
+        let (shard, index) = self.pin_of(gref).ok_or_else(bad)?;
+        let mut pins = lock(shard);
+        let pin = pins.get_mut(index).ok_or_else(bad)?;
+        let gfn = acquire(self, entries, gref, domid::BACKEND, write).map_err(denied)?;
+        pin.add(write);
+        if gfn.0 >= self.ram.count() {
+            release(self, gref, pin.remove(write));
+            return Err(Error::Frame { gref, frame: gfn.0 });
+        }
+        Ok(Used { gfn, gref, write })
+    }
+
+    /// Ends it.
+    fn end(&self, used: Used) {
+        let Used { gfn, gref, write } = used;
+        if write {
+            self.written.note(gfn);
+        }
+        if let Some((shard, index)) = self.pin_of(gref) {
             let mut pins = lock(shard);
-            if let Some(pin) = pins.get_mut(gref as usize / SHARDS) {
+            if let Some(pin) = pins.get_mut(index) {
                 release(self, gref, pin.remove(write));
             }
         }
     }
 
-    fn shard(&self, gref: u32) -> Option<&Mutex<Box<[Pins]>>> {
-        self.pins.get(gref as usize % SHARDS)
+    fn pin_of(&self, gref: u32) -> Option<(&Mutex<Box<[Pins]>>, usize)> {
+        let gref = gref as usize;
+        Some((self.pins.get(gref % SHARDS)?, gref / SHARDS))
     }
 
-    /// Page and offset of an entry that exists.
-    fn place(&self, gref: u32) -> (&Page, usize) {
+    /// The page of a use that has begun.
+    fn page(&self, used: Used) -> Page<'_> {
+        // It was looked at when the use began.
+        let page = self.ram.page(used.gfn.0);
+        page.expect("a frame of RAM")
+    }
+
+    /// A word of an entry that exists.
+    fn word(&self, gref: u32, at: usize) -> &AtomicU32 {
         let gref = gref as usize;
-        (&self.table[gref / ENTRIES], gref % ENTRIES * 8)
+        let page = self.table.page((gref / ENTRIES) as u64);
+        page.expect("an entry of the table")
+            .word(gref % ENTRIES * 8 + at)
     }
 }
 
@@ -307,58 +318,104 @@ const _: () = assert!(ENTRIES as u64 == PER_FRAME);
 
 impl Entries for Grants {
     fn head(&self, gref: u32) -> u32 {
-        let (page, at) = self.place(gref);
-        page.load(at)
+        self.word(gref, 0).load(Ordering::Acquire)
     }
 
     fn exchange_head(&self, gref: u32, old: u32, new: u32) -> Result<(), u32> {
-        let (page, at) = self.place(gref);
-        page.word(at)
+        self.word(gref, 0)
             .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
             .map(|_| ())
     }
 
     fn clear_flags(&self, gref: u32, bits: u16) {
-        let (page, at) = self.place(gref);
-        page.word(at).fetch_and(!u32::from(bits), Ordering::Release);
+        self.word(gref, 0)
+            .fetch_and(!u32::from(bits), Ordering::Release);
     }
 
     fn frame(&self, gref: u32) -> u32 {
-        let (page, at) = self.place(gref);
-        page.load(at + 4)
+        self.word(gref, 4).load(Ordering::Acquire)
     }
+}
+
+/// A use of a grant.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    gfn: Gfn,
+    gref: u32,
+    write: bool,
 }
 
 /// A page that the guest grants, in use by a backend until this is dropped.
 #[derive(Debug)]
 pub struct Mapping {
-    page: Page,
-    gfn: Gfn,
-    gref: u32,
-    write: bool,
+    used: Used,
     grants: Arc<Grants>,
 }
 
 impl Mapping {
     /// The page.
     #[must_use]
-    pub fn page(&self) -> &Page {
-        &self.page
+    pub fn page(&self) -> Page<'_> {
+        self.grants.page(self.used)
     }
 
     /// Whether the backend may write it.
     #[must_use]
     pub fn writable(&self) -> bool {
-        self.write
+        self.used.write
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.write {
-            self.grants.written.note(self.gfn);
+        self.grants.end(self.used);
+    }
+}
+
+/// Pages that the guest grants for one request, in use by a backend until this is cleared or
+/// dropped.
+#[derive(Debug)]
+pub struct Mappings {
+    used: Vec<Used>,
+    grants: Arc<Grants>,
+}
+
+impl Mappings {
+    /// None yet.
+    #[must_use]
+    pub fn new(grants: &Arc<Grants>) -> Self {
+        Self {
+            used: Vec::new(),
+            grants: Arc::clone(grants),
         }
-        self.grants.unmap(self.gref, self.write);
+    }
+
+    /// Adds one, as [`Grants::map`] does.
+    ///
+    /// # Errors
+    /// What the entry lacks. Those that were added stay in use.
+    pub fn map(&mut self, gref: u32, write: bool) -> Result<Page<'_>, Error> {
+        let used = self.grants.begin(gref, write)?;
+        self.used.push(used);
+        Ok(self.grants.page(used))
+    }
+
+    /// Ends their use.
+    pub fn clear(&mut self) {
+        for used in self.used.drain(..) {
+            self.grants.end(used);
+        }
+    }
+
+    /// In the order in which they were added.
+    pub fn pages(&self) -> impl Iterator<Item = Page<'_>> {
+        self.used.iter().map(|used| self.grants.page(*used))
+    }
+}
+
+impl Drop for Mappings {
+    fn drop(&mut self) {
+        self.clear();
     }
 }
 

@@ -1,5 +1,6 @@
 //! A page of guest memory. All pointers into it are made here.
 
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,54 +15,95 @@ use crate::GuestMemory;
 pub(crate) const SIZE: usize = 4096;
 const _: () = assert!(SIZE as u64 == PAGE_SIZE);
 
-/// A page that the guest shares: it may change at any time.
+/// Frames of guest memory that lie beside each other.
 #[derive(Clone)]
-pub struct Page {
+pub(crate) struct Frames {
     start: NonNull<u8>,
-    /// Keeps it mapped.
+    count: u64,
+    /// Keeps them mapped.
     memory: Arc<GuestMemory>,
 }
 
 // SAFETY: the pointer is to memory that is mapped as long as `memory` lives, and that is
 // only accessed by volatile copies and atomics, which any thread may do.
-unsafe impl Send for Page {}
+unsafe impl Send for Frames {}
 // SAFETY: as above.
-unsafe impl Sync for Page {}
+unsafe impl Sync for Frames {}
 
-impl std::fmt::Debug for Page {
+impl Frames {
+    /// `count` frames from `first` on.
+    ///
+    /// # Errors
+    /// The VM has no such frames, or not beside each other.
+    pub(crate) fn new(
+        memory: &Arc<GuestMemory>,
+        first: Gfn,
+        count: u64,
+    ) -> Result<Self, GuestMemoryError> {
+        let at = GuestAddress(first.base());
+        let outside = || GuestMemoryError::InvalidGuestAddress(at);
+        let length = usize::try_from(count * PAGE_SIZE).map_err(|_| outside())?;
+        let start = memory.get_slice(at, length)?.ptr_guard_mut().as_ptr();
+        Ok(Self {
+            start: NonNull::new(start).ok_or_else(outside)?,
+            count,
+            memory: Arc::clone(memory),
+        })
+    }
+
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// The memory that they are of, to be kept while a [`Page::buffer`] is in use.
+    pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// One of them, counted from the first.
+    pub(crate) fn page(&self, index: u64) -> Option<Page<'_>> {
+        if index >= self.count {
+            return None;
+        }
+        // All of them together fit in an address, by `new`.
+        let offset = usize::try_from(index * PAGE_SIZE).ok()?;
+        Some(Page {
+            // SAFETY: inside of what is mapped from `start` on, by the line above.
+            start: unsafe { self.start.add(offset) },
+            _memory: PhantomData,
+        })
+    }
+}
+
+impl std::fmt::Debug for Frames {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Frames").field(&self.count).finish()
+    }
+}
+
+/// A page that the guest shares: it may change at any time. What it was found through keeps
+/// it mapped.
+#[derive(Clone, Copy)]
+pub struct Page<'a> {
+    start: NonNull<u8>,
+    _memory: PhantomData<&'a GuestMemory>,
+}
+
+// SAFETY: as for `Frames`, which outlives it.
+unsafe impl Send for Page<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Page<'_> {}
+
+impl std::fmt::Debug for Page<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Page").field(&self.start).finish()
     }
 }
 
-impl Page {
-    /// The page of a frame.
-    ///
-    /// # Errors
-    /// The VM has no such frame.
-    pub fn new(memory: &Arc<GuestMemory>, gfn: Gfn) -> Result<Self, GuestMemoryError> {
-        let start = memory
-            .get_slice(GuestAddress(gfn.base()), SIZE)?
-            .ptr_guard_mut()
-            .as_ptr();
-        let start = NonNull::new(start).ok_or(GuestMemoryError::InvalidGuestAddress(
-            GuestAddress(gfn.base()),
-        ))?;
-        Ok(Self {
-            start,
-            memory: Arc::clone(memory),
-        })
-    }
-
-    /// The memory that the page is of, to be kept while [`Page::buffer`] is in use.
-    #[must_use]
-    pub fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
-    }
-
+impl<'a> Page<'a> {
     fn slice(&self) -> VolatileSlice<'_> {
-        // SAFETY: the page is mapped, readable and writable, as long as `memory` lives,
-        // and no reference leads to it.
+        // SAFETY: the page is mapped, readable and writable, as long as `self` lives, and
+        // no reference leads to it.
         unsafe { VolatileSlice::new(self.start.as_ptr(), SIZE) }
     }
 
@@ -88,19 +130,19 @@ impl Page {
     }
 
     /// A word of the page for atomic operations.
-    pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
+    pub(crate) fn word(&self, offset: usize) -> &'a AtomicU32 {
         assert!(
             offset.is_multiple_of(4) && offset < SIZE,
             "no word of a page"
         );
         // SAFETY: inside the page and aligned, by the line above; the page is mapped as
-        // long as `self`. The guest changes words with plain stores and locked
+        // long as what it was found through. The guest changes words with plain stores and locked
         // instructions, of which a word-sized atomic is the counterpart.
         unsafe { AtomicU32::from_ptr(self.start.as_ptr().add(offset).cast()) }
     }
 
-    /// Bytes of the page for a disk's request, which must keep [`Page::memory`]. Cut off
-    /// at the page's end.
+    /// Bytes of the page for a disk's request, which must keep the memory. Cut off at the
+    /// page's end.
     #[must_use]
     pub fn buffer(&self, offset: usize, length: usize) -> Buffer {
         let offset = offset.min(SIZE);

@@ -84,8 +84,9 @@ pub trait Queue: Send {
     fn flush_submissions(&mut self);
 
     /// Waits until there may be something to collect, `wake` is readable, the time is over, or a
-    /// signal came. Says whether `wake` may be readable. It is the same descriptor in each call in
-    /// which there is one.
+    /// signal came. Says whether `wake` has to be made unreadable, or the next call would not wait
+    /// for the next time that it is written to. It is the same descriptor in each call in which
+    /// there is one, an eventfd.
     fn wait(&mut self, wake: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool;
 
     /// Collects what is done.

@@ -13,6 +13,17 @@ pub(crate) trait Source: Send + Sync + Debug {
 
     /// Fills `into` from `offset` on. The range lies within [`Source::size`].
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Whether it stands on another.
+    fn has_backing(&self) -> bool {
+        false
+    }
+
+    /// Whether any byte of a range, which lies within [`Source::size`], is its own and not of
+    /// what it stands on.
+    fn is_own(&self, _offset: u64, _length: u64) -> io::Result<bool> {
+        Ok(true)
+    }
 }
 
 /// What a guest would see in an image, for tools of the host: finding a kernel, copying.
@@ -60,6 +71,25 @@ impl Reader {
             ));
         }
         self.source.read_at(offset, into)
+    }
+
+    /// Whether the image stands on another one, and has of its own only what differs.
+    #[must_use]
+    pub fn has_backing(&self) -> bool {
+        self.source.has_backing()
+    }
+
+    /// Whether any byte of a range is the image's own, and not of what it stands on. Bytes
+    /// beyond the end are nobody's; an image that stands on none owns all.
+    ///
+    /// # Errors
+    /// The image is damaged, or the host's own.
+    pub fn is_own(&self, offset: u64, length: u64) -> io::Result<bool> {
+        let length = length.min(self.size().saturating_sub(offset));
+        if length == 0 {
+            return Ok(false);
+        }
+        self.source.is_own(offset, length)
     }
 }
 

@@ -90,6 +90,16 @@ impl Request {
             .iter()
             .fold(0, |sum, buffer| sum.saturating_add(buffer.length as u64))
     }
+
+    /// Its end: it no longer keeps the memory.
+    #[must_use]
+    pub fn end(self, result: Result<(), Failure>) -> Completion {
+        Completion {
+            token: self.token,
+            result,
+            buffers: self.buffers,
+        }
+    }
 }
 
 impl fmt::Debug for Request {
@@ -110,6 +120,8 @@ pub struct Completion {
     pub token: u64,
     /// How it ended.
     pub result: Result<(), Failure>,
+    /// The request's own, as they were, to be used again.
+    pub buffers: Vec<Buffer>,
 }
 
 /// Why a request failed.
@@ -154,9 +166,9 @@ pub(crate) fn check(
         Operation::Read | Operation::Write => request.length(),
     };
     let offset = request.offset;
-    let whole = |bytes: u64| bytes.is_multiple_of(crate::SECTOR);
-    let whole_buffers = request.buffers.iter().all(|one| whole(one.length as u64));
-    if !whole(offset) || !whole(length) || !whole_buffers {
+    let buffers = request.buffers.iter();
+    let all = buffers.fold(offset | length, |all, one| all | one.length as u64);
+    if !all.is_multiple_of(crate::SECTOR) {
         return Err(Failure::Host(std::io::Error::new(
             std::io::ErrorKind::InvalidInput,
             format!("{length} bytes at {offset} are not whole sectors"),

@@ -105,7 +105,6 @@ impl Shared {
                     work = self.wake.wait(work).unwrap_or_else(PoisonError::into_inner);
                 }
             };
-            let token = request.token;
             // A format's driver that panics on a broken image must not take the VM's other
             // disks along.
             let run = AssertUnwindSafe(|| self.engine.run(&request, &mut scratch));
@@ -114,8 +113,7 @@ impl Shared {
                 let broken = "the driver of the image's format gave up: the image is damaged";
                 Err(Failure::Host(io::Error::other(broken)))
             });
-            drop(request);
-            self.complete(Completion { token, result });
+            self.complete(request.end(result));
         }
     }
 }
@@ -124,10 +122,7 @@ impl Queue for WorkerQueue {
     fn submit(&mut self, request: Request) {
         self.in_flight += 1;
         if let Err(failure) = self.shared.engine.check(&request) {
-            self.shared.complete(Completion {
-                token: request.token,
-                result: Err(failure),
-            });
+            self.shared.complete(request.end(Err(failure)));
             return;
         }
         self.shared.work().waiting.push_back(request);

@@ -208,6 +208,33 @@ fn a_chain_of_overlays() {
 }
 
 #[test]
+fn an_overlay_owns_what_was_written_to_it() {
+    let (directory, bytes) = source();
+    let at = |name: &str| directory.path().join(name);
+    let cluster = 1 << 16;
+    snapshot(at("from.raw"), None, at("new.qcow2")).unwrap();
+    let image = open(at("new.qcow2"), &Options::default()).unwrap();
+    let reader = image.reader();
+    assert!(reader.has_backing() && !reader.is_own(0, reader.size()).unwrap());
+    let mut queue = image.queue(1).unwrap();
+    // What is written as it was, and what is discarded, is the overlay's own too.
+    write(queue.as_mut(), 5 * cluster, &bytes[..SECTOR]).unwrap();
+    let length = cluster;
+    simple(queue.as_mut(), Operation::Discard { length }, 9 * cluster).unwrap();
+    let own: Vec<u64> = (0..reader.size().div_ceil(cluster))
+        .filter(|block| reader.is_own(block * cluster, cluster).unwrap())
+        .collect();
+    assert_eq!(own, [5, 9]);
+    assert!(reader.is_own(0, reader.size()).unwrap());
+    assert!(!reader.is_own(reader.size(), 1).unwrap(), "beyond the end");
+    // An image that stands on nothing owns all.
+    let alone = open(at("from.raw"), &Options::read_only())
+        .unwrap()
+        .reader();
+    assert!(!alone.has_backing() && alone.is_own(0, 1).unwrap());
+}
+
+#[test]
 fn internal_snapshots_are_kept() {
     let (directory, bytes) = source();
     let at = |name: &str| directory.path().join(name);

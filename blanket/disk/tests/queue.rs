@@ -3,7 +3,7 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -213,12 +213,39 @@ fn one_waits_for_the_disk_for_a_descriptor_and_for_some_time() {
         }
         assert!(before.elapsed() < Duration::from_secs(30), "{name}");
 
-        rustix::io::write(&wake, &1u64.to_ne_bytes()).unwrap();
-        // It is told again as long as it is readable.
-        for _ in 0..3 {
-            while !queue.wait(Some(wake.as_fd()), LONG) {}
+        // Each time that it is written to ends a wait, before and in it.
+        let write = |wake: &OwnedFd| {
+            rustix::io::write(wake, &1u64.to_ne_bytes()).unwrap();
+        };
+        let again = wake.try_clone().unwrap();
+        let mut writer = None;
+        for round in 0..4 {
+            if round % 2 == 0 {
+                write(&wake);
+            } else {
+                let again = again.try_clone().unwrap();
+                writer = Some(std::thread::spawn(move || {
+                    std::thread::sleep(short);
+                    write(&again);
+                }));
+            }
+            if queue.wait(Some(wake.as_fd()), LONG) {
+                rustix::io::read(&wake, &mut [0; 8]).unwrap();
+            }
+            if let Some(writer) = writer.take() {
+                writer.join().unwrap();
+            }
         }
-        rustix::io::read(&wake, &mut [0; 8]).unwrap();
+        assert!(before.elapsed() < Duration::from_secs(40), "{name}");
+        // And no more than that.
+        let (since, mut waits) = (Instant::now(), 0);
+        while since.elapsed() < short {
+            if queue.wait(Some(wake.as_fd()), Some(short)) {
+                rustix::io::read(&wake, &mut [0; 8]).unwrap();
+            }
+            waits += 1;
+        }
+        assert!(waits < 50, "{name}: {waits} waits");
 
         // Nothing but waiting begins what was submitted.
         let memory = Memory::new(&[0; SECTOR]);
@@ -231,8 +258,8 @@ fn one_waits_for_the_disk_for_a_descriptor_and_for_some_time() {
         // A failure is told the same way, and so is what came while nobody waited.
         queue.submit(request(6, Operation::Read, u64::MAX - 511, &memory, &[1]));
         assert_eq!(drain(queue.as_mut()).len(), 1);
-        rustix::io::write(&wake, &1u64.to_ne_bytes()).unwrap();
-        while !queue.wait(Some(wake.as_fd()), None) {}
+        write(&wake);
+        queue.wait(Some(wake.as_fd()), None);
         assert_eq!(queue.in_flight(), 0);
         assert!(before.elapsed() < Duration::from_secs(50), "{name}");
     });

@@ -1,15 +1,16 @@
 //! The handover: which side has the VM.
 //!
 //! ```text
-//! source     COPYING ----> SENT ----------> COMMITTED ----------> THERE
-//!               |           |  READY / GO       |   RUNS
-//!               v           v                   | GONE
-//!             HERE <------ HERE <---------------+
+//! source     COPYING --> SENT -------> COMMITTED -------> [SERVING] -----> THERE
+//!               |         |  READY/GO      |   RUNS                HERE
+//!               v         v                | GONE
+//!             HERE <---- HERE <------------+
 //!
-//! destination  RECEIVING ----> WAITING --------> STARTING ------> RUNNING
-//!                  |    all /READY |     GO          |   /RUNS
-//!                  v               v CANCEL          v /GONE
-//!                GONE            GONE              GONE
+//! destination  RECEIVING --> WAITING --------> STARTING -----> [PULLING] ---> RUNNING
+//!                  |  all/READY |      GO          |     /RUNS       all/HERE
+//!                  v            v CANCEL           v /GONE     | LOST
+//!                GONE         GONE               GONE          v
+//!                                                            LOST
 //! ```
 //!
 //! The VM stands still on the source from SENT on. Until it has said GO, the source goes
@@ -21,18 +22,34 @@
 //!
 //! So both sides wait only if the link is lost between GO and RUNS, each for the other. If
 //! the other host is gone for good, no protocol can tell what it did last: its user must.
+//!
+//! The states in brackets are those of post-copy: the VM was given with a part of its memory
+//! ([`Memory::Apart`]), and has the rest on the source, which cannot run it any more and keeps
+//! it until the destination has all ([`Message::Here`]). If the source ends before that, the VM
+//! is lost: nobody has all of it.
 
 use crate::message::Message;
+
+/// How much of a VM's memory is given with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Memory {
+    /// All.
+    Whole,
+    /// A part: the rest follows when it runs at the destination (post-copy).
+    Apart,
+}
 
 /// The side that has the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
     /// The VM runs and is being sent.
     Copying,
-    /// It stands still and all of it was sent.
-    Sent,
+    /// It stands still, and all that comes before it is given was sent.
+    Sent(Memory),
     /// The destination may have it.
-    Committed,
+    Committed(Memory),
+    /// The destination runs it, and does not have all of its memory yet.
+    Serving,
     /// The destination has it: it has ended here.
     There,
     /// It goes on here.
@@ -55,27 +72,38 @@ pub enum SourceDoes {
 }
 
 impl Source {
-    /// All of the VM was sent.
-    pub fn sent(&mut self) {
+    /// The VM was sent, with so much of its memory.
+    pub fn sent(&mut self, memory: Memory) {
         if *self == Self::Copying {
-            *self = Self::Sent;
+            *self = Self::Sent(memory);
         }
+    }
+
+    /// Whether the destination may ask for pages.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        matches!(self, Self::Committed(Memory::Apart) | Self::Serving)
     }
 
     /// The destination says something.
     #[must_use]
     pub fn hears(&mut self, message: Message) -> SourceDoes {
         match (*self, message) {
-            (Self::Sent | Self::Committed, Message::Ready) => {
-                *self = Self::Committed;
+            (Self::Sent(memory) | Self::Committed(memory), Message::Ready) => {
+                *self = Self::Committed(memory);
                 SourceDoes::Says(Message::Go)
             }
-            (Self::Committed, Message::Runs) => {
+            (Self::Committed(Memory::Apart) | Self::Serving, Message::Runs) => {
+                *self = Self::Serving;
+                SourceDoes::Waits
+            }
+            (Self::Committed(Memory::Whole), Message::Runs)
+            | (Self::Committed(Memory::Apart) | Self::Serving, Message::Here) => {
                 *self = Self::There;
                 SourceDoes::Ends
             }
             // It has refused; or, asked again, it never had it.
-            (Self::Copying | Self::Sent | Self::Committed, Message::Gone) => {
+            (Self::Copying | Self::Sent(_) | Self::Committed(_), Message::Gone) => {
                 *self = Self::Here;
                 SourceDoes::GoesOn
             }
@@ -88,11 +116,11 @@ impl Source {
     #[must_use]
     pub fn loses(&mut self) -> SourceDoes {
         match *self {
-            Self::Copying | Self::Sent => {
+            Self::Copying | Self::Sent(_) => {
                 *self = Self::Here;
                 SourceDoes::GoesOn
             }
-            Self::Committed => SourceDoes::Asks,
+            Self::Committed(_) | Self::Serving => SourceDoes::Asks,
             Self::Here | Self::There => SourceDoes::Waits,
         }
     }
@@ -100,7 +128,7 @@ impl Source {
     /// The user wants it back. False: it is too late for that.
     #[must_use]
     pub fn cancels(&mut self) -> bool {
-        let can = matches!(*self, Self::Copying | Self::Sent);
+        let can = matches!(*self, Self::Copying | Self::Sent(_));
         if can {
             *self = Self::Here;
         }
@@ -120,12 +148,16 @@ impl Source {
 pub enum Destination {
     /// The VM is being received.
     Receiving,
-    /// All of it is here, and it does not run.
-    Waiting,
+    /// All that comes before it is given is here, and it does not run.
+    Waiting(Memory),
     /// It is being started.
-    Starting,
-    /// It runs here, or did.
-    Running,
+    Starting(Memory),
+    /// It runs here, and a part of its memory is still on the source.
+    Pulling,
+    /// It runs here, or did, and needs nothing more. How it was given.
+    Running(Memory),
+    /// It ran here, and a part of its memory is nowhere.
+    Lost,
     /// It never ran here, and will not.
     Gone,
 }
@@ -143,16 +175,19 @@ pub enum DestinationDoes {
     Discards,
     /// Wait for another connection.
     Listens,
+    /// Let the VM run no more: a part of its memory is lost.
+    Stops,
 }
 
 impl Destination {
-    /// All of the VM was received, and nothing is left to do but to start it.
+    /// The VM was received with so much of its memory, and nothing is left to do but to start
+    /// it.
     #[must_use]
-    pub fn received(&mut self) -> DestinationDoes {
+    pub fn received(&mut self, memory: Memory) -> DestinationDoes {
         if *self != Self::Receiving {
             return DestinationDoes::Waits;
         }
-        *self = Self::Waiting;
+        *self = Self::Waiting(memory);
         DestinationDoes::Says(Message::Ready)
     }
 
@@ -160,24 +195,65 @@ impl Destination {
     #[must_use]
     pub fn hears(&mut self, message: Message) -> DestinationDoes {
         match (*self, message) {
-            (Self::Waiting, Message::Go) => {
-                *self = Self::Starting;
+            (Self::Waiting(memory), Message::Go) => {
+                *self = Self::Starting(memory);
                 DestinationDoes::Starts
             }
-            (Self::Receiving | Self::Waiting, Message::Cancel) => {
+            (Self::Receiving | Self::Waiting(_), Message::Cancel) => {
                 *self = Self::Gone;
                 DestinationDoes::Discards
             }
-            (Self::Running, Message::Go) => DestinationDoes::Says(Message::Runs),
+            (Self::Pulling | Self::Running(_), Message::Go) => match self.greets() {
+                Some(message) => DestinationDoes::Says(message),
+                None => DestinationDoes::Waits,
+            },
             _ => self.loses(),
+        }
+    }
+
+    /// Whoever has seen the source's process end says so.
+    #[must_use]
+    pub fn bereft(&mut self) -> DestinationDoes {
+        match *self {
+            // Nobody gives it any more, and a part of it is nowhere.
+            Self::Waiting(Memory::Apart) => {
+                *self = Self::Gone;
+                DestinationDoes::Discards
+            }
+            Self::Starting(Memory::Apart) | Self::Pulling => {
+                *self = Self::Lost;
+                DestinationDoes::Stops
+            }
+            // It needs nothing of it; or only its user knows whether it may run.
+            Self::Receiving
+            | Self::Waiting(Memory::Whole)
+            | Self::Starting(Memory::Whole)
+            | Self::Running(_)
+            | Self::Lost
+            | Self::Gone => DestinationDoes::Listens,
         }
     }
 
     /// The VM runs.
     #[must_use]
     pub fn started(&mut self) -> Message {
-        *self = Self::Running;
+        *self = match *self {
+            Self::Starting(Memory::Apart) => Self::Pulling,
+            // Its source has ended meanwhile.
+            Self::Lost => Self::Lost,
+            _ => Self::Running(Memory::Whole),
+        };
         Message::Runs
+    }
+
+    /// All of its memory is here, or is needed no more: the VM has ended. What to say.
+    #[must_use]
+    pub fn pulled(&mut self) -> Option<Message> {
+        let pulled = *self == Self::Pulling;
+        if pulled {
+            *self = Self::Running(Memory::Apart);
+        }
+        pulled.then_some(Message::Here)
     }
 
     /// It could not be received or started, or is not wanted any more: not one instruction
@@ -186,11 +262,11 @@ impl Destination {
     #[must_use]
     pub fn gives_up(&mut self) -> Option<Message> {
         match *self {
-            Self::Receiving | Self::Waiting | Self::Starting => {
+            Self::Receiving | Self::Waiting(_) | Self::Starting(_) => {
                 *self = Self::Gone;
                 Some(Message::Gone)
             }
-            Self::Running | Self::Gone => None,
+            Self::Pulling | Self::Running(_) | Self::Lost | Self::Gone => None,
         }
     }
 
@@ -202,7 +278,7 @@ impl Destination {
                 *self = Self::Gone;
                 DestinationDoes::Discards
             }
-            Self::Waiting | Self::Starting | Self::Running | Self::Gone => DestinationDoes::Listens,
+            _ => DestinationDoes::Listens,
         }
     }
 
@@ -210,10 +286,12 @@ impl Destination {
     #[must_use]
     pub fn greets(&self) -> Option<Message> {
         match self {
-            Self::Waiting => Some(Message::Ready),
-            Self::Running => Some(Message::Runs),
+            Self::Waiting(_) => Some(Message::Ready),
+            Self::Pulling | Self::Running(Memory::Whole) => Some(Message::Runs),
+            Self::Lost => Some(Message::Lost),
+            Self::Running(Memory::Apart) => Some(Message::Here),
             Self::Gone => Some(Message::Gone),
-            Self::Receiving | Self::Starting => None,
+            Self::Receiving | Self::Starting(_) => None,
         }
     }
 
@@ -221,9 +299,9 @@ impl Destination {
     /// False: there is nothing to run.
     #[must_use]
     pub fn claimed(&mut self) -> bool {
-        let can = *self == Self::Waiting;
+        let can = *self == Self::Waiting(Memory::Whole);
         if can {
-            *self = Self::Starting;
+            *self = Self::Starting(Memory::Whole);
         }
         can
     }

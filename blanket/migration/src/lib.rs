@@ -5,10 +5,17 @@
 //! out with the VM, and [`link`] is the connection between them. What is sent is a saved
 //! VM (`blanket-snapshot`) of which pages come more than once.
 //!
+//! Where the VM is given with a part of its memory, [`pull`] is how the rest follows.
+//!
 //! The protocol is described in `docs/migration.md` and checked by a model of every loss
 //! and crash (`tests/model.rs`), which runs the very functions of [`handover`].
 
 pub mod handover;
 pub mod link;
 pub mod message;
+pub mod pages;
 pub mod precopy;
+pub mod pull;
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;

@@ -8,18 +8,20 @@
 //! was not given the token gets a VM in or out.
 
 use std::fmt;
-use std::io::{self, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::io::{self, BufRead as _, BufReader, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
+use std::os::fd::AsRawFd as _;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, ServerConfig, ServerConnection,
-    SignatureScheme, StreamOwned,
+    ClientConfig, ClientConnection, Connection, DigitallySignedStruct, ServerConfig,
+    ServerConnection, SignatureScheme,
 };
 use sha2::{Digest as _, Sha256};
 
@@ -28,6 +30,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long it waits for a piece of the greeting: others may connect, too, and wait.
 const GREETING: Duration = Duration::from_secs(10);
+
+/// Bytes that wait to be sent, of a link that is split.
+static UNSENT: libc::c_int = 128 << 10;
+
+/// Bytes of TLS that are taken in at once.
+const TLS_BUFFER: usize = 64 << 10;
 
 /// The name that certificates are made for; nobody looks at it.
 const NAME: &str = "blanket";
@@ -117,12 +125,54 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-trait Stream: Read + Write + Send {}
-impl<T: Read + Write + Send> Stream for T {}
-
 /// A connection, both ends of which know who the other one is. What is read is buffered
 /// here and nowhere above: words follow a VM on the same connection.
-pub struct Link(BufReader<Box<dyn Stream>>);
+pub struct Link(BufReader<Box<Tls>>);
+
+/// TLS over a socket.
+struct Tls {
+    connection: Connection,
+    socket: TcpStream,
+}
+
+impl Tls {
+    fn greets(&mut self) -> io::Result<()> {
+        while self.connection.is_handshaking() {
+            self.connection.complete_io(&mut self.socket)?;
+        }
+        Ok(())
+    }
+}
+
+impl Read for Tls {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.connection.reader().read(into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+            if self.connection.complete_io(&mut self.socket)?.0 == 0 {
+                // It hung up without a word: not a whole anything.
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+}
+
+impl Write for Tls {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        let taken = self.connection.writer().write(from)?;
+        self.flush()?;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while self.connection.wants_write() {
+            self.connection.write_tls(&mut self.socket)?;
+        }
+        Ok(())
+    }
+}
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -151,9 +201,41 @@ fn patient(socket: &TcpStream) -> io::Result<()> {
     socket.set_write_timeout(Some(PATIENCE))
 }
 
+/// Lets what is not sent yet (`TCP_NOTSENT_LOWAT`, tcp(7)) be little.
+fn hurries(socket: &TcpStream) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&UNSENT)).map_err(io::Error::other)?;
+    // SAFETY: the option takes a number of this length, which is read from there.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const UNSENT).cast(),
+            length,
+        )
+    };
+    match set {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 impl Link {
-    fn over(stream: impl Stream + 'static) -> Self {
-        Self(BufReader::new(Box::new(stream)))
+    /// The other end has said the secret: it may be as slow as a network is.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn trusted(&self) -> io::Result<()> {
+        self.0.get_ref().socket.set_read_timeout(Some(PATIENCE))
+    }
+
+    fn over(connection: impl Into<Connection>, socket: TcpStream) -> io::Result<Self> {
+        let mut tls = Tls {
+            connection: connection.into(),
+            socket,
+        };
+        tls.greets()?;
+        Ok(Self(BufReader::new(Box::new(tls))))
     }
 
     /// The source's end, over a connected socket.
@@ -173,11 +255,140 @@ impl Link {
             .with_custom_certificate_verifier(Arc::new(pinned))
             .with_no_client_auth();
         let name = ServerName::try_from(NAME).map_err(|_| rustls::Error::General(NAME.into()))?;
-        let mut stream = StreamOwned::new(ClientConnection::new(Arc::new(config), name)?, socket);
-        while stream.conn.is_handshaking() {
-            stream.conn.complete_io(&mut stream.sock)?;
+        Ok(Self::over(
+            ClientConnection::new(Arc::new(config), name)?,
+            socket,
+        )?)
+    }
+
+    /// The two ways of it, for two threads.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn split(mut self) -> io::Result<(Hears, Says)> {
+        let before = self.0.buffer().to_vec();
+        self.0.consume(before.len());
+        let Tls { connection, socket } = *self.0.into_inner();
+        let says = socket.try_clone()?;
+        // What is wanted at once is not to wait behind what waits for the network.
+        hurries(&socket)?;
+        let connection = Arc::new(Mutex::new(connection));
+        let hears = Hears {
+            before: io::Cursor::new(before),
+            connection: Arc::clone(&connection),
+            socket,
+            tls: vec![0; TLS_BUFFER],
+            come: 0..0,
+        };
+        let says = Says {
+            connection,
+            socket: says,
+        };
+        Ok((hears, says))
+    }
+}
+
+/// What is heard over a link. Neither way waits for the other: the lock of what both need is
+/// not held while the network is waited for.
+pub struct Hears {
+    /// What was heard before there were two ways.
+    before: io::Cursor<Vec<u8>>,
+    connection: Arc<Mutex<Connection>>,
+    socket: TcpStream,
+    tls: Vec<u8>,
+    /// What of it the connection has not taken yet.
+    come: Range<usize>,
+}
+
+/// What is said over a link.
+pub struct Says {
+    connection: Arc<Mutex<Connection>>,
+    socket: TcpStream,
+}
+
+fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
+    connection.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Hears {
+    /// Hangs up, from any thread: whoever hears or says something finds the link lost.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn cutter(&self) -> io::Result<Cutter> {
+        Ok(Cutter(self.socket.try_clone()?))
+    }
+}
+
+impl Read for Hears {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let before = self.before.read(into)?;
+        if before > 0 || into.is_empty() {
+            return Ok(before);
         }
-        Ok(Self::over(stream))
+        loop {
+            match lock(&self.connection).reader().read(into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+            if self.come.is_empty() {
+                let count = self.socket.read(&mut self.tls)?;
+                if count == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                self.come = 0..count;
+            }
+            let mut come = self.tls.get(self.come.clone()).unwrap_or_default();
+            let mut connection = lock(&self.connection);
+            // No more than it can hold: what it gives is taken first.
+            self.come.start += connection.read_tls(&mut come)?;
+            let done = connection.process_new_packets();
+            done.map_err(io::Error::other)?;
+        }
+    }
+}
+
+impl Write for Says {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        let mut tls = Vec::new();
+        let taken = {
+            let mut connection = lock(&self.connection);
+            let taken = connection.writer().write(from)?;
+            while connection.wants_write() {
+                connection.write_tls(&mut tls)?;
+            }
+            taken
+        };
+        self.socket.write_all(&tls)?;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Hears {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hears")
+    }
+}
+
+impl fmt::Debug for Says {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Says")
+    }
+}
+
+/// See [`Hears::cutter`].
+#[derive(Debug)]
+pub struct Cutter(TcpStream);
+
+impl Cutter {
+    /// Hangs up.
+    pub fn cut(&self) {
+        // One that is not connected any more needs no cut.
+        let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 
@@ -228,12 +439,8 @@ impl Server {
         patient(&socket)?;
         socket.set_read_timeout(Some(GREETING))?;
         let connection = ServerConnection::new(Arc::clone(&self.config))?;
-        let mut stream = StreamOwned::new(connection, socket);
-        while stream.conn.is_handshaking() {
-            stream.conn.complete_io(&mut stream.sock)?;
-        }
-        stream.sock.set_read_timeout(Some(PATIENCE))?;
-        Ok(Link::over(stream))
+        let link = Link::over(connection, socket)?;
+        Ok(link)
     }
 }
 
@@ -325,6 +532,52 @@ mod tests {
             let mut answer = [0; 5];
             link.read_exact(&mut answer).expect("heard");
             assert_eq!(&answer, b"hello");
+        });
+    }
+
+    #[test]
+    fn both_ways_at_once() {
+        const MUCH: usize = 4 << 20;
+        let server = Server::new().expect("made");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let at = listener.local_addr().expect("an address");
+        let talks = |link: Link| {
+            let (mut hears, mut says) = link.split().expect("split");
+            std::thread::scope(|s| {
+                s.spawn(move || says.write_all(&vec![7; MUCH]).expect("said"));
+                let mut all = vec![0; MUCH];
+                hears.read_exact(&mut all).expect("heard");
+                assert!(all.iter().all(|byte| *byte == 7));
+            });
+            hears
+        };
+        std::thread::scope(|s| {
+            let other = s.spawn(|| {
+                let (socket, _) = listener.accept().expect("a connection");
+                let mut link = server.answer(socket).expect("TLS");
+                // Some of what is said before it is split is heard behind it.
+                let mut said = [0; 1];
+                link.read_exact(&mut said).expect("heard");
+                let (mut hears, says) = link.split().expect("split");
+                let mut rest = [0; 4];
+                hears.read_exact(&mut rest).expect("heard");
+                assert_eq!((said, rest), (*b"h", *b"ello"));
+                (hears, says)
+            });
+            let mut link = Link::to(TcpStream::connect(at).expect("connected"), server.token());
+            let one = link.as_mut().expect("the right one");
+            one.write_all(b"hello").expect("said");
+            let (mut hears, mut says) = other.join().expect("no panic");
+            s.spawn(move || {
+                let mut all = vec![0; MUCH];
+                hears.read_exact(&mut all).expect("heard");
+                assert!(hears.read_exact(&mut [0]).is_err(), "it hangs up");
+            });
+            s.spawn(move || says.write_all(&vec![7; MUCH]).expect("said"));
+            talks(link.expect("the right one"))
+                .cutter()
+                .expect("one")
+                .cut();
         });
     }
 

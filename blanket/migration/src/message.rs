@@ -14,7 +14,7 @@
 use std::io::{self, Read, Write};
 
 /// Version of this protocol.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const MAGIC: &[u8; 8] = b"BLANKETM";
 
@@ -31,18 +31,25 @@ pub enum Message {
     Gone,
     /// Source: it has gone on there.
     Cancel,
-    /// Source: it has heard [`Self::Runs`], and will not ask again.
+    /// Source: it has heard [`Self::Runs`], or [`Self::Here`] where that comes, and will not ask
+    /// again.
     Known,
+    /// Destination: it needs nothing more of the memory that was not given with it.
+    Here,
+    /// Destination: it ran, and a part of its memory is nowhere.
+    Lost,
 }
 
 impl Message {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 8] = [
         Self::Ready,
         Self::Go,
         Self::Runs,
         Self::Gone,
         Self::Cancel,
         Self::Known,
+        Self::Here,
+        Self::Lost,
     ];
 
     const fn word(self) -> [u8; 4] {
@@ -53,6 +60,8 @@ impl Message {
             Self::Gone => b"GONE",
             Self::Cancel => b"BACK",
             Self::Known => b"KNOW",
+            Self::Here => b"HERE",
+            Self::Lost => b"LOST",
         }
     }
 
@@ -72,6 +81,10 @@ impl Message {
     pub fn read(mut from: impl Read) -> io::Result<Self> {
         let mut word = [0; 4];
         from.read_exact(&mut word)?;
+        Self::of(word)
+    }
+
+    pub(crate) fn of(word: [u8; 4]) -> io::Result<Self> {
         let known = Self::ALL.into_iter().find(|it| it.word() == word);
         known.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a word that is none"))
     }
@@ -84,7 +97,10 @@ const REASON: u32 = 4096;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It can be had here.
-    Fits,
+    Fits {
+        /// Why it must come with all of its memory; empty if a part may follow.
+        whole: String,
+    },
     /// It cannot, and why: text of the other host, which is shown and not trusted.
     Unfit(String),
 }
@@ -93,22 +109,22 @@ impl Verdict {
     const FITS: [u8; 4] = *b"FITS";
     const UNFIT: [u8; 4] = *b"NOT ";
 
-    /// Says it: the word, and behind `NOT ` the reason's length and text.
+    /// Says it: the word, then a text's length and the text.
     ///
     /// # Errors
     /// The link's.
     pub fn write(&self, mut to: impl Write) -> io::Result<()> {
-        match self {
-            Self::Fits => to.write_all(&Self::FITS)?,
-            Self::Unfit(why) => {
-                let end = why.floor_char_boundary(REASON as usize);
-                let why = &why.as_bytes()[..end];
-                let length = u32::try_from(why.len()).unwrap_or(REASON);
-                to.write_all(&Self::UNFIT)?;
-                to.write_all(&length.to_le_bytes())?;
-                to.write_all(why)?;
-            }
-        }
+        let (word, text) = match self {
+            Self::Fits { whole } => (Self::FITS, whole),
+            Self::Unfit(why) => (Self::UNFIT, why),
+        };
+        let end = text.floor_char_boundary(REASON as usize);
+        let text = &text.as_bytes()[..end];
+        let length = u32::try_from(text.len()).unwrap_or(REASON);
+        let mut all = word.to_vec();
+        all.extend(length.to_le_bytes());
+        all.extend(text);
+        to.write_all(&all)?;
         to.flush()
     }
 
@@ -118,25 +134,25 @@ impl Verdict {
     /// The link's; something else.
     pub fn read(mut from: impl Read) -> io::Result<Self> {
         let bad = |what| io::Error::new(io::ErrorKind::InvalidData, what);
-        let mut word = [0; 4];
+        let (mut word, mut length) = ([0; 4], [0; 4]);
         from.read_exact(&mut word)?;
-        match word {
-            Self::FITS => Ok(Self::Fits),
-            Self::UNFIT => {
-                let mut length = [0; 4];
-                from.read_exact(&mut length)?;
-                let length = u32::from_le_bytes(length);
-                if length > REASON {
-                    return Err(bad("a reason that is too long"));
-                }
-                let mut why = vec![0; length as usize];
-                from.read_exact(&mut why)?;
-                let printable = |c: char| if c.is_control() { ' ' } else { c };
-                let why = String::from_utf8_lossy(&why);
-                Ok(Self::Unfit(why.chars().map(printable).collect()))
-            }
-            _ => Err(bad("a verdict that is none")),
+        if ![Self::FITS, Self::UNFIT].contains(&word) {
+            return Err(bad("a verdict that is none"));
         }
+        from.read_exact(&mut length)?;
+        let length = u32::from_le_bytes(length);
+        if length > REASON {
+            return Err(bad("a reason that is too long"));
+        }
+        let mut text = vec![0; length as usize];
+        from.read_exact(&mut text)?;
+        let printable = |c: char| if c.is_control() { ' ' } else { c };
+        let text = String::from_utf8_lossy(&text);
+        let text = text.chars().map(printable).collect();
+        Ok(match word {
+            Self::FITS => Self::Fits { whole: text },
+            _ => Self::Unfit(text),
+        })
     }
 }
 
@@ -174,16 +190,20 @@ pub enum Purpose {
     Asks,
     /// To learn whether it could come.
     Tries,
+    /// To say that the process is gone that had the VM, and what was left of its memory: by
+    /// whoever saw it end. A word is the answer.
+    Mourns,
 }
 
 impl Purpose {
-    const ALL: [Self; 3] = [Self::Moves, Self::Asks, Self::Tries];
+    const ALL: [Self; 4] = [Self::Moves, Self::Asks, Self::Tries, Self::Mourns];
 
     const fn number(self) -> u32 {
         match self {
             Self::Moves => 0,
             Self::Asks => 1,
             Self::Tries => 2,
+            Self::Mourns => 3,
         }
     }
 }
@@ -284,7 +304,7 @@ mod tests {
             let mut bytes = Vec::new();
             hello.write(&mut bytes).expect("written");
             assert_eq!(Hello::read(&bytes[..]).expect("whole"), hello);
-            bytes[12] = 3;
+            bytes[12] = 4;
             assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Foreign)));
             bytes[8] = 1;
             assert!(matches!(
@@ -311,7 +331,12 @@ mod tests {
     fn verdicts_are_heard_and_bounded() {
         let long = "é".repeat(REASON as usize);
         for verdict in [
-            Verdict::Fits,
+            Verdict::Fits {
+                whole: String::new(),
+            },
+            Verdict::Fits {
+                whole: "it has no userfaultfd".into(),
+            },
             Verdict::Unfit("it has no disk".into()),
             Verdict::Unfit(String::new()),
         ] {

@@ -5,6 +5,23 @@
 
 use std::time::Duration;
 
+/// When the VM goes on at its destination before all of its memory is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PostCopy {
+    /// Never.
+    #[default]
+    Never,
+    /// When the guest writes so fast that it would have to be slowed down below
+    /// [`AUTO_SHARE`], or rounds are used up.
+    Auto,
+    /// After the first round.
+    Now,
+}
+
+/// What a guest has of its time, percent, below which it is not slowed down where the rest of its
+/// memory may follow it.
+pub const AUTO_SHARE: u32 = 25;
+
 /// What the user wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wishes {
@@ -12,6 +29,8 @@ pub struct Wishes {
     pub downtime: Duration,
     /// Rounds after which it is stopped in any case.
     pub rounds: u32,
+    /// Whether a part of the memory may follow.
+    pub post_copy: PostCopy,
 }
 
 impl Default for Wishes {
@@ -19,6 +38,7 @@ impl Default for Wishes {
         Self {
             downtime: Duration::from_millis(300),
             rounds: 30,
+            post_copy: PostCopy::Never,
         }
     }
 }
@@ -44,6 +64,8 @@ pub enum Next {
     },
     /// Stop the VM and send the rest.
     Stop,
+    /// Stop the VM, hand it over, and send the rest afterwards.
+    Switch,
 }
 
 /// What a guest has at least of its time, percent. Four vCPUs that do nothing but write need as
@@ -90,12 +112,25 @@ impl Control {
     pub fn after(&mut self, round: &Round) -> Next {
         self.rounds += 1;
         let short = Self::rest(round) <= self.wishes.downtime;
-        if short || self.rounds >= self.wishes.rounds {
+        let post_copy = self.wishes.post_copy;
+        if post_copy == PostCopy::Now && round.dirty > 0 {
+            return Next::Switch;
+        }
+        if short {
             return Next::Stop;
+        }
+        if self.rounds >= self.wishes.rounds {
+            return match post_copy {
+                PostCopy::Never => Next::Stop,
+                PostCopy::Auto | PostCopy::Now => Next::Switch,
+            };
         }
         let slow = self.before.is_some_and(|before| {
             round.dirty.saturating_mul(100) > before.saturating_mul(PROGRESS)
         });
+        if slow && post_copy == PostCopy::Auto && self.share / 2 < AUTO_SHARE {
+            return Next::Switch;
+        }
         if slow {
             // Halved again and again, since guests that write without end need it.
             self.share = (self.share / 2).max(LEAST_SHARE);
@@ -131,7 +166,7 @@ mod tests {
         for _ in 0..100 {
             match control.after(&round(10_000, 1_000, 9_000)) {
                 Next::Round { share } => shares.push(share),
-                Next::Stop => break,
+                Next::Stop | Next::Switch => break,
             }
         }
         assert_eq!(shares[..4], [100, 50, 25, 12]);
@@ -139,14 +174,45 @@ mod tests {
         assert!(shares.iter().all(|share| *share >= LEAST_SHARE));
     }
 
+    fn wishing(post_copy: PostCopy) -> Control {
+        Control::new(Wishes {
+            post_copy,
+            ..Wishes::default()
+        })
+    }
+
+    #[test]
+    fn the_rest_follows_where_it_may() {
+        let quiet = round(10_000, 1_000, 100);
+        assert_eq!(wishing(PostCopy::Now).after(&quiet), Next::Switch);
+        let nothing = round(10_000, 1_000, 0);
+        assert_eq!(wishing(PostCopy::Now).after(&nothing), Next::Stop);
+
+        let mut auto = wishing(PostCopy::Auto);
+        assert_eq!(auto.after(&quiet), Next::Stop, "it needs none");
+        let mut auto = wishing(PostCopy::Auto);
+        let busy = round(10_000, 1_000, 9_000);
+        let wanted = [100, 50, 25].map(|share| Next::Round { share });
+        assert_eq!([(); 3].map(|()| auto.after(&busy)), wanted);
+        assert_eq!(auto.after(&busy), Next::Switch);
+
+        let mut auto = wishing(PostCopy::Auto);
+        auto.wishes.rounds = 1;
+        assert_eq!(auto.after(&busy), Next::Switch, "no round is left");
+    }
+
     proptest! {
         #[test]
         fn it_ends(rounds in prop::collection::vec((any::<u64>(), any::<u32>(), any::<u64>()), 64)) {
-            let mut control = Control::new(Wishes::default());
-            let stops = rounds.into_iter().any(|(sent, millis, dirty)| {
-                control.after(&round(sent, millis.into(), dirty)) == Next::Stop
-            });
-            prop_assert!(stops);
+            for post_copy in [PostCopy::Never, PostCopy::Auto, PostCopy::Now] {
+                let mut control = wishing(post_copy);
+                let stops = rounds.iter().any(|&(sent, millis, dirty)| {
+                    let next = control.after(&round(sent, millis.into(), dirty));
+                    assert!(post_copy != PostCopy::Never || next != Next::Switch);
+                    !matches!(next, Next::Round { .. })
+                });
+                prop_assert!(stops);
+            }
         }
     }
 }

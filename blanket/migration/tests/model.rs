@@ -1,7 +1,8 @@
 //! Every order of events of a handover: lost links and messages, both processes ending,
-//! the user's cancelling, starts that fail. The two sides are the code that runs.
+//! the user's cancelling, starts that fail, with all of the memory and with a part of it that
+//! follows. The two sides are the code that runs.
 
-use blanket_migration::handover::{Destination, DestinationDoes, Source, SourceDoes};
+use blanket_migration::handover::{Destination, DestinationDoes, Memory, Source, SourceDoes};
 use blanket_migration::message::Message;
 use stateright::{Checker, Model, Property};
 
@@ -14,6 +15,10 @@ struct State {
     link: Option<Link>,
     runs_here: bool,
     runs_there: bool,
+    /// A part of its memory follows.
+    memory: Memory,
+    /// All of it is there.
+    whole_there: bool,
     ended_here: bool,
     /// Links that were made, of as many as the model tries.
     links: u8,
@@ -36,6 +41,10 @@ enum Event {
     DestinationHears,
     SourceHears,
     Started,
+    /// Pages come, until none is missing.
+    Pulled,
+    /// Somebody has seen the source end, and says so.
+    Mourned,
     /// It cannot be received or started, or is killed.
     GivesUp,
     LinkLost,
@@ -67,10 +76,17 @@ impl State {
     }
 
     fn destination_does(&mut self, does: DestinationDoes) {
-        if let DestinationDoes::Says(message) = does
-            && let Some(link) = &mut self.link
-        {
-            link.to_source.push(message);
+        match does {
+            DestinationDoes::Says(message) => {
+                if let Some(link) = &mut self.link {
+                    link.to_source.push(message);
+                }
+            }
+            DestinationDoes::Stops => self.runs_there = false,
+            DestinationDoes::Waits
+            | DestinationDoes::Starts
+            | DestinationDoes::Discards
+            | DestinationDoes::Listens => {}
         }
     }
 
@@ -92,16 +108,19 @@ impl Model for Handover {
     type Action = Event;
 
     fn init_states(&self) -> Vec<State> {
-        vec![State {
+        let state = |memory| State {
             source: Some(Source::Copying),
             destination: Some(Destination::Receiving),
             link: Some(Link::default()),
             runs_here: true,
             runs_there: false,
+            memory,
+            whole_there: memory == Memory::Whole,
             ended_here: false,
             links: 1,
             cancelled: false,
-        }]
+        };
+        vec![state(Memory::Whole), state(Memory::Apart)]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Event>) {
@@ -124,19 +143,26 @@ impl Model for Handover {
         {
             actions.push(Event::Connects);
         }
-        if state.destination == Some(Destination::Starting) {
+        if matches!(state.destination, Some(Destination::Starting(_))) {
             actions.push(Event::Started);
+        }
+        let serves = state.source.is_some_and(|source| source.serves());
+        if state.link.is_some() && serves && state.destination == Some(Destination::Pulling) {
+            actions.push(Event::Pulled);
+        }
+        if state.source.is_none() && state.link.is_none() && state.destination.is_some() {
+            actions.push(Event::Mourned);
         }
         if matches!(
             state.destination,
-            Some(Destination::Receiving | Destination::Waiting | Destination::Starting)
+            Some(Destination::Receiving | Destination::Waiting(_) | Destination::Starting(_))
         ) {
             actions.push(Event::GivesUp);
         }
         if state.source.is_some() && !state.cancelled {
             actions.push(Event::Cancels);
         }
-        if state.source.is_none() && state.destination == Some(Destination::Waiting) {
+        if state.source.is_none() && matches!(state.destination, Some(Destination::Waiting(_))) {
             actions.push(Event::Claims);
         }
         if self.deaths && state.source.is_some() {
@@ -151,13 +177,13 @@ impl Model for Handover {
         let mut state = last.clone();
         match event {
             Event::AllSent => {
-                state.source.as_mut()?.sent();
+                state.source.as_mut()?.sent(last.memory);
                 // From here on it stands still.
                 state.runs_here = false;
                 state.link.as_mut()?.whole = true;
             }
             Event::AllReceived => {
-                let does = state.destination.as_mut()?.received();
+                let does = state.destination.as_mut()?.received(last.memory);
                 state.destination_does(does);
             }
             Event::DestinationHears => {
@@ -172,8 +198,20 @@ impl Model for Handover {
             }
             Event::Started => {
                 let message = state.destination.as_mut()?.started();
-                state.runs_there = true;
+                state.runs_there = state.destination != Some(Destination::Lost);
                 state.destination_does(DestinationDoes::Says(message));
+            }
+            Event::Pulled => {
+                state.whole_there = true;
+                let message = state.destination.as_mut()?.pulled()?;
+                state.destination_does(DestinationDoes::Says(message));
+            }
+            Event::Mourned => {
+                let does = state.destination.as_mut()?.bereft();
+                if last == &state && does == DestinationDoes::Listens {
+                    return None;
+                }
+                state.destination_does(does);
             }
             Event::GivesUp => {
                 let message = state.destination.as_mut()?.gives_up()?;
@@ -222,9 +260,30 @@ impl Model for Handover {
                 "it ends here only for one that runs there",
                 |_, state: &State| {
                     let gone = state.destination.is_none();
-                    !state.ended_here || gone || state.destination == Some(Destination::Running)
+                    let runs = matches!(state.destination, Some(Destination::Running(_)));
+                    !state.ended_here || gone || runs
                 },
             ),
+            Property::always(
+                "it ends here only when all of its memory is there",
+                |_, state: &State| !state.ended_here || state.whole_there,
+            ),
+            Property::always(
+                "what is missing there is here, where nobody runs it",
+                |model: &Self, state: &State| {
+                    let part = state.runs_there && !state.whole_there;
+                    let dead = model.deaths && state.source.is_none();
+                    !part || dead || state.source.is_some_and(|source| source.serves())
+                },
+            ),
+            Property::always("who needs nothing more has all", |_, state: &State| {
+                let runs = matches!(state.destination, Some(Destination::Running(_)));
+                !runs || state.whole_there
+            }),
+            Property::always("it is lost only with its source", |_, state: &State| {
+                state.destination != Some(Destination::Lost)
+                    || state.source.is_none() && !state.whole_there && !state.runs_there
+            }),
             Property::always("somebody has it", |model: &Self, state: &State| {
                 let here = state.source.is_some_and(|it| it != Source::There);
                 model.deaths || here || state.runs_there
@@ -237,9 +296,24 @@ impl Model for Handover {
                     return true;
                 };
                 let quiet = link.to_source.is_empty() && link.to_destination.is_empty();
-                let doubt = source == Source::Committed && destination != Destination::Starting;
-                !(quiet && doubt)
+                let starts = matches!(destination, Destination::Starting(_));
+                let doubt = matches!(source, Source::Committed(_)) && !starts;
+                let serves = source == Source::Serving && destination != Destination::Pulling;
+                !(quiet && (doubt || serves))
             }),
+            Property::sometimes(
+                "its memory follows over a second link",
+                |_, state: &State| {
+                    let followed = state.memory == Memory::Apart && state.whole_there;
+                    followed && state.ended_here && state.links == 2
+                },
+            ),
+            Property::sometimes(
+                "it is lost with its source",
+                |model: &Self, state: &State| {
+                    !model.deaths || state.destination == Some(Destination::Lost)
+                },
+            ),
             Property::sometimes("it survives its source", |model: &Self, state: &State| {
                 !model.deaths || state.source.is_none() && state.runs_there && !state.ended_here
             }),

@@ -11,6 +11,7 @@
 //! kind, length and bytes, keyed by the place so that no chunk passes for another.
 
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,7 +23,7 @@ use crate::pieces::{self, Piece};
 const MAGIC: &[u8; 8] = b"BLANKETV";
 
 /// Version of the container and of all that is in it.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 5;
 
 /// Most bytes of a chunk.
 pub const MAX_CHUNK: usize = 64 << 20;
@@ -38,6 +39,8 @@ pub enum Kind {
     Disk,
     /// All before it is to be acknowledged. Among the pages of a VM that moves.
     Mark,
+    /// Which pages follow a VM that moves, once it runs: a set, packed. Behind all pages.
+    Missing,
     /// What its core and its backends know, as JSON. The last one before the end.
     State,
     /// The end.
@@ -51,6 +54,7 @@ impl Kind {
             Self::Pages => b"PAGE",
             Self::Disk => b"DISK",
             Self::Mark => b"MARK",
+            Self::Missing => b"MISS",
             Self::State => b"STAT",
             Self::End => b"END ",
         }
@@ -64,6 +68,7 @@ impl Kind {
             Self::Pages => "pages",
             Self::Disk => "disk",
             Self::Mark => "mark",
+            Self::Missing => "missing",
             Self::State => "state",
             Self::End => "end",
         }
@@ -75,6 +80,7 @@ impl Kind {
             Self::Pages,
             Self::Disk,
             Self::Mark,
+            Self::Missing,
             Self::State,
             Self::End,
         ];
@@ -89,6 +95,14 @@ fn sum(place: u64, tag: [u8; 4], length: u32, bytes: &[u8]) -> [u8; 32] {
     hasher.update(&length.to_le_bytes());
     hasher.update(bytes);
     *hasher.finalize().as_bytes()
+}
+
+/// Why a chunk's bytes are not there.
+fn unread(place: u64) -> impl Fn(io::Error) -> Error {
+    move |error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => Error::Truncated(place),
+        _ => Error::Read(error),
+    }
 }
 
 /// Writes a saved VM.
@@ -193,13 +207,70 @@ pub enum Part {
     Disk(Piece),
     /// Whoever writes waits for the word that all before this is here.
     Mark,
+    /// A set of pages that follow.
+    Missing(Vec<u8>),
+}
+
+/// Where a run of pages is in a file, that has been found to be what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Of the chunk's bytes in the file.
+    offset: u64,
+    length: u32,
+    sum: [u8; 32],
+    /// Among the chunks.
+    place: u64,
+    /// The first page.
+    pub first: u64,
+    /// How many pages.
+    pub count: u64,
+}
+
+impl Place {
+    /// Reads it again.
+    ///
+    /// # Errors
+    /// It is not any more what it was.
+    pub fn read(&self, file: &impl FileExt) -> Result<Run, Error> {
+        let mut bytes = vec![0; self.length as usize];
+        file.read_exact_at(&mut bytes, self.offset)
+            .map_err(unread(self.place))?;
+        if sum(self.place, Kind::Pages.tag(), self.length, &bytes) != self.sum {
+            return Err(Error::Damaged(self.place));
+        }
+        pages::unpack(&bytes)
+            .filter(|run| self.is_of(run))
+            .ok_or(Error::Pages(self.place))
+    }
+
+    fn is_of(&self, run: &Run) -> bool {
+        run.first == self.first && run.bytes.len() as u64 == self.count * pages::PAGE as u64
+    }
+}
+
+/// What memory and disks come in, of which pages may stay where they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Pages of memory, which were not unpacked.
+    Pages(Place),
+    /// Anything else.
+    Part(Part),
+}
+
+/// A chunk that was read.
+struct Chunk {
+    kind: Kind,
+    bytes: Vec<u8>,
+    sum: [u8; 32],
 }
 
 /// Reads a saved VM.
 pub struct Reader<R: Read> {
     from: R,
     place: u64,
-    next: Option<(Kind, Vec<u8>)>,
+    /// Bytes that were read.
+    at: u64,
+    next: Option<Chunk>,
 }
 
 impl<R: Read> Reader<R> {
@@ -228,18 +299,18 @@ impl<R: Read> Reader<R> {
         Ok(Self {
             from,
             place: 0,
+            at: head.len() as u64,
             next: None,
         })
     }
 
     fn exact(&mut self, to: &mut [u8]) -> Result<(), Error> {
-        self.from.read_exact(to).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => Error::Truncated(self.place),
-            _ => Error::Read(e),
-        })
+        self.from.read_exact(to).map_err(unread(self.place))?;
+        self.at += to.len() as u64;
+        Ok(())
     }
 
-    fn chunk(&mut self) -> Result<(Kind, Vec<u8>), Error> {
+    fn chunk(&mut self) -> Result<Chunk, Error> {
         if let Some(chunk) = self.next.take() {
             return Ok(chunk);
         }
@@ -262,7 +333,11 @@ impl<R: Read> Reader<R> {
             wanted: "a kind that this version knows",
         })?;
         self.place += 1;
-        Ok((kind, bytes))
+        Ok(Chunk {
+            kind,
+            bytes,
+            sum: wanted,
+        })
     }
 
     fn unexpected(&self, kind: Kind, wanted: &'static str) -> Error {
@@ -278,11 +353,11 @@ impl<R: Read> Reader<R> {
     /// # Errors
     /// There is another one; it is damaged; a field is missing, or not known.
     pub fn text<T: DeserializeOwned>(&mut self, kind: Kind) -> Result<T, Error> {
-        let (found, bytes) = self.chunk()?;
-        if found != kind {
-            return Err(self.unexpected(found, kind.name()));
+        let found = self.chunk()?;
+        if found.kind != kind {
+            return Err(self.unexpected(found.kind, kind.name()));
         }
-        serde_json::from_slice(&bytes).map_err(|source| Error::Text {
+        serde_json::from_slice(&found.bytes).map_err(|source| Error::Text {
             place: self.place - 1,
             kind: kind.name(),
             source,
@@ -299,15 +374,43 @@ impl<R: Read> Reader<R> {
     /// # Errors
     /// It is damaged.
     pub fn part(&mut self) -> Result<Option<Part>, Error> {
-        let (kind, bytes) = self.chunk()?;
+        let chunk = self.chunk()?;
+        self.part_of(chunk)
+    }
+
+    /// As [`Self::part`], of a file that is read from its beginning: pages are left there.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn found(&mut self) -> Result<Option<Found>, Error> {
+        let chunk = self.chunk()?;
+        if chunk.kind != Kind::Pages {
+            return Ok(self.part_of(chunk)?.map(Found::Part));
+        }
+        let place = self.place - 1;
+        let (first, count) = pages::which(&chunk.bytes).ok_or(Error::Pages(place))?;
+        let length = u32::try_from(chunk.bytes.len()).map_err(|_| Error::Damaged(place))?;
+        Ok(Some(Found::Pages(Place {
+            offset: self.at - u64::from(length),
+            length,
+            sum: chunk.sum,
+            place,
+            first,
+            count,
+        })))
+    }
+
+    fn part_of(&mut self, chunk: Chunk) -> Result<Option<Part>, Error> {
         let bad = Error::Pages(self.place - 1);
-        Ok(Some(match kind {
-            Kind::Pages => Part::Pages(pages::unpack(&bytes).ok_or(bad)?),
-            Kind::Disk => Part::Disk(pieces::unpack(&bytes).ok_or(bad)?),
+        let bytes = &chunk.bytes;
+        Ok(Some(match chunk.kind {
+            Kind::Pages => Part::Pages(pages::unpack(bytes).ok_or(bad)?),
+            Kind::Disk => Part::Disk(pieces::unpack(bytes).ok_or(bad)?),
             Kind::Mark if bytes.is_empty() => Part::Mark,
+            Kind::Missing => Part::Missing(chunk.bytes),
             Kind::Mark => return Err(Error::Damaged(self.place - 1)),
             _ => {
-                self.next = Some((kind, bytes));
+                self.next = Some(chunk);
                 return Ok(None);
             }
         }))
@@ -318,12 +421,12 @@ impl<R: Read> Reader<R> {
     /// # Errors
     /// There is more, or less than was written.
     pub fn finish(mut self) -> Result<R, Error> {
-        let (kind, bytes) = self.chunk()?;
-        if kind != Kind::End {
-            return Err(self.unexpected(kind, Kind::End.name()));
+        let end = self.chunk()?;
+        if end.kind != Kind::End {
+            return Err(self.unexpected(end.kind, Kind::End.name()));
         }
         let before = self.place - 1;
-        if bytes != before.to_le_bytes() {
+        if end.bytes != before.to_le_bytes() {
             return Err(Error::Damaged(before));
         }
         Ok(self.from)

@@ -7,7 +7,7 @@ mod chunk;
 mod pages;
 mod pieces;
 
-pub use chunk::{Kind, MAX_CHUNK, Part, Reader, VERSION, Writer};
+pub use chunk::{Found, Kind, MAX_CHUNK, Part, Place, Reader, VERSION, Writer};
 pub use pages::{PAGE, Run};
 pub use pieces::{MAX_PIECE, Piece};
 

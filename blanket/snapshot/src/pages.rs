@@ -20,6 +20,22 @@ pub struct Run {
     pub bytes: Vec<u8>,
 }
 
+impl Run {
+    /// Pages as bytes, compressed.
+    ///
+    /// # Errors
+    /// They are no whole pages, or too many.
+    pub fn pack(first: u64, bytes: &[u8]) -> io::Result<Vec<u8>> {
+        pack(first, bytes)
+    }
+
+    /// Of bytes that somebody else has packed; `None` if they are no run.
+    #[must_use]
+    pub fn unpack(packed: &[u8]) -> Option<Self> {
+        unpack(packed)
+    }
+}
+
 pub(crate) fn pack(first: u64, bytes: &[u8]) -> io::Result<Vec<u8>> {
     let count = bytes.len() / PAGE;
     if !bytes.len().is_multiple_of(PAGE) || count == 0 || count > MAX_RUN {
@@ -31,15 +47,18 @@ pub(crate) fn pack(first: u64, bytes: &[u8]) -> io::Result<Vec<u8>> {
     Ok(packed)
 }
 
-pub(crate) fn unpack(packed: &[u8]) -> Option<Run> {
+/// Which pages are in a run: the first one, and how many.
+pub(crate) fn which(packed: &[u8]) -> Option<(u64, u64)> {
     let (first, rest) = packed.split_first_chunk::<8>()?;
-    let (count, rest) = rest.split_first_chunk::<8>()?;
-    let count = usize::try_from(u64::from_le_bytes(*count)).ok()?;
-    if count == 0 || count > MAX_RUN {
-        return None;
-    }
-    let bytes = zstd::bulk::decompress(rest, count * PAGE).ok()?;
-    let first = u64::from_le_bytes(*first);
-    first.checked_add(count as u64)?;
-    (bytes.len() == count * PAGE).then_some(Run { first, bytes })
+    let (count, _) = rest.split_first_chunk::<8>()?;
+    let (first, count) = (u64::from_le_bytes(*first), u64::from_le_bytes(*count));
+    first.checked_add(count)?;
+    (count > 0 && count <= MAX_RUN as u64).then_some((first, count))
+}
+
+pub(crate) fn unpack(packed: &[u8]) -> Option<Run> {
+    let (first, count) = which(packed)?;
+    let length = usize::try_from(count).ok()? * PAGE;
+    let bytes = zstd::bulk::decompress(packed.get(16..)?, length).ok()?;
+    (bytes.len() == length).then_some(Run { first, bytes })
 }

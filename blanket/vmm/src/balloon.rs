@@ -16,6 +16,7 @@ use rustix::mm::{Advice, madvise};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _, GuestRegionMmap};
 
 use crate::builder::GuestMemory;
+use crate::migration::Arrival;
 use crate::sync::lock;
 
 /// A VM's memory as its user sees it, bytes.
@@ -32,6 +33,8 @@ pub struct Memory {
 /// A guest's balloon.
 pub struct Balloon {
     memory: Arc<GuestMemory>,
+    /// The part of the memory that follows the VM.
+    arrival: Option<Arc<Arrival>>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -46,9 +49,14 @@ struct State {
 impl Balloon {
     /// Of a VM that has `frames` of RAM.
     #[must_use]
-    pub fn new(memory: Arc<GuestMemory>, frames: u64) -> Self {
+    pub(crate) fn new(
+        memory: Arc<GuestMemory>,
+        frames: u64,
+        arrival: Option<Arc<Arrival>>,
+    ) -> Self {
         Self {
             memory,
+            arrival,
             state: Mutex::new(State {
                 frames,
                 ended: false,
@@ -68,6 +76,10 @@ impl Balloon {
             .collect();
         gfns.sort_unstable();
         gfns.dedup();
+        if let Some(arrival) = &self.arrival {
+            // What comes of them afterwards is not wanted.
+            arrival.gives_up(&gfns);
+        }
         for run in gfns.chunk_by(|a, b| a + 1 == *b) {
             if let Some(&first) = run.first()
                 && let Err(error) = give_back(&self.memory, first, run.len() as u64)
@@ -170,7 +182,7 @@ mod tests {
     fn what_is_named_is_zero_afterwards_and_nothing_else() {
         for private in [false, true] {
             let memory = memory(private);
-            let balloon = Balloon::new(Arc::clone(&memory), FRAMES);
+            let balloon = Balloon::new(Arc::clone(&memory), FRAMES, None);
             // In no order, twice, and what there is not.
             balloon.changed(&list(&[5, 3, 4, 9, 9, 16, u32::MAX]), 12);
             for frame in 0..FRAMES {
@@ -185,7 +197,7 @@ mod tests {
 
     #[test]
     fn who_waits_is_told() {
-        let balloon = Arc::new(Balloon::new(memory(true), FRAMES));
+        let balloon = Arc::new(Balloon::new(memory(true), FRAMES, None));
         let long = Duration::from_secs(60);
         balloon.wait(FRAMES * PAGE_SIZE, long);
         balloon.wait(1, Duration::from_millis(1));

@@ -20,6 +20,9 @@ pub struct DiskFile {
     pub path: PathBuf,
     /// What the guest sees in it.
     pub reader: Reader,
+    /// Which content it stands on, by any name that tells it. Where the same is, that part of
+    /// it need not be moved to.
+    pub base: Option<String>,
 }
 
 /// A device of any class.
@@ -73,6 +76,15 @@ impl Devices {
             (device.class().to_owned(), device.number())
         };
         self.iter().map(each).collect()
+    }
+
+    /// Number of each disk that stands on content that is known, and its name.
+    pub(crate) fn bases(&self) -> Vec<(u32, String)> {
+        let known = self.iter().filter_map(|device| match device {
+            AnyDevice::Disk(disk, DiskFile { base, .. }) => Some((disk.number(), base.clone()?)),
+            AnyDevice::Net(_) => None,
+        });
+        known.collect()
     }
 
     /// Number and size, bytes, of each disk.

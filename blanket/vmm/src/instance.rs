@@ -1,10 +1,11 @@
 //! A VM as its user sees it: from the files it is made of, over its reboots, to
 //! the way it ended.
 
+mod error;
 mod spec;
 
 use std::io;
-use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -12,11 +13,10 @@ use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Audit, VmStats};
 use blanket_abi::xen::domid;
 use blanket_devices::Guest as _;
-use blanket_devices::bus::{self, Bus};
+use blanket_devices::bus::Bus;
 use blanket_devices::grant::Grants;
-use blanket_xenstore::{DomainSpec, Errno};
+use blanket_xenstore::DomainSpec;
 use libc::EFD_CLOEXEC;
-use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::balloon::{Balloon, Memory};
@@ -30,146 +30,15 @@ use crate::entropy;
 use crate::generation::Generation;
 use crate::hub::Hub;
 use crate::hypervisor::{HostExits, Hypervisor, Machine};
-use crate::kernel;
-use crate::saved::{self, Resumed};
+use crate::migration::Arrival;
+use crate::saved::Resumed;
 use crate::sync::lock;
 use crate::trace;
 use crate::vm::{self, Backends, EarlyConsole, End, Ports, Vm};
 use crate::xenstore::Xenstore;
 
+pub use error::{BalloonError, Error, StopError};
 pub use spec::{OnReboot, Opened, Spec};
-
-/// Why a VM could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The kernel.
-    #[error(transparent)]
-    Kernel(#[from] kernel::Error),
-    /// The initrd.
-    #[error("initrd {}: {source}", path.display())]
-    Initrd {
-        /// The file.
-        path: PathBuf,
-        /// The host's answer.
-        source: io::Error,
-    },
-    /// What the first disk says.
-    #[error("{}: {source}", path.display())]
-    Boot {
-        /// The image.
-        path: PathBuf,
-        /// What is wrong with it.
-        source: blanket_boot::Error,
-    },
-    /// Neither a kernel nor a disk.
-    #[error("there is nothing to boot: give a disk image, or a kernel with --kernel")]
-    NothingToBoot,
-    /// The domain.
-    #[error(transparent)]
-    Build(#[from] builder::Error),
-    /// The hypervisor.
-    #[error(transparent)]
-    Device(#[from] device::Error),
-    /// The most is less than the start.
-    #[error(
-        "the VM starts with {} MiB of memory (--memory), which is more than the {} MiB that it \
-         can have at most (--max-memory)",
-        memory >> 20, most >> 20
-    )]
-    MaxMemory {
-        /// At the start, bytes.
-        memory: u64,
-        /// At most, bytes.
-        most: u64,
-    },
-    /// What the guest is to have of its memory.
-    #[error(transparent)]
-    Balloon(#[from] BalloonError),
-    /// The vCPUs.
-    #[error(transparent)]
-    Start(#[from] vm::Failure),
-    /// The grant table.
-    #[error("the VM's grant table cannot be reached: {0}")]
-    Grants(GuestMemoryError),
-    /// The bus of its devices.
-    #[error("cannot start the thread of the VM's devices: {0}")]
-    Bus(io::Error),
-    /// A device.
-    #[error(transparent)]
-    Attach(#[from] bus::Error),
-    /// It was to come from another host.
-    #[error(transparent)]
-    Receive(#[from] crate::migration::ReceiveError),
-    /// Another host keeps it.
-    #[error(transparent)]
-    NotGiven(#[from] crate::migration::NotGiven),
-    /// What it should go on from.
-    #[error(transparent)]
-    Resume(#[from] saved::ResumeError),
-    /// The first nodes of the store.
-    #[error("cannot describe the VM in its xenstore: {0}")]
-    Xenstore(Errno),
-    /// The host gave no random bytes for the UUID or the generation id.
-    #[error("cannot make the VM's UUID and generation id: the host gave no random bytes: {0}")]
-    Identity(io::Error),
-}
-
-/// Why a guest was not stopped.
-#[derive(Debug, thiserror::Error)]
-pub enum StopError {
-    /// There is nothing to stop.
-    #[error("the VM has ended already")]
-    Ended,
-    /// There is nothing to stop yet.
-    #[error("the VM is only just being started")]
-    NotStarted,
-    /// The guest did not do it.
-    #[error(
-        "the guest did not shut down within {} seconds{}",
-        timeout.as_secs(),
-        if *listening { "" } else { "; it does not listen for the request (still booting, or hung)" }
-    )]
-    Timeout {
-        /// How long it had.
-        timeout: Duration,
-        /// Whether it had announced that it powers off on request.
-        listening: bool,
-    },
-    /// The request could not be written.
-    #[error("cannot ask the guest: {0}")]
-    Xenstore(Errno),
-}
-
-/// Why a guest's memory was not changed.
-#[derive(Debug, thiserror::Error)]
-pub enum BalloonError {
-    /// There is nothing to change.
-    #[error("the VM does not run")]
-    NotRunning,
-    /// More than there is.
-    #[error(
-        "the VM can have {} MiB of memory at most, and not {} MiB: start it with a larger --max-memory",
-        most >> 20, wanted >> 20
-    )]
-    TooMuch {
-        /// Asked for, bytes.
-        wanted: u64,
-        /// The VM's, bytes.
-        most: u64,
-    },
-    /// No guest could go on.
-    #[error(
-        "no guest lives in less than {} MiB; give it more",
-        LEAST_MEMORY >> 20
-    )]
-    TooLittle,
-    /// The host.
-    #[error(transparent)]
-    Device(#[from] device::Error),
-    /// The request could not be written.
-    #[error("cannot ask the guest: {0}")]
-    Xenstore(Errno),
-}
 
 /// The least that a guest can be asked to have, bytes.
 pub const LEAST_MEMORY: u64 = 16 << 20;
@@ -190,6 +59,10 @@ pub struct Instance {
     pub(crate) outgoing: Mutex<Option<Arc<crate::migration::Outgoing>>>,
     /// The VM that has come here.
     pub(crate) incoming: Mutex<Option<Arc<crate::migration::Given>>>,
+    /// None is to come any more. Written with `incoming` held.
+    pub(crate) dismissed: AtomicBool,
+    /// The part of its memory that follows it.
+    pub(crate) arrival: Mutex<Option<Arc<Arrival>>>,
     started: Instant,
     pub(crate) now: Mutex<Now>,
 }
@@ -268,6 +141,8 @@ impl Instance {
             killed: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Identity)?,
             outgoing: Mutex::default(),
             incoming: Mutex::default(),
+            dismissed: AtomicBool::new(false),
+            arrival: Mutex::default(),
             started: Instant::now(),
             now: Mutex::new(Now {
                 traced,
@@ -334,12 +209,18 @@ impl Instance {
         };
         let goes_on = saved.is_some();
         let mut frames = domain.boot.start_frames;
+        let mut arrival = None;
         let (xenstore, console) = match saved {
             None => {
                 let fresh = Xenstore::new(&domain, &description, Arc::clone(&machine));
                 (fresh.map_err(Error::Xenstore)?, [0; 2])
             }
-            Some(Resumed { state, moved }) => {
+            Some(Resumed {
+                state,
+                moved,
+                arrival: follows,
+            }) => {
+                arrival = follows;
                 let away = state.away();
                 frames = state.lay(&domain, machine.system_time()?, away)?;
                 let (store, console) = state.backends(&domain, &machine)?;
@@ -372,7 +253,7 @@ impl Instance {
         let mut devices = lock(&self.devices);
         devices.prune(None);
         let (bus, grants) = self.bus(&devices, &domain, &machine, &ports, &xenstore, goes_on)?;
-        let balloon = Balloon::new(Arc::clone(&domain.memory), frames);
+        let balloon = Balloon::new(Arc::clone(&domain.memory), frames, arrival);
         let balloon = Arc::new(balloon);
         let backends = Backends {
             ports,
@@ -469,13 +350,24 @@ impl Instance {
     /// It cannot be started again.
     pub fn run(&self, mut vm: Vm) -> Result<End, Error> {
         loop {
-            let mut end = vm.wait();
+            let (mut end, mut finished) = vm.wait_unless(&|| self.is_stranded());
             self.console.disconnect();
+            let running = lock(&self.now).running.take();
+            if let Some(running) = &running {
+                running.balloon.end();
+                finished = finished && self.end_bus(&running.bus);
+            }
+            if !finished {
+                // Threads stand on memory that will never come, some perhaps in the middle of
+                // writing it to a disk: they end with the process, and not a moment before, or
+                // they would find zeros there.
+                std::mem::forget(running);
+                return Ok(end);
+            }
+            self.end_arrival();
             let (killed, stopping) = {
                 let mut now = lock(&self.now);
-                if let Some(running) = now.running.take() {
-                    running.balloon.end();
-                    running.bus.end();
+                if let Some(running) = running {
                     match self.counters(&running, now.target) {
                         Ok(stats) => now.last_stats = Some(stats),
                         Err(error) => tracing::warn!(%error, "the last counters are lost"),
@@ -498,6 +390,32 @@ impl Instance {
                 _ => return Ok(end),
             }
         }
+    }
+
+    /// Whether the VM was killed while a part of its memory is missing, and does not come. `None`:
+    /// nothing is missing.
+    fn is_stranded(&self) -> Option<bool> {
+        let arrival = lock(&self.arrival).clone().filter(|it| it.is_apart())?;
+        Some(lock(&self.now).killed && arrival.is_cut())
+    }
+
+    /// Ends its backends. False: they stand on memory that does not come.
+    fn end_bus(&self, bus: &Arc<Bus>) -> bool {
+        if self.is_stranded().is_none() {
+            bus.end();
+            return true;
+        }
+        let ends = Arc::clone(bus);
+        let Ok(thread) = crate::thread::named("end").spawn(move || ends.end()) else {
+            return false;
+        };
+        while !thread.is_finished() {
+            if self.is_stranded() == Some(true) {
+                return false;
+            }
+            std::thread::sleep(vm::LOOK);
+        }
+        thread.join().is_ok()
     }
 
     /// Asks the guest to power itself off and waits until it has.
@@ -619,8 +537,10 @@ impl Instance {
     /// # Errors
     /// What the host refused.
     pub fn audit(&self) -> Result<Option<Audit>, device::Error> {
+        let cut = lock(&self.arrival).as_ref().is_some_and(|it| it.is_cut());
         let running = lock(&self.now).running.clone();
         running
+            .filter(|_| !cut)
             .and_then(|now| now.handle.paused(|| now.machine.audit()))
             .transpose()
     }

@@ -4,22 +4,28 @@
 mod machine;
 pub(crate) mod memory;
 mod state;
+mod stored;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod testing;
 
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{BufReader, Read, Seek as _, Write};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use blanket_snapshot::{Kind, Reader, Writer};
+use blanket_migration::handover::Memory;
+use blanket_migration::pages::Pages;
+use blanket_snapshot::{Kind, Reader};
 
 use crate::builder::{self, Domain};
 use crate::instance::Instance;
-use crate::migration::Images;
+use crate::migration::{Arrival, Images, Moving as Disks, PostCopy, Sending, UserFaults, Wishes};
 use crate::sync::lock;
 use crate::vm::{End, StillError, Then, Vm};
 
 pub use machine::Machine;
 pub use state::State;
+pub(crate) use stored::Stored;
 
 /// Why a VM was not saved.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +33,9 @@ pub enum SaveError {
     /// There is nothing to save.
     #[error("the VM does not run")]
     NotRunning,
+    /// It has not come as a whole yet.
+    #[error("{}", crate::migration::APART)]
+    Apart,
     /// It does not stand still.
     #[error(transparent)]
     Still(#[from] StillError),
@@ -56,6 +65,9 @@ pub enum ResumeError {
     /// Its memory.
     #[error(transparent)]
     Memory(#[from] builder::Error),
+    /// Its memory cannot stay in the file.
+    #[error("the saved VM's memory cannot stay in its file: {0}")]
+    Stays(#[source] std::io::Error),
     /// The state of its xenstore.
     #[error("the saved VM's xenstore: {0}")]
     Xenstore(#[from] blanket_xenstore::state::RestoreError),
@@ -66,6 +78,8 @@ pub(crate) struct Resumed {
     pub(crate) state: State,
     /// It is the same VM, which has moved, and not another one that begins as it was.
     pub(crate) moved: bool,
+    /// What follows it.
+    pub(crate) arrival: Option<Arc<Arrival>>,
 }
 
 /// All of a VM, which does not run.
@@ -75,12 +89,30 @@ pub(crate) struct Received {
     state: State,
 }
 
-/// What comes with a VM that moves, and not with a saved one.
+impl Received {
+    /// Its memory.
+    pub(crate) fn memory(&self) -> &Arc<builder::GuestMemory> {
+        &self.domain.memory
+    }
+}
+
+/// How a VM is written down that runs meanwhile: each round more makes the file longer.
+const ROUNDS: Wishes = Wishes {
+    downtime: Duration::from_millis(300),
+    rounds: 3,
+    post_copy: PostCopy::Never,
+};
+
+/// What comes with a VM beside its memory and its state.
 pub(crate) struct Moving<'a, R> {
-    /// Its disks.
+    /// Its disks, of a VM that moves or was saved with them.
     pub(crate) images: &'a mut Images,
     /// Tells its source that all up to a mark is here.
     pub(crate) answers: &'a mut dyn FnMut(&mut R) -> std::io::Result<()>,
+    /// A part of its memory may follow.
+    pub(crate) may_follow: bool,
+    /// Which, once that is known.
+    pub(crate) missing: &'a mut Option<Pages>,
 }
 
 /// What saving a VM came to.
@@ -103,24 +135,44 @@ fn now_ns() -> u64 {
 }
 
 impl Instance {
-    /// Writes the VM down, while it stands still. With `end` it ends then, else it goes
+    /// Writes the VM down while it runs, but for the last of it, for which it stands still; with
+    /// `disks`, also what is in those that its guest can write. With `end` it ends then, else it goes
     /// on where it was. If it cannot be written, it goes on in any case.
     ///
     /// # Errors
     /// It does not run or does not stand still; the file.
-    pub fn save(&self, to: impl Write, end: bool) -> Result<Saved, SaveError> {
+    pub fn save(&self, to: impl Write, disks: bool, end: bool) -> Result<Saved, SaveError> {
         let running = lock(&self.now).running.clone();
         let running = running.ok_or(SaveError::NotRunning)?;
+        if self.is_apart() {
+            return Err(SaveError::Apart);
+        }
         // Until it is written: no device comes or goes.
         let devices = lock(&self.devices);
-        let begun = Instant::now();
-        let outcome = running.handle.standing_still(
-            || running.bus.hold(),
+        let machine = Machine::of(self, &running, &devices);
+        let (machine, disks) = if disks {
+            let content = Disks::writable(&devices);
+            (machine.with(&content), Disks::begin(&devices))
+        } else {
+            (machine, Disks::none())
+        };
+        let mut sending = Sending::begin(&running, self.spec().vcpus, to, &machine, &disks)?;
+        let mut pages = 0;
+        let rounds = sending.rounds(ROUNDS, |_| Ok(()), |round, _| pages += round.sent);
+        let (rest, whole): (_, Memory) = rounds.map_err(|error: SaveError| error)?;
+        let mut begun = Instant::now();
+        let outcome = running.handle.standing_still_logged(
+            || {
+                begun = Instant::now();
+                running.bus.hold();
+            },
             || {
                 let written = self.console.standing_still(|console| {
-                    running
-                        .xenstore
-                        .standing_still(|store| self.write(&running, &devices, store, console, to))
+                    running.xenstore.standing_still(|store| {
+                        sending.finish(rest, whole, |domain, vcpus| {
+                            State::read(domain, vcpus, store, console, self.target())
+                        })
+                    })
                 });
                 let then = if end && written.is_ok() {
                     Then::End(End::Saved)
@@ -136,36 +188,14 @@ impl Instance {
         if !(end && matches!(outcome, Ok(Ok(_)))) {
             running.bus.go_on();
         }
-        let (bytes, pages) = outcome??;
-        tracing::info!(bytes, pages, ?stood, "the VM is written down");
+        let done = outcome??;
+        pages += done.pages;
+        tracing::info!(bytes = done.bytes, pages, ?stood, "the VM is written down");
         Ok(Saved {
-            bytes,
+            bytes: done.bytes,
             pages,
             stood,
         })
-    }
-
-    fn write(
-        &self,
-        running: &crate::instance::Running,
-        devices: &crate::devices::Devices,
-        store: crate::xenstore::State,
-        console: [u32; 2],
-        to: impl Write,
-    ) -> Result<(u64, u64), SaveError> {
-        let mut writer = Writer::new(to)?;
-        writer.text(Kind::Machine, &Machine::of(self, running, devices))?;
-        let pages = memory::write(&mut writer, &running.domain)?;
-        let state = State::read(
-            &running.domain,
-            self.spec().vcpus,
-            store,
-            console,
-            self.target(),
-        )?;
-        writer.text(Kind::State, &state)?;
-        let (_, bytes) = writer.finish()?;
-        Ok((bytes, pages))
     }
 
     /// Starts a VM where it was when it was saved, in place of its first boot.
@@ -173,11 +203,40 @@ impl Instance {
     /// # Errors
     /// It cannot be read, or cannot be had on this host; nothing is left running.
     pub fn resume(&self, from: impl Read) -> Result<Vm, crate::instance::Error> {
-        let received = self.receive(from, None)?;
-        self.go_on(received, false, || Ok(()))
+        let received = self.receive(from, None, None)?;
+        self.go_on(received, false, None, || Ok(()))
     }
 
-    /// Reads all of a VM, and of its disks if they come with it.
+    /// As [`Self::resume`], of a file: all of it is looked at first, but its pages stay there. They
+    /// come when the VM touches them, which `faults` tells, and one by one in the background. The file
+    /// must not be written to meanwhile.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resume_lazily(
+        self: &Arc<Self>,
+        mut file: File,
+        faults: UserFaults,
+    ) -> Result<Vm, crate::instance::Error> {
+        let stays = |error| ResumeError::Stays(error);
+        file.rewind().map_err(stays)?;
+        let mut stored = Stored::new(file.try_clone().map_err(stays)?);
+        let received = self.receive(BufReader::new(file), None, Some(&mut stored))?;
+        let missing = stored.lay_standing(&received.domain)?;
+        let arrival = Arrival::begin(faults, received.memory(), missing, self).map_err(stays)?;
+        *lock(&self.arrival) = Some(Arc::clone(&arrival));
+        // What is needed to start it is served, too.
+        arrival.load(Arc::clone(self), stored).map_err(stays)?;
+        let vm = self.go_on(received, false, Some(Arc::clone(&arrival)), || Ok(()));
+        let vm = vm.inspect_err(|_| arrival.end())?;
+        if arrival.pull().lost {
+            self.loses_memory();
+        }
+        Ok(vm)
+    }
+
+    /// Reads all of a VM, and of its disks if they come with it. With `stays`, its pages are only
+    /// found.
     ///
     /// # Errors
     /// It cannot be read, or cannot be had on this host.
@@ -185,8 +244,18 @@ impl Instance {
         &self,
         from: R,
         moving: Option<Moving<'_, R>>,
+        stays: Option<&mut Stored>,
     ) -> Result<Received, ResumeError> {
-        let (domain, machine, state) = self.read(from, moving)?;
+        let mergeable = self.spec().mergeable;
+        let moves = moving.is_some();
+        let (domain, machine, state) = read(from, mergeable, moving, stays, |machine| {
+            machine.fits(self)?;
+            if moves || machine.content.is_empty() {
+                return Ok(None);
+            }
+            let wanted = |number| machine.content.contains(&number);
+            Images::of(&lock(&self.devices), wanted).map(Some)
+        })?;
         Ok(Received {
             domain,
             machine,
@@ -194,7 +263,8 @@ impl Instance {
         })
     }
 
-    /// Starts what was read, once `gate` allows it.
+    /// Starts what was read, once `gate` allows it: the same VM if it has `moved`. A part of its memory
+    /// may follow it.
     ///
     /// # Errors
     /// It cannot be had on this host; nothing is left running.
@@ -202,6 +272,7 @@ impl Instance {
         &self,
         received: Received,
         moved: bool,
+        arrival: Option<Arc<Arrival>>,
         gate: impl FnOnce() -> Result<(), crate::instance::Error>,
     ) -> Result<Vm, crate::instance::Error> {
         let Received {
@@ -217,31 +288,47 @@ impl Instance {
         if moved {
             self.become_uuid(&machine.uuid);
         }
-        self.launch(domain, Some(Resumed { state, moved }), gate)
-    }
-
-    fn read<R: Read>(
-        &self,
-        from: R,
-        moving: Option<Moving<'_, R>>,
-    ) -> Result<(Domain, Machine, State), ResumeError> {
-        let mergeable = self.spec().mergeable;
-        read(from, mergeable, moving, |machine| machine.fits(self))
+        let resumed = Resumed {
+            state,
+            moved,
+            arrival,
+        };
+        self.launch(domain, Some(resumed), gate)
     }
 }
 
-/// What is in a saved VM, if its machine `fits`.
+/// What is in a saved VM, if its machine `fits`, which gives the images that its disks' content is
+/// for if it does not move. With `stays`, its pages are only found.
 fn read<R: Read>(
     from: R,
     mergeable: bool,
-    mut moving: Option<Moving<'_, R>>,
-    fits: impl FnOnce(&Machine) -> Result<(), ResumeError>,
+    moving: Option<Moving<'_, R>>,
+    stays: Option<&mut Stored>,
+    fits: impl FnOnce(&Machine) -> Result<Option<Images>, ResumeError>,
 ) -> Result<(Domain, Machine, State), ResumeError> {
     let mut reader = Reader::new(from)?;
     let machine: Machine = reader.text(Kind::Machine)?;
-    fits(&machine)?;
+    let Some(mut images) = fits(&machine)? else {
+        return rest(reader, machine, mergeable, moving, stays);
+    };
+    let own = Moving {
+        images: &mut images,
+        answers: &mut |_: &mut R| Err(std::io::Error::other("a saved VM waits for no answers")),
+        may_follow: false,
+        missing: &mut None,
+    };
+    rest(reader, machine, mergeable, Some(own), stays)
+}
+
+fn rest<R: Read>(
+    mut reader: Reader<R>,
+    machine: Machine,
+    mergeable: bool,
+    mut moving: Option<Moving<'_, R>>,
+    stays: Option<&mut Stored>,
+) -> Result<(Domain, Machine, State), ResumeError> {
     let domain = machine.domain(mergeable)?;
-    memory::read(&mut reader, &domain, &mut moving)?;
+    memory::read(&mut reader, &domain, &mut moving, stays)?;
     if let Some(moving) = moving {
         moving.images.flush()?;
     }

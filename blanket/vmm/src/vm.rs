@@ -189,6 +189,9 @@ pub enum StillError {
 /// How long a hypercall may take.
 const STILL_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often it is looked whether threads have ended.
+pub(crate) const LOOK: Duration = Duration::from_millis(10);
+
 /// How often a VM is paused again whose core was in the middle of something.
 const PAUSES: u32 = 500;
 /// How long it runs in between.
@@ -276,7 +279,14 @@ impl Vm {
 
     /// Waits until the VM has ended and its vCPUs have stopped.
     #[must_use]
-    pub fn wait(mut self) -> End {
+    pub fn wait(self) -> End {
+        self.wait_unless(&|| None).0
+    }
+
+    /// Waits until the VM has ended and its vCPUs have stopped, or cannot as `stranded` says: then
+    /// they are left alone, and the process is to end. Whether they have stopped. `None`: there
+    /// is nothing that they could stand on.
+    pub(crate) fn wait_unless(mut self, stranded: &dyn Fn() -> Option<bool>) -> (End, bool) {
         let mut state = lock(&self.shared.state);
         while !state.ended {
             state = self
@@ -286,20 +296,42 @@ impl Vm {
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
         }
         drop(state);
+        let ended = |this: &Self| lock(&this.shared.state).end.take().unwrap_or(End::Killed);
+        while !lock(&self.shared.threads)
+            .iter()
+            .all(JoinHandle::is_finished)
+        {
+            let Some(stranded) = stranded() else { break };
+            if stranded {
+                let end = ended(&self);
+                std::mem::forget(self);
+                return (end, false);
+            }
+            self.interrupt();
+            // Only those that stand on memory that has not come yet take longer.
+            std::thread::sleep(LOOK);
+        }
         self.stop_threads();
-        lock(&self.shared.state).end.take().unwrap_or(End::Killed)
+        (ended(&self), true)
+    }
+
+    /// Makes all vCPUs return.
+    fn interrupt(&self) {
+        for kick in &self.shared.kicks {
+            kick.stop();
+        }
+        for thread in &*lock(&self.shared.threads) {
+            // Also reaches a thread that is blocked in a system call. One that is
+            // between two calls sees its kick at the next RUN.
+            let _ = thread.kill(SIGRTMIN());
+        }
     }
 
     /// Makes all vCPUs return and joins their threads.
     fn stop_threads(&mut self) {
-        for kick in &self.shared.kicks {
-            kick.stop();
-        }
+        self.interrupt();
         let threads = std::mem::take(&mut *lock(&self.shared.threads));
         for (id, thread) in (0u32..).zip(threads) {
-            // Also reaches a thread that is blocked in a system call. One that is
-            // between two calls sees its kick at the next RUN.
-            let _ = thread.kill(SIGRTMIN());
             if thread.join().is_err() {
                 tracing::error!(vcpu = id, "a vCPU thread panicked");
             }
@@ -340,6 +372,14 @@ impl Handle {
     /// if the VM has ended, or was busy in its core whenever it was looked at.
     pub fn paused<T>(&self, work: impl FnOnce() -> T) -> Option<T> {
         self.0.upgrade()?.paused(work)
+    }
+
+    /// No vCPU enters its guest any more, until [`Self::paused`] or the end. Not waited for: some
+    /// may stand on memory that does not come.
+    pub(crate) fn hold(&self) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.stop_now();
+        }
     }
 
     /// Does `work` while all vCPUs stand where they would return to their guest, and
@@ -458,17 +498,22 @@ impl Shared {
         None
     }
 
-    /// Makes all vCPUs wait. Returns whether they stand where the core's state is
-    /// whole; `None` if the VM has ended.
-    fn stop_all(&self) -> Option<bool> {
+    /// Makes all vCPUs wait where they come to a stop next.
+    fn stop_now(&self) {
         lock(&self.state).paused = true;
         for kick in &self.kicks {
             kick.stop();
         }
         for thread in &*lock(&self.threads) {
-            // As in `Vm::stop_threads`.
+            // As in `Vm::interrupt`.
             let _ = thread.kill(SIGRTMIN());
         }
+    }
+
+    /// Makes all vCPUs wait. Returns whether they stand where the core's state is
+    /// whole; `None` if the VM has ended.
+    fn stop_all(&self) -> Option<bool> {
+        self.stop_now();
         let mut state = lock(&self.state);
         while state.parked < self.kicks.len() {
             if state.ended {

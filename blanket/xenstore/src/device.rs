@@ -32,6 +32,13 @@ impl DeviceId {
             self.class, self.domain, self.number
         )
     }
+
+    /// A node that is none of a device's, and its directory.
+    fn nothing(&self) -> Result<(Path, Path), Errno> {
+        let directory = format!("/local/domain/{}/device/gone", self.domain);
+        let path = format!("{directory}/{}-{}", self.class, self.number);
+        Ok((Path::parse(&directory, 0)?, Path::parse(&path, 0)?))
+    }
 }
 
 impl Store {
@@ -119,5 +126,44 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Has the domain of a device that was removed told of a node which never was one, as what comes
+    /// after the removal: when it has looked for that ([`Store::is_forgotten`]), it has done all that
+    /// was to be done before. Linux' bus takes events one after the other, and looks for each node
+    /// that it hears of (`drivers/xen/xenbus/xenbus_probe.c`, `xenbus_dev_changed()`).
+    ///
+    /// # Errors
+    /// Those of a write.
+    pub fn tell_of_nothing(&mut self, conn: ConnId, device: &DeviceId) -> Result<(), Errno> {
+        let (directory, path) = device.nothing()?;
+        let clients = self.clients.iter();
+        let told: Vec<ConnId> = clients
+            .filter(|(_, client)| client.domain == device.domain)
+            .filter(|(_, client)| client.watches.list.iter().any(|it| it.sees(&path)))
+            .map(|(id, _)| *id)
+            .collect();
+        self.write(conn, None, &path, b"")?;
+        self.remove(conn, None, &directory)?;
+        self.awaited
+            .extend(told.into_iter().map(|id| (id, path.clone())));
+        Ok(())
+    }
+
+    /// Whether all clients that were told by [`Store::tell_of_nothing`] have looked, or are gone.
+    #[must_use]
+    pub fn is_forgotten(&self, device: &DeviceId) -> bool {
+        let Ok((_, path)) = device.nothing() else {
+            return true;
+        };
+        let mut awaited = self.awaited.iter();
+        !awaited.any(|(conn, awaited)| *awaited == path && self.clients.contains_key(conn))
+    }
+
+    /// They are not waited for any more.
+    pub fn await_no_more(&mut self, device: &DeviceId) {
+        if let Ok((_, path)) = device.nothing() {
+            self.awaited.retain(|(_, awaited)| *awaited != path);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The store: the tree, its clients, and what each of them may do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::node::{Node, Perm};
 use crate::path::{Path, Watched};
@@ -50,6 +50,8 @@ pub struct Store {
     /// Where the search for a free number begins; never 0.
     pub(crate) next_client: u32,
     pub(crate) quotas: Quotas,
+    /// Nodes that a client was told of, and has not looked at since.
+    pub(crate) awaited: BTreeSet<(ConnId, Path)>,
 }
 
 impl Default for Store {
@@ -69,6 +71,7 @@ impl Store {
             clients: BTreeMap::new(),
             next_client: 1,
             quotas,
+            awaited: BTreeSet::new(),
         }
     }
 
@@ -130,6 +133,9 @@ impl Store {
         tx: Option<TxId>,
         path: &Path,
     ) -> Result<(Vec<Box<str>>, u64), Errno> {
+        if !self.awaited.is_empty() {
+            self.awaited.remove(&(conn, path.clone()));
+        }
         self.request(conn, tx, |view, domain, _| {
             ops::directory(view, domain, path)
         })

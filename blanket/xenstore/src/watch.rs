@@ -38,6 +38,12 @@ impl Watch {
         self.watched.is_same(&other.watched) && self.token == other.token
     }
 
+    /// Whether a change of a node is reported to it.
+    pub fn sees(&self, path: &Path) -> bool {
+        let levels = self.watched.path().and_then(|own| path.levels_below(own));
+        levels.is_some_and(|levels| self.reaches(levels))
+    }
+
     fn reaches(&self, levels: usize) -> bool {
         self.depth
             .is_none_or(|depth| usize::try_from(depth).is_ok_and(|depth| levels <= depth))

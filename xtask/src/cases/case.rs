@@ -47,6 +47,10 @@ pub struct Case {
     pub whole_system: bool,
     /// The instance has Debian's ssh, passt and iperf3.
     pub network: bool,
+    /// The instance has the `supercloud` command.
+    pub supercloud: bool,
+    /// The instance has what makes virtual networks: nft, dnsmasq, `fabric`.
+    pub fabric: bool,
     /// Seconds until the case is a failure.
     pub timeout: u64,
     /// A second instance on the same network, whose shell the first one's work reaches
@@ -144,6 +148,8 @@ impl Default for Case {
             image: None,
             whole_system: false,
             network: false,
+            supercloud: false,
+            fabric: false,
             timeout: 180,
             companion: None,
             inject: None,

@@ -58,17 +58,17 @@ const KERNELS: &[Flavour] = &[
 ];
 const VCPUS: &[u32] = &[1, 2, 4];
 
-/// Every instance with every guest kernel; vCPU counts rotate so that each pair
-/// of (instance, vCPUs) and (kernel, vCPUs) occurs too. With `--long`, all three
-/// in full.
+/// Every instance with two guest kernels; vCPU counts rotate so that each pair of (kernel,
+/// vCPUs) occurs. With `--long`, all three in full.
 pub fn matrix() -> Vec<Case> {
     let mut cases = Vec::new();
     for (row, instance) in INSTANCES.iter().enumerate() {
         for (column, kernel) in KERNELS.iter().enumerate() {
+            let sampled = (row + column) % 2 == 0;
             for (turn, vcpus) in VCPUS.iter().enumerate() {
                 cases.push(Case {
                     name: format!("matrix-{}-{kernel}-{vcpus}vcpu", instance.name),
-                    long: (row + column) % VCPUS.len() != turn,
+                    long: !sampled || (row + column) % VCPUS.len() != turn,
                     adapter: instance.adapter,
                     cpu: instance.cpu,
                     append: instance.append,
@@ -92,20 +92,23 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// The sample of the default run has every pair of the matrix.
+    /// In the default run, every instance has two kernels and two numbers of vCPUs, and every
+    /// kernel runs with every number of vCPUs.
     #[test]
-    fn sample_is_pairwise() {
-        let mut pairs = BTreeSet::new();
+    fn sample_has_every_kernel_with_every_number_of_vcpus() {
+        let (mut guests, mut kernels, mut vcpus) =
+            (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for case in matrix().into_iter().filter(|case| !case.long) {
             let Work::Guest(guest) = &case.work else {
                 unreachable!("matrix of guests")
             };
             let instance = format!("{}{}{}", case.cpu, case.smp, case.host);
-            pairs.insert((instance.clone(), guest.kernel.to_string()));
-            pairs.insert((instance, guest.vcpus.to_string()));
-            pairs.insert((guest.kernel.to_string(), guest.vcpus.to_string()));
+            kernels.insert((instance.clone(), guest.kernel.to_string()));
+            vcpus.insert((instance, guest.vcpus));
+            guests.insert((guest.kernel.to_string(), guest.vcpus));
         }
-        let (i, k, v) = (INSTANCES.len(), KERNELS.len(), VCPUS.len());
-        assert_eq!(pairs.len(), i * k + i * v + k * v);
+        assert_eq!(guests.len(), KERNELS.len() * VCPUS.len());
+        assert_eq!(kernels.len(), 2 * INSTANCES.len());
+        assert_eq!(vcpus.len(), 2 * INSTANCES.len());
     }
 }

@@ -246,17 +246,18 @@ fn ask(slot: &[u8; SLOT], op: u8, inner: u8) -> Result<Ask, Bad> {
 
 const _: () = assert!(MAX_SEGMENTS <= INDIRECT_PAGES * SEGMENTS_PER_PAGE);
 
-/// Understands `count` segments of a page that an indirect request named.
+/// Understands `count` segments of a page that an indirect request named, and adds them to
+/// `to`.
 ///
 /// # Errors
 /// One that is not in its page.
-pub fn indirect(page: &[u8], count: usize) -> Result<Vec<Segment>, Bad> {
+pub fn indirect(page: &[u8], count: usize, to: &mut Vec<Segment>) -> Result<(), Bad> {
     let (segments, _) = page.as_chunks::<SEGMENT>();
-    segments
-        .iter()
-        .take(count)
-        .map(|bytes| Segment::decode(*bytes))
-        .collect()
+    to.reserve(count);
+    for bytes in segments.iter().take(count) {
+        to.push(Segment::decode(*bytes)?);
+    }
+    Ok(())
 }
 
 fn bytes_at<const N: usize>(slot: &[u8; SLOT], at: usize) -> [u8; N] {

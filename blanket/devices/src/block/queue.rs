@@ -14,7 +14,7 @@ use super::protocol::{self, Ask, Bad, Request, SECTOR, SLOT, Segment, Segments, 
 use super::written::Blocks;
 use super::{Counters, WhenFull, count};
 use crate::Guest;
-use crate::grant::{self, Mapping};
+use crate::grant::{self, Mapping, Mappings};
 use crate::limit::Seldom;
 use crate::ring::{Overrun, Ring};
 
@@ -36,7 +36,10 @@ pub(super) struct Setup {
 pub(super) struct Queue {
     guest: Arc<dyn Guest>,
     ring: Ring<SLOT>,
+    // Dropped before all that keeps what it may still use.
     disk: Box<dyn blanket_disk::Queue>,
+    /// What requests keep mapped.
+    mapped: Arc<dyn Any + Send + Sync>,
     setup: Setup,
     counters: Arc<Counters>,
     /// Requests that the disk has, by token.
@@ -45,7 +48,10 @@ pub(super) struct Queue {
     /// Tokens of requests that found no space.
     no_space: Vec<usize>,
     /// Pages of persistent grants.
-    kept: HashMap<u32, Arc<Mapping>>,
+    kept: HashMap<u32, Mapping>,
+    /// What requests that are done had, for the next ones.
+    spare: Vec<Memory>,
+    segments: Vec<Segment>,
     done: Vec<Completion>,
     failed: bool,
     words: Seldom,
@@ -57,14 +63,21 @@ struct InFlight {
     op: u8,
     operation: Operation,
     offset: u64,
-    buffers: Vec<Buffer>,
-    /// Keeps the guest's pages granted.
-    _pages: Vec<Arc<Mapping>>,
-    memory: Arc<dyn Any + Send + Sync>,
+    /// Bytes that are read or written.
+    length: u64,
+    memory: Memory,
     /// It found no space, and is not done.
     waits_for_space: bool,
     /// To be written once the flush before it is done.
     then: Option<(u64, Vec<Segment>)>,
+}
+
+/// The guest's memory that a request reads or writes.
+struct Memory {
+    /// Empty while the disk has the request.
+    buffers: Vec<Buffer>,
+    /// Keeps the guest's pages granted.
+    pages: Mappings,
 }
 
 /// Why a request is answered with an error.
@@ -88,6 +101,7 @@ impl Queue {
     ) -> Self {
         let slots = ring.slots() as usize;
         Self {
+            mapped: Arc::clone(guest.grants().memory()) as _,
             guest,
             ring,
             disk,
@@ -97,6 +111,8 @@ impl Queue {
             free: (0..slots).rev().collect(),
             no_space: Vec::new(),
             kept: HashMap::new(),
+            spare: Vec::with_capacity(slots),
+            segments: Vec::new(),
             done: Vec::with_capacity(slots),
             failed: false,
             words: Seldom::default(),
@@ -147,25 +163,30 @@ impl Queue {
                 sector,
                 segments,
             } => {
-                let segments = match segments {
-                    Segments::Direct(segments) => segments,
-                    Segments::Indirect { count, pages } => self.indirect(count, &pages)?,
+                let mut own = std::mem::take(&mut self.segments);
+                let begun = match &segments {
+                    Segments::Direct(segments) => self.transfer(id, op, write, sector, segments),
+                    Segments::Indirect { count, pages } => self
+                        .indirect(*count, pages, &mut own)
+                        .and_then(|()| self.transfer(id, op, write, sector, &own)),
                 };
-                self.transfer(id, op, write, sector, &segments)
+                own.clear();
+                self.segments = own;
+                begun
             }
             Ask::Flush { sector, segments } => {
                 if !segments.is_empty() && self.setup.read_only {
                     return Err(Refused::ReadOnly);
                 }
                 count(&self.counters.flushes, 1);
+                let memory = self.memory();
                 self.start(InFlight {
                     id,
                     op,
                     operation: Operation::Flush,
                     offset: 0,
-                    buffers: Vec::new(),
-                    _pages: Vec::new(),
-                    memory: Arc::new(()),
+                    length: 0,
+                    memory,
                     waits_for_space: false,
                     then: (!segments.is_empty()).then_some((sector, segments)),
                 });
@@ -176,6 +197,7 @@ impl Queue {
                     return Err(Refused::ReadOnly);
                 }
                 count(&self.counters.discards, 1);
+                let memory = self.memory();
                 self.start(InFlight {
                     id,
                     op,
@@ -183,9 +205,8 @@ impl Queue {
                         length: in_bytes(n)?,
                     },
                     offset: in_bytes(sector)?,
-                    buffers: Vec::new(),
-                    _pages: Vec::new(),
-                    memory: Arc::new(()),
+                    length: 0,
+                    memory,
                     waits_for_space: false,
                     then: None,
                 });
@@ -195,17 +216,38 @@ impl Queue {
     }
 
     /// The segments in the pages that a request names.
-    fn indirect(&self, total: usize, grefs: &[u32]) -> Result<Vec<Segment>, Refused> {
-        let mut segments = Vec::with_capacity(total);
+    fn indirect(
+        &self,
+        total: usize,
+        grefs: &[u32],
+        segments: &mut Vec<Segment>,
+    ) -> Result<(), Refused> {
         for gref in grefs {
             let count = (total - segments.len()).min(protocol::SEGMENTS_PER_PAGE);
             let page = self.guest.grants().map(*gref, false)?;
             let mut bytes = [0; crate::page::SIZE];
             let used = &mut bytes[..count * 8];
             page.page().read(0, used);
-            segments.extend(protocol::indirect(used, count)?);
+            protocol::indirect(used, count, segments)?;
         }
-        Ok(segments)
+        Ok(())
+    }
+
+    /// Memory of no page yet.
+    fn memory(&mut self) -> Memory {
+        self.spare.pop().unwrap_or_else(|| Memory {
+            buffers: Vec::new(),
+            pages: Mappings::new(self.guest.grants()),
+        })
+    }
+
+    /// Ends the use of the guest's pages.
+    fn give_back(&mut self, mut memory: Memory) {
+        memory.pages.clear();
+        memory.buffers.clear();
+        if self.spare.len() < self.in_flight.len() {
+            self.spare.push(memory);
+        }
     }
 
     fn transfer(
@@ -219,44 +261,28 @@ impl Queue {
         if write && self.setup.read_only {
             return Err(Refused::ReadOnly);
         }
-        let mut pages = Vec::with_capacity(segments.len());
-        let mut buffers: Vec<Buffer> = Vec::with_capacity(segments.len());
-        for segment in segments {
-            let page = self.map(segment.gref, !write)?;
-            let buffer = page.page().buffer(segment.offset(), segment.length());
-            // Frames beside each other are beside each other here.
-            match buffers.last().and_then(|last| last.join(&buffer)) {
-                Some(joined) => {
-                    buffers.pop();
-                    buffers.push(joined);
-                }
-                None => buffers.push(buffer),
-            }
-            pages.push(page);
+        let offset = in_bytes(sector)?;
+        let mut memory = self.memory();
+        if let Err(error) = self.map(segments, !write, &mut memory) {
+            self.give_back(memory);
+            return Err(error.into());
         }
-        let memory: Arc<dyn Any + Send + Sync> = match pages.first() {
-            Some(page) => Arc::clone(page.page().memory()) as _,
-            None => Arc::new(()),
-        };
-        let bytes = segments.iter().map(|segment| segment.length() as u64).sum();
-        if write {
+        let length = segments.iter().map(|segment| segment.length() as u64).sum();
+        let operation = if write {
             count(&self.counters.writes, 1);
-            count(&self.counters.written_bytes, bytes);
+            count(&self.counters.written_bytes, length);
+            Operation::Write
         } else {
             count(&self.counters.reads, 1);
-            count(&self.counters.read_bytes, bytes);
-        }
+            count(&self.counters.read_bytes, length);
+            Operation::Read
+        };
         self.start(InFlight {
             id,
             op,
-            operation: if write {
-                Operation::Write
-            } else {
-                Operation::Read
-            },
-            offset: in_bytes(sector)?,
-            buffers,
-            _pages: pages,
+            operation,
+            offset,
+            length,
             memory,
             waits_for_space: false,
             then: None,
@@ -264,20 +290,37 @@ impl Queue {
         Ok(())
     }
 
-    /// Maps a granted page, or finds it mapped. A persistent grant is mapped for writing
+    /// Maps granted pages, or finds them mapped. A persistent grant is mapped for writing
     /// whatever it is used for first.
-    fn map(&mut self, gref: u32, write: bool) -> Result<Arc<Mapping>, grant::Error> {
-        if !self.setup.persistent {
-            return self.guest.grants().map(gref, write).map(Arc::new);
+    fn map(
+        &mut self,
+        segments: &[Segment],
+        write: bool,
+        memory: &mut Memory,
+    ) -> Result<(), grant::Error> {
+        let Memory { buffers, pages } = memory;
+        buffers.reserve(segments.len());
+        for segment in segments {
+            let (gref, offset, length) = (segment.gref, segment.offset(), segment.length());
+            let buffer = if !self.setup.persistent {
+                pages.map(gref, write)?.buffer(offset, length)
+            } else if let Some(page) = self.kept.get(&gref) {
+                page.page().buffer(offset, length)
+            } else if self.kept.len() < MOST_PERSISTENT {
+                let page = self.guest.grants().map(gref, true)?;
+                let buffer = page.page().buffer(offset, length);
+                self.kept.insert(gref, page);
+                buffer
+            } else {
+                pages.map(gref, true)?.buffer(offset, length)
+            };
+            // Frames beside each other are beside each other here.
+            match buffers.last_mut() {
+                Some(last) if let Some(joined) = last.join(&buffer) => *last = joined,
+                _ => buffers.push(buffer),
+            }
         }
-        if let Some(page) = self.kept.get(&gref) {
-            return Ok(Arc::clone(page));
-        }
-        let page = Arc::new(self.guest.grants().map(gref, true)?);
-        if self.kept.len() < MOST_PERSISTENT {
-            self.kept.insert(gref, Arc::clone(&page));
-        }
-        Ok(page)
+        Ok(())
     }
 
     /// Gives a request to the disk. There is room: the caller looked.
@@ -291,13 +334,13 @@ impl Queue {
     }
 
     fn submit(&mut self, token: usize) {
-        if let Some(request) = self.in_flight.get(token).and_then(Option::as_ref) {
+        if let Some(request) = self.in_flight.get_mut(token).and_then(Option::as_mut) {
             self.disk.submit(blanket_disk::Request {
                 token: token as u64,
                 operation: request.operation,
                 offset: request.offset,
-                buffers: request.buffers.clone(),
-                memory: Arc::clone(&request.memory),
+                buffers: std::mem::take(&mut request.memory.buffers),
+                memory: Arc::clone(&self.mapped),
             });
         }
     }
@@ -307,7 +350,7 @@ impl Queue {
         let mut done = std::mem::take(&mut self.done);
         self.disk.collect(&mut done);
         for completion in done.drain(..) {
-            self.finish(&completion);
+            self.finish(completion);
         }
         self.done = done;
         let notify = self.ring.publish();
@@ -317,10 +360,13 @@ impl Queue {
         notify
     }
 
-    fn finish(&mut self, completion: &Completion) {
+    fn finish(&mut self, completion: Completion) {
         let Ok(token) = usize::try_from(completion.token) else {
             return;
         };
+        if let Some(Some(request)) = self.in_flight.get_mut(token) {
+            request.memory.buffers = completion.buffers;
+        }
         if matches!(completion.result, Err(Failure::NoSpace))
             && self.setup.when_full == WhenFull::Wait
             && !self.failed
@@ -345,10 +391,7 @@ impl Queue {
         self.free.push(token);
         // Of one that failed, a part may have been.
         match request.operation {
-            Operation::Write => {
-                let length = request.buffers.iter().map(|it| it.length() as u64).sum();
-                self.setup.written.note(request.offset, length);
-            }
+            Operation::Write => self.setup.written.note(request.offset, request.length),
             Operation::Discard { length } => self.setup.written.note(request.offset, length),
             Operation::Read | Operation::Flush => {}
         }
@@ -382,7 +425,7 @@ impl Queue {
             }
         }
         // Before the guest hears that it is done: it takes its grants back then.
-        drop(request);
+        self.give_back(request.memory);
         self.ring.respond(&Request::response(id, op, status));
     }
 

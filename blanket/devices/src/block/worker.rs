@@ -28,12 +28,12 @@ pub(super) struct Worker {
 impl Worker {
     /// The life of the thread.
     pub(super) fn run(mut self) {
-        let mut kicked = true;
+        let mut unclear = true;
         loop {
             if self.kick.stopped() {
                 break;
             }
-            if kicked {
+            if unclear {
                 self.kick.clear();
             }
             let wait = match self.work() {
@@ -43,7 +43,7 @@ impl Worker {
                     break;
                 }
             };
-            kicked = self.queue.wait(Some(self.kick.as_fd()), wait);
+            unclear = self.queue.wait(Some(self.kick.as_fd()), wait);
         }
         self.drain();
     }

@@ -149,6 +149,44 @@ fn a_frontend_that_is_removed_is_closed() {
         .expect("gone");
 }
 
+/// A Linux guest that finds another device of that number while it is still at the first one's end
+/// takes it for that, and waits for ever.
+#[test]
+fn a_guest_has_let_go_when_it_has_come_to_what_is_behind() {
+    let (guest, bus, _device) = world(Counting::default());
+    let state = format!("{BACK}/state");
+    guest.wait_for(&state, Some("2"));
+    guest.watch("device");
+    guest.put(&format!("{FRONT}/state"), "6");
+    let detached = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|s| {
+        let detaches = s.spawn(|| {
+            bus.detach("test", 7, Duration::from_secs(20))
+                .expect("gone");
+            detached.store(true, Ordering::SeqCst);
+        });
+        guest.wait_for(&state, None);
+        let told = loop {
+            if let Some(path) = guest.told()
+                && path.starts_with("device/gone/")
+            {
+                break path;
+            }
+            std::thread::yield_now();
+        };
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!detached.load(Ordering::SeqCst), "the guest is still at it");
+        assert!(!guest.looks_at(&told), "there is nothing");
+        detaches.join().expect("no panic");
+    });
+    // One that never looks is not waited for in vain.
+    bus.attach(Arc::new(Counting::default())).expect("attached");
+    let since = Instant::now();
+    bus.detach("test", 7, Duration::from_millis(300))
+        .expect("gone");
+    assert!(since.elapsed() < Duration::from_secs(4));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 

@@ -13,8 +13,9 @@ pub mod offload;
 pub mod protocol;
 mod rx;
 mod scratch;
+mod streams;
 mod tx;
-mod windows;
+mod wait;
 mod worker;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -298,7 +299,7 @@ impl Device for Vif {
                 }
             };
             let tx = tx::Tx::new(
-                Arc::clone(guest),
+                guest,
                 map_ring(guest, frontend, &name("tx-ring-ref"))?,
                 Arc::clone(&self.shared),
                 Arc::clone(&groups),
@@ -314,9 +315,14 @@ impl Device for Vif {
                 scattered,
             );
             let kick = Running::kick()?;
+            let waiter = wait::Waiter::new(&kick).map_err(|source| ConnectError::Host {
+                what: "a queue's descriptors",
+                source,
+            })?;
             let worker = worker::Worker {
                 guest: Arc::clone(guest),
                 kick: Arc::clone(&kick),
+                waiter,
                 tx,
                 tx_port,
                 rx,

@@ -101,10 +101,12 @@ impl Rx {
     }
 
     /// Gives the guest what has come, up to a budget. Also whether it wants to be notified.
+    /// The link is asked only if it may have `packets`.
     pub(super) fn run(
         &mut self,
         port: &mut dyn Port,
         now: Instant,
+        packets: bool,
     ) -> Result<(Progress, bool), Overrun> {
         let mut progress = Progress::More;
         for _ in 0..BUDGET {
@@ -114,7 +116,7 @@ impl Rx {
                     progress = Progress::Starved;
                     break;
                 }
-                if !self.receive(port) {
+                if !packets || !self.receive(port) {
                     progress = Progress::Idle;
                     break;
                 }

@@ -10,15 +10,19 @@ use super::link::{NotSent, Port};
 use super::offload::{Offloads, Undone};
 use super::protocol::{self, Ask, Bad, Chain, Status, TX_SLOT};
 use super::scratch::Scratch;
-use super::windows::Windows;
+use super::streams::Streams;
 use super::{Groups, Mac, Shared, count};
-use crate::grant::{self, Mapping};
+use crate::grant::{self, Mappings};
 use crate::ring::{Overrun, Ring};
 use crate::sync::lock;
 use crate::{Guest, page};
 
 /// Packets of one direction that are moved before the other has its turn.
 pub(super) const BUDGET: usize = 64;
+
+/// How long is waited before it is asked again whether the link has taken everything: it does not
+/// tell.
+const APART: Duration = Duration::from_millis(1);
 
 /// Bytes that are summed up at a time.
 const CHUNK: usize = 1024;
@@ -66,15 +70,14 @@ enum Fate {
 
 /// The direction from the guest, of one queue.
 pub(super) struct Tx {
-    guest: Arc<dyn Guest>,
     ring: Ring<TX_SLOT>,
     shared: Arc<Shared>,
     groups: Arc<Groups>,
     takes: Offloads,
-    windows: Option<Windows>,
+    streams: Option<Streams>,
     /// The packet at hand; `pages` and `parts` are empty between two.
     chain: Chain,
-    pages: Vec<Mapping>,
+    pages: Mappings,
     parts: Vec<Buffer>,
     /// Its first bytes, which the guest can no longer change.
     head: Scratch,
@@ -84,7 +87,7 @@ pub(super) struct Tx {
 
 impl Tx {
     pub(super) fn new(
-        guest: Arc<dyn Guest>,
+        guest: &Arc<dyn Guest>,
         ring: Ring<TX_SLOT>,
         shared: Arc<Shared>,
         groups: Arc<Groups>,
@@ -93,16 +96,15 @@ impl Tx {
     ) -> Self {
         Self {
             chain: Chain::new(ring.slots()),
-            pages: Vec::with_capacity(protocol::MAX_PIECES),
+            pages: Mappings::new(guest.grants()),
             parts: Vec::with_capacity(protocol::MAX_PIECES + 1),
             head: Scratch::new(HEAD),
             counted: false,
-            guest,
             ring,
             shared,
             groups,
             takes,
-            windows: room.map(Windows::new),
+            streams: room.map(Streams::new),
         }
     }
 
@@ -186,7 +188,7 @@ impl Tx {
 
     fn send_now(&mut self, port: &mut dyn Port, length: usize) -> Result<Fate, Refused> {
         for piece in &self.chain.pieces {
-            self.pages.push(self.guest.grants().map(piece.gref, false)?);
+            self.pages.map(piece.gref, false)?;
         }
         let mut bytes = [0; HEAD];
         let head = self.gather(&mut bytes);
@@ -203,10 +205,17 @@ impl Tx {
         if gso.is_some_and(|gso| !takes.cut(gso.kind)) {
             return Err(Bad::Headers.into());
         }
-        if let Some(windows) = &mut self.windows
+        let mut segment = None;
+        if let Some(streams) = &mut self.streams
             && let Some(found) = found.or_else(|| Transport::find(head, length))
         {
-            windows.limit(head, &found, undone.blank.is_none());
+            segment = Streams::segment(head, &found);
+            if let Some(segment) = segment {
+                if streams.waits(segment, || port.has_taken_all()) {
+                    return Ok(Fate::Later(Progress::Limited(APART)));
+                }
+                streams.limit(segment, head, &found, undone.blank.is_none());
+            }
         }
         if let Some(found) = found
             && !takes.csum(found.family)
@@ -224,6 +233,9 @@ impl Tx {
             Ok(()) => {
                 count(&counters.packets, 1);
                 count(&counters.bytes, length as u64);
+                if let (Some(streams), Some(segment)) = (&mut self.streams, segment) {
+                    streams.sent(segment);
+                }
                 Ok(Fate::Answer(Status::Okay))
             }
             Err(NotSent::Full) => Ok(Fate::Later(Progress::Full)),
@@ -240,13 +252,12 @@ impl Tx {
     fn gather<'a>(&mut self, head: &'a mut [u8; HEAD]) -> &'a mut [u8] {
         let mut filled = 0;
         self.parts.push(self.head.buffer(0));
-        for (piece, page) in self.chain.pieces.iter().zip(&self.pages) {
+        for (piece, page) in self.chain.pieces.iter().zip(self.pages.pages()) {
             let now = piece.length.min(HEAD - filled);
-            page.page()
-                .read(piece.offset, &mut head[filled..filled + now]);
+            page.read(piece.offset, &mut head[filled..filled + now]);
             filled += now;
             if piece.length > now {
-                let rest = page.page().buffer(piece.offset + now, piece.length - now);
+                let rest = page.buffer(piece.offset + now, piece.length - now);
                 self.parts.push(rest);
             }
         }
@@ -264,13 +275,13 @@ impl Tx {
         // What of the packet is not in its copied head.
         let mut skip = head.len();
         let mut chunk = [0; CHUNK];
-        for (piece, page) in self.chain.pieces.iter().zip(&self.pages) {
+        for (piece, page) in self.chain.pieces.iter().zip(self.pages.pages()) {
             let gone = skip.min(piece.length);
             skip -= gone;
             let (mut at, end) = (piece.offset + gone, piece.offset + piece.length);
             while at < end && left > 0 {
                 let now = (end - at).min(CHUNK).min(left);
-                page.page().read(at, &mut chunk[..now]);
+                page.read(at, &mut chunk[..now]);
                 sum.add(&chunk[..now]);
                 at += now;
                 left -= now;

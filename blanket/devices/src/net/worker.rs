@@ -1,15 +1,15 @@
 //! The thread of a queue: moves packets both ways, and waits for the guest, for the link,
 //! and for the time when the limits let it go on.
 
-use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::epoll::EventFlags;
 
 use super::link::{Port, SharedPort};
 use super::rx::Rx;
 use super::tx::{Broken, Progress, Tx};
+use super::wait::Waiter;
 use crate::bus::Fault;
 use crate::sync::lock;
 use crate::{Guest, Kick};
@@ -18,6 +18,7 @@ use crate::{Guest, Kick};
 pub(super) struct Worker {
     pub guest: Arc<dyn Guest>,
     pub kick: Arc<Kick>,
+    pub waiter: Waiter,
     pub tx: Tx,
     pub tx_port: u32,
     pub rx: Rx,
@@ -55,10 +56,10 @@ impl Worker {
         let link = Arc::clone(&self.link);
         // Nobody else uses it while this thread lives.
         let mut port = lock(&link);
+        let mut packets = true;
         while !self.kick.stopped() {
-            self.kick.clear();
-            match self.work(&mut *port) {
-                Ok(wait) => self.wait(&*port, &wait),
+            match self.work(&mut *port, packets) {
+                Ok(wait) => packets = self.wait(&*port, &wait),
                 Err(broken) => {
                     self.fault.raise(broken);
                     break;
@@ -67,8 +68,8 @@ impl Worker {
         }
     }
 
-    /// Moves all packets that can be moved now.
-    fn work(&mut self, port: &mut dyn Port) -> Result<Wait, Broken> {
+    /// Moves all packets that can be moved now; those of the link only if there may be some.
+    fn work(&mut self, port: &mut dyn Port, packets: bool) -> Result<Wait, Broken> {
         loop {
             let now = Instant::now();
             let tx = if port.flush() {
@@ -78,9 +79,13 @@ impl Worker {
                 if notify {
                     self.guest.raise(self.tx_port);
                 }
-                progress
+                // The last packet may have been taken in part, and its receiver waits for the rest.
+                match progress {
+                    Progress::Idle if port.flush() => Progress::Full,
+                    progress => progress,
+                }
             };
-            let (rx, notify) = self.rx.run(port, now)?;
+            let (rx, notify) = self.rx.run(port, now, packets)?;
             if notify {
                 self.guest.raise(self.rx_port);
             }
@@ -101,22 +106,10 @@ impl Worker {
         }
     }
 
-    fn wait(&self, port: &dyn Port, wait: &Wait) {
-        let timeout = wait
-            .timeout
-            .and_then(|timeout| Timespec::try_from(timeout).ok());
-        let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, wait.readable);
-        flags.set(PollFlags::OUT, wait.writable);
-        let kick = PollFd::from_borrowed_fd(self.kick.as_fd(), PollFlags::IN);
-        // A signal is as good as a descriptor: the loop looks at everything.
-        let _ = match port.event() {
-            // One that is not asked for anything would still report its end, for ever.
-            Some(event) if !flags.is_empty() => {
-                let mut fds = [kick, PollFd::from_borrowed_fd(event, flags)];
-                poll(&mut fds, timeout.as_ref())
-            }
-            _ => poll(&mut [kick], timeout.as_ref()),
-        };
+    fn wait(&mut self, port: &dyn Port, wait: &Wait) -> bool {
+        let mut flags = EventFlags::empty();
+        flags.set(EventFlags::IN, wait.readable);
+        flags.set(EventFlags::OUT, wait.writable);
+        self.waiter.wait(port.event(), flags, wait.timeout)
     }
 }

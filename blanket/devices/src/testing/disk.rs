@@ -164,10 +164,8 @@ impl Queue for MemoryQueue {
     fn collect(&mut self, into: &mut Vec<Completion>) {
         // The last one first: a frontend must bear any order.
         for request in self.waiting.drain(..).rev() {
-            into.push(Completion {
-                token: request.token,
-                result: self.disk.carry_out(&request),
-            });
+            let result = self.disk.carry_out(&request);
+            into.push(request.end(result));
         }
     }
 

@@ -220,6 +220,35 @@ impl FakeGuest {
         self.changed.notify_all();
     }
 
+    /// Watches a node as the guest.
+    ///
+    /// # Panics
+    /// It does already.
+    pub fn watch(&self, path: &str) {
+        let mut state = self.lock();
+        let conn = state.conn;
+        let done = state.store.watch(conn, path, b"a token");
+        done.expect("the guest may");
+    }
+
+    /// What the guest is told next.
+    pub fn told(&self) -> Option<String> {
+        let mut state = self.lock();
+        let conn = state.conn;
+        state.store.next_event(conn).map(|event| event.path)
+    }
+
+    /// Whether there is a directory, by the guest.
+    ///
+    /// # Panics
+    /// That is no path.
+    pub fn looks_at(&self, path: &str) -> bool {
+        let path = Path::parse(path, domid::GUEST).expect("a path");
+        let mut state = self.lock();
+        let conn = state.conn;
+        state.store.directory(conn, None, &path).is_ok()
+    }
+
     /// Removes a node, and all below it, as the guest.
     ///
     /// # Panics

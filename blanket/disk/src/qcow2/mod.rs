@@ -13,7 +13,7 @@ use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, DynStorage, FormatAccess, FormatCreateBuilder};
-use imago::{FormatDriverBuilder, StorageOpenOptions};
+use imago::{FormatDriverBuilder, ShallowMapping, StorageOpenOptions};
 
 use crate::SECTOR;
 use crate::layer::Layer;
@@ -37,6 +37,7 @@ pub(crate) struct Image {
     size: AtomicU64,
     read_only: bool,
     granularity: u32,
+    has_backing: bool,
 }
 
 impl Image {
@@ -62,6 +63,7 @@ impl Image {
                 ),
             ));
         }
+        let has_backing = backing.is_some();
         let backing = match backing {
             Some(source) => {
                 let below: Store = Box::new(Below::new(source));
@@ -87,6 +89,7 @@ impl Image {
             size: AtomicU64::new(header.size),
             read_only,
             granularity,
+            has_backing,
         })
     }
 
@@ -165,6 +168,37 @@ impl Source for Image {
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.shared(|driver| driver.read(into, offset))
+    }
+
+    fn has_backing(&self) -> bool {
+        self.has_backing
+    }
+
+    fn is_own(&self, offset: u64, length: u64) -> io::Result<bool> {
+        if !self.has_backing {
+            return Ok(true);
+        }
+        let end = offset.saturating_add(length);
+        let mut at = offset;
+        while at < end {
+            let (own, known) = self.shared(|driver| {
+                let (mapping, known) = driver.get_shallow_mapping(at, end - at)?;
+                let below = matches!(
+                    mapping,
+                    ShallowMapping::Indirect { .. }
+                        | ShallowMapping::Zero {
+                            explicit: false,
+                            ..
+                        }
+                );
+                Ok((!below, known))
+            })?;
+            if own || known == 0 {
+                return Ok(own);
+            }
+            at = at.saturating_add(known);
+        }
+        Ok(false)
     }
 }
 

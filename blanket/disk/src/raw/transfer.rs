@@ -9,6 +9,7 @@ use crate::{Operation, Request};
 const AT_ONCE: usize = 1024;
 
 /// What is left of a request.
+#[derive(Default)]
 pub(super) struct Transfer {
     iovecs: Vec<libc::iovec>,
     first: usize,
@@ -24,28 +25,35 @@ unsafe impl Send for Transfer {}
 impl Transfer {
     /// Past the host's page cache if it is `direct`.
     pub(super) fn new(request: &Request, direct: bool) -> Self {
-        let buffers = request.buffers.iter().filter(|buffer| buffer.length() > 0);
-        let mut bounce = direct.then(|| Bounce::of(request)).flatten();
-        let iovecs = match &mut bounce {
-            Some(bounce) => vec![bounce.iovec()],
-            None => buffers
-                .map(|buffer| libc::iovec {
+        let mut this = Self::default();
+        this.begin(request, direct);
+        this
+    }
+
+    /// As [`Transfer::new`], with the memory of one that is done.
+    pub(super) fn begin(&mut self, request: &Request, direct: bool) {
+        self.first = 0;
+        self.offset = request.offset;
+        self.bounce = direct.then(|| Bounce::of(request)).flatten();
+        self.iovecs.clear();
+        if let Some(bounce) = &mut self.bounce {
+            self.iovecs.push(bounce.iovec());
+            return;
+        }
+        self.iovecs.reserve(request.buffers.len());
+        for buffer in &request.buffers {
+            if buffer.length() > 0 {
+                self.iovecs.push(libc::iovec {
                     iov_base: buffer.start().as_ptr().cast(),
                     iov_len: buffer.length(),
-                })
-                .collect(),
-        };
-        Self {
-            iovecs,
-            first: 0,
-            offset: request.offset,
-            bounce,
+                });
+            }
         }
     }
 
     /// All of `request` is done, for which this is.
-    pub(super) fn end(&self, request: &Request) {
-        if let (Operation::Read, Some(bounce)) = (request.operation, &self.bounce) {
+    pub(super) fn end(&mut self, request: &Request) {
+        if let (Operation::Read, Some(bounce)) = (request.operation, self.bounce.take()) {
             bounce.give(request);
         }
     }

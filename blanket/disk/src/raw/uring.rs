@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, Probe, opcode, squeue};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 
 use super::transfer::{Transfer, cut_short};
 use super::{PUNCH, Raw};
@@ -33,15 +33,20 @@ pub(super) struct UringQueue {
     raw: Arc<Raw>,
     /// The kernel polls the descriptor that wakes us.
     armed: bool,
+    /// It does so until it is told otherwise: Linux 5.13.
+    for_good: bool,
     /// It was readable, and nobody was told yet.
     woken: bool,
+    /// It has to be made unreadable before it is polled again.
+    to_clear: bool,
     /// Requests that the kernel has, by the number that it knows them under.
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
     backlog: VecDeque<Request>,
     done: Vec<Completion>,
-    /// Kept for its memory.
-    completed: Vec<(u64, i32)>,
+    /// Kept for their memory.
+    completed: Vec<cqueue::Entry>,
+    spare: Vec<Transfer>,
     in_flight: usize,
 }
 
@@ -71,12 +76,15 @@ impl UringQueue {
             ring,
             raw,
             armed: false,
+            for_good: true,
             woken: false,
+            to_clear: false,
             slots: (0..slots).map(|_| None).collect(),
             free: (0..slots).rev().collect(),
             backlog: VecDeque::new(),
             done: Vec::new(),
             completed: Vec::new(),
+            spare: Vec::new(),
             in_flight: 0,
         })
     }
@@ -87,7 +95,8 @@ impl UringQueue {
             self.backlog.push_back(request);
             return;
         };
-        let transfer = Transfer::new(&request, self.raw.direct.is_some());
+        let mut transfer = self.spare.pop().unwrap_or_default();
+        transfer.begin(&request, self.raw.direct.is_some());
         let nothing = match request.operation {
             Operation::Read | Operation::Write => transfer.rest().is_none(),
             Operation::Discard { length } => length == 0,
@@ -131,16 +140,15 @@ impl UringQueue {
     }
 
     fn finish(&mut self, request: Request, result: Result<(), Failure>) {
-        self.done.push(Completion {
-            token: request.token,
-            result,
-        });
+        self.done.push(request.end(result));
     }
 
-    /// Has the kernel poll what wakes us, once.
+    /// Has the kernel poll what wakes us: each time that it is written to, or once. What is
+    /// there already counts as well.
     fn arm(&mut self, wake: BorrowedFd<'_>) {
         // linux/poll.h: POLLIN.
         let poll = opcode::PollAdd::new(Fd(wake.as_raw_fd()), libc::POLLIN as u32);
+        let poll = poll.multi(self.for_good);
         let entry = poll.build().user_data(WAKE);
         // SAFETY: the entry names no memory.
         let pushed = unsafe { self.ring.submission().push(&entry) };
@@ -149,18 +157,28 @@ impl UringQueue {
         } else {
             // The ring is full of requests: look again when the kernel has them.
             self.woken = true;
+            self.to_clear = true;
         }
     }
 
     /// Takes what the kernel has completed, and gives it what is left.
     fn reap(&mut self) {
-        let mut completed = std::mem::take(&mut self.completed);
         let entries = self.ring.completion();
-        completed.extend(entries.map(|entry| (entry.user_data(), entry.result())));
-        for (number, result) in completed.drain(..) {
+        if entries.is_empty() && self.backlog.is_empty() {
+            return;
+        }
+        let mut completed = std::mem::take(&mut self.completed);
+        completed.extend(entries);
+        for entry in completed.drain(..) {
+            let (number, result) = (entry.user_data(), entry.result());
             if number == WAKE {
-                self.armed = false;
+                self.armed = cqueue::more(entry.flags());
                 self.woken = true;
+                self.to_clear |= !self.armed;
+                if result == -libc::EINVAL {
+                    // An older kernel.
+                    self.for_good = false;
+                }
                 continue;
             }
             let index = usize::try_from(number).unwrap_or(usize::MAX);
@@ -197,10 +215,8 @@ impl UringQueue {
             if let Some(slot) = self.slots[index].take() {
                 self.free.push(index);
                 let result = result.map_err(|error| self.raw.failure(operation, error));
-                self.done.push(Completion {
-                    token: slot.request.token,
-                    result,
-                });
+                self.spare.push(slot.transfer);
+                self.done.push(slot.request.end(result));
             }
         }
         self.completed = completed;
@@ -264,7 +280,8 @@ impl Queue for UringQueue {
             }
         }
         self.reap();
-        std::mem::take(&mut self.woken)
+        self.woken = false;
+        std::mem::take(&mut self.to_clear)
     }
 
     fn collect(&mut self, into: &mut Vec<Completion>) {

@@ -49,6 +49,7 @@ fn disk(index: u32) -> (tempfile::NamedTempFile, AnyDevice) {
     let of = DiskFile {
         path: file.path().to_owned(),
         reader: image.reader(),
+        base: None,
     };
     let config = block::Config {
         index,

@@ -124,6 +124,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
         balloon: Arc::new(Balloon::new(
             Arc::clone(&domain.memory),
             domain.boot.start_frames,
+            None,
         )),
     };
     let vm = Vm::start(machine, 1, backends).map_err(|error| broken(&error))?;

@@ -1,31 +1,42 @@
 //! The side that gets the VM.
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use blanket_migration::handover::{Destination, DestinationDoes};
+use blanket_migration::handover::{Destination, DestinationDoes, Memory};
 use blanket_migration::link::{self, Link, Server, Token};
 use blanket_migration::message::{Hello, Id, Message, Purpose, Verdict, acknowledge};
 
 use libc::EFD_CLOEXEC;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::arrival::{Arrival, Pull};
 use super::disks::Images;
-use super::{NotGiven, ReceiveError};
+use super::{NotGiven, ReceiveError, UserFaults};
 use crate::instance::{Error, Instance};
 use crate::saved::{self, Moving, ResumeError};
 use crate::sync::lock;
 use crate::vm::Vm;
 
+/// How long is waited after a connection that could not be accepted.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Where a VM may come from.
-#[derive(Debug)]
 pub struct Incoming {
     listener: TcpListener,
     server: Server,
+    given: Mutex<Option<WhenGiven>>,
+    /// What its memory could follow by, or why not.
+    faults: Mutex<Result<UserFaults, String>>,
 }
+
+/// What is done when a VM is given.
+type WhenGiven = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
 
 /// What is known of the VM that came.
 #[derive(Debug)]
@@ -46,26 +57,67 @@ enum Next {
     Claimed,
 }
 
-fn event() -> std::io::Result<EventFd> {
+pub(super) fn event() -> std::io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-fn is_readable(event: &EventFd, within: &[PollFd<'_>]) -> bool {
+pub(super) fn is_readable(event: &EventFd, within: &[PollFd<'_>]) -> bool {
     let fd = event.as_raw_fd();
     let mut of_it = within.iter().filter(|it| it.as_fd().as_raw_fd() == fd);
     of_it.any(|it| !it.revents().is_empty())
 }
 
 impl Incoming {
-    /// Listens with a key and a token of its own.
+    /// Listens with a key and a token of its own. A part of the VM's memory may follow by
+    /// `faults`, which this process has opened.
     ///
     /// # Errors
     /// There are no random bytes.
-    pub fn new(listener: TcpListener) -> Result<Self, link::Error> {
+    pub fn new(
+        listener: TcpListener,
+        faults: Result<UserFaults, String>,
+    ) -> Result<Self, link::Error> {
         Ok(Self {
             listener,
             server: Server::new()?,
+            given: Mutex::default(),
+            faults: Mutex::new(faults),
         })
+    }
+
+    /// Why all of the memory must come with the VM; empty if not.
+    fn whole(&self) -> String {
+        lock(&self.faults)
+            .as_ref()
+            .err()
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    /// What its memory follows by; once.
+    fn take_faults(&self) -> std::io::Result<UserFaults> {
+        let taken = Err("it is used".to_owned());
+        std::mem::replace(&mut *lock(&self.faults), taken).map_err(std::io::Error::other)
+    }
+
+    /// The next connection, whoever it is.
+    #[cfg(test)]
+    pub(super) fn answer(&self) -> Link {
+        let (socket, _) = self.listener.accept().expect("a connection");
+        self.server.answer(socket).expect("TLS")
+    }
+
+    /// Has something done when the VM is given, before it runs; if that fails it does not.
+    pub fn when_given(&self, does: impl FnOnce() -> std::io::Result<()> + Send + 'static) {
+        *lock(&self.given) = Some(Box::new(does));
+    }
+
+    /// Where the source is to connect.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
     }
 
     /// What the source needs, beside the address.
@@ -86,14 +138,24 @@ impl Incoming {
                 let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
                 wanted.push(PollFd::from_borrowed_fd(event, PollFlags::IN));
             }
-            poll(&mut wanted, None).map_err(|error| failed(error.into()))?;
+            let polled = retry_on_intr(|| poll(&mut wanted, None));
+            polled.map_err(|error| failed(error.into()))?;
             if is_readable(killed, &wanted) {
                 return Err(NotGiven::Killed.into());
             }
             if claimed.is_some_and(|it| is_readable(it, &wanted)) {
                 return Ok(Next::Claimed);
             }
-            let (socket, peer) = self.listener.accept().map_err(failed)?;
+            let (socket, peer) = match self.listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // It passes, as one that has gone again, or too many open files: the VM may
+                    // need the next one.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    std::thread::sleep(PAUSE);
+                    continue;
+                }
+            };
             let mut link = match self.server.answer(socket) {
                 Ok(link) => link,
                 Err(error) => {
@@ -103,6 +165,7 @@ impl Incoming {
             };
             match Hello::read(&mut link) {
                 Ok(hello) if self.token().is_secret(&hello.secret) => {
+                    link.trusted().map_err(failed)?;
                     return Ok(Next::Link(link, hello));
                 }
                 Ok(_) => tracing::warn!(%peer, "a connection is refused: it has another token"),
@@ -120,47 +183,104 @@ impl Instance {
     pub fn receive_from(self: &Arc<Self>, incoming: Incoming) -> Result<Vm, Error> {
         let incoming = Arc::new(incoming);
         let (mut link, hello) = self.first(&incoming)?;
-        let given = Arc::new(Given {
-            id: hello.id,
-            state: Mutex::new(Destination::Receiving),
-            lost: AtomicBool::new(false),
-            claimed: event().map_err(Error::Identity)?,
-        });
-        *lock(&self.incoming) = Some(Arc::clone(&given));
+        let given = Arc::new(Given::new(hello.id).map_err(Error::Identity)?);
+        {
+            let mut present = lock(&self.incoming);
+            if self.dismissed.load(Ordering::SeqCst) {
+                return Err(NotGiven::Killed.into());
+            }
+            *present = Some(Arc::clone(&given));
+        }
         // Not held while it is received: devices are looked at then, too.
-        let images = Images::of(&lock(&self.devices));
+        let images = Images::of(&lock(&self.devices), |_| true);
+        let mut missing = None;
         let received = images.and_then(|mut images| {
             let moving = Moving {
                 images: &mut images,
                 answers: &mut |link: &mut &mut Link| acknowledge(link),
+                may_follow: incoming.whole().is_empty(),
+                missing: &mut missing,
             };
-            self.receive(&mut link, Some(moving))
+            self.receive(&mut link, Some(moving), None)
         });
         let mut link = Some(link);
+        let mut arrival = None;
         let vm = received.map_err(Error::from).and_then(|received| {
-            tracing::debug!("all of the VM is here");
-            self.go_on(received, true, || {
-                given.wait(&incoming, &self.killed, &mut link)
+            tracing::debug!("all that comes before the VM is here");
+            if let Some(missing) = missing {
+                let follows = incoming
+                    .take_faults()
+                    .and_then(|faults| Arrival::begin(faults, received.memory(), missing, self));
+                arrival = Some(follows.map_err(ReceiveError::Follow)?);
+                *lock(&self.arrival) = arrival.clone();
+            }
+            let memory = arrival.as_ref().map_or(Memory::Whole, |_| Memory::Apart);
+            self.go_on(received, true, arrival.clone(), || {
+                given.wait(memory, &incoming, &self.killed, &mut link)?;
+                let when = lock(&incoming.given).take();
+                when.map_or(Ok(()), |does| does())
+                    .map_err(Error::WhenGiven)?;
+                let Some(arrival) = &arrival else {
+                    return Ok(());
+                };
+                // What is needed to start it is served, too.
+                let (incoming, given) = (Arc::clone(&incoming), Arc::clone(&given));
+                let follows = arrival.follow(Arc::clone(self), incoming, given, link.take());
+                follows.map_err(|error| ReceiveError::Follow(error).into())
             })
         });
-        let word = {
-            let mut state = lock(&given.state);
-            match &vm {
-                Ok(_) => Some(state.started()),
-                Err(_) => state.gives_up(),
-            }
+        let word = match &vm {
+            Ok(_) => Some(given.started()),
+            Err(_) => lock(&given.state).gives_up(),
         };
-        if let (Some(word), Some(link)) = (word, &mut link) {
+        match (word, &mut link, &arrival) {
             // Not heard is as good as lost.
-            let _ = word.write(link);
+            (Some(word), Some(link), _) => drop(word.write(link)),
+            (Some(word), None, Some(arrival)) => arrival.word(word),
+            _ => {}
         }
-        let vm = vm?;
+        let vm = vm.inspect_err(|_| {
+            if let Some(arrival) = &arrival {
+                arrival.end();
+            }
+        })?;
         tracing::debug!("the VM runs");
         for network in self.networks() {
             network.announce();
         }
-        answer_later(Arc::clone(self), incoming, given, link);
+        match arrival {
+            Some(arrival) if arrival.pull().lost => self.loses_memory(),
+            Some(arrival) => arrival.settle(&given),
+            None => answer_later(Arc::clone(self), incoming, given, link),
+        }
         Ok(vm)
+    }
+
+    /// The VM that came has ended: what is missing of its memory is not needed.
+    pub(crate) fn end_arrival(&self) {
+        let arrival = lock(&self.arrival).clone();
+        let given = lock(&self.incoming).clone();
+        if let Some(arrival) = arrival.filter(|it| it.is_apart()) {
+            arrival.release(given.as_deref());
+        }
+    }
+
+    /// Whether a part of its memory has not come yet.
+    pub(crate) fn is_apart(&self) -> bool {
+        lock(&self.arrival).as_ref().is_some_and(|it| it.is_apart())
+    }
+
+    /// A part of its memory is nowhere any more: it does nothing more, until it is killed.
+    pub(crate) fn loses_memory(&self) {
+        if let Some(running) = &lock(&self.now).running {
+            running.handle.hold();
+        }
+    }
+
+    /// How the memory of the VM that came follows it, if it does not come with it.
+    #[must_use]
+    pub fn pull(&self) -> Option<Pull> {
+        lock(&self.arrival).as_ref().map(|arrival| arrival.pull())
     }
 
     /// The VM that has come here waits for a source that cannot be heard: by its user's word,
@@ -171,13 +291,40 @@ impl Instance {
         given.is_some_and(|given| given.claim())
     }
 
+    /// Nobody is to come here any more, or what has come is given up, unless it runs, or is
+    /// being started: false then. If true, no VM will run here, and the process is to end.
+    #[must_use]
+    pub fn dismiss(&self) -> bool {
+        let present = lock(&self.incoming);
+        let can = match &*present {
+            Some(given) => given.dismiss(),
+            None => self.boots() == 0,
+        };
+        if can {
+            self.dismissed.store(true, Ordering::SeqCst);
+        }
+        can
+    }
+
+    /// Whether nothing runs here, and nothing has come.
+    #[must_use]
+    pub fn awaits(&self) -> bool {
+        self.arrival().is_none() && self.boots() == 0
+    }
+
+    /// What the VM that has come here, or is coming, is doing.
+    pub(super) fn arrival(&self) -> Option<Destination> {
+        let given = lock(&self.incoming).clone();
+        given.map(|given| *lock(&given.state))
+    }
+
     /// The link of the first one that brings a VM that can be had here.
     fn first(&self, incoming: &Incoming) -> Result<(Link, Hello), Error> {
         loop {
             let Next::Link(mut link, hello) = incoming.connection(&self.killed, None)? else {
                 continue;
             };
-            if hello.purpose == Purpose::Asks {
+            if matches!(hello.purpose, Purpose::Asks | Purpose::Mourns) {
                 // Nothing was ever received here.
                 let _ = Message::Gone.write(&mut link);
                 continue;
@@ -186,9 +333,16 @@ impl Instance {
                 tracing::warn!("a connection is refused: {error}");
             });
             let Ok(machine) = offered else { continue };
-            let fits = machine.moves_to(self);
+            let fits = match &self.spec().uuid {
+                Some(uuid) if *uuid != machine.uuid => Err(ResumeError::Impossible(format!(
+                    "it waits for another VM, whose uuid is {uuid}"
+                ))),
+                _ => machine.moves_to(self),
+            };
             let verdict = match &fits {
-                Ok(()) => Verdict::Fits,
+                Ok(()) => Verdict::Fits {
+                    whole: incoming.whole(),
+                },
                 Err(ResumeError::Impossible(why)) => Verdict::Unfit(why.clone()),
                 Err(error) => Verdict::Unfit(error.to_string()),
             };
@@ -204,10 +358,54 @@ impl Instance {
 }
 
 impl Given {
+    /// It is not wanted any more. False: it runs here, or may.
+    fn dismiss(&self) -> bool {
+        let mut state = lock(&self.state);
+        let can = matches!(*state, Destination::Receiving | Destination::Waiting(_));
+        if can {
+            // Its process ends, and with it the link: that is what the source hears.
+            let _ = state.gives_up();
+        }
+        can || *state == Destination::Gone
+    }
+
+    /// One that is being received.
+    fn new(id: Id) -> std::io::Result<Self> {
+        Ok(Self {
+            id,
+            state: Mutex::new(Destination::Receiving),
+            lost: AtomicBool::new(false),
+            claimed: event()?,
+        })
+    }
+
+    /// One that was given, and is being started.
+    #[cfg(test)]
+    pub(super) fn starting(id: Id, memory: Memory) -> Self {
+        let given = Self::new(id).expect("an event");
+        *lock(&given.state) = Destination::Starting(memory);
+        given
+    }
+
+    /// It runs. What to say.
+    pub(super) fn started(&self) -> Message {
+        lock(&self.state).started()
+    }
+
+    /// What is said first over a new link.
+    pub(super) fn greets(&self) -> Option<Message> {
+        lock(&self.state).greets()
+    }
+
+    /// Nothing is missing any more. What to say.
+    pub(super) fn pulled(&self) -> Option<Message> {
+        lock(&self.state).pulled()
+    }
+
     /// Its user knows that the VM is nowhere else, and never will be. False: its source can
     /// be heard, or it is not here, or runs already.
     fn claim(&self) -> bool {
-        let waits = *lock(&self.state) == Destination::Waiting;
+        let waits = *lock(&self.state) == Destination::Waiting(Memory::Whole);
         waits && self.lost.load(Ordering::SeqCst) && self.claimed.write(1).is_ok()
     }
 
@@ -215,18 +413,21 @@ impl Given {
     /// as it takes.
     fn wait(
         &self,
+        memory: Memory,
         incoming: &Incoming,
         killed: &EventFd,
         link: &mut Option<Link>,
     ) -> Result<(), Error> {
-        let mut does = lock(&self.state).received();
+        let mut does = lock(&self.state).received(memory);
         loop {
             match does {
                 DestinationDoes::Starts => {
                     tracing::debug!("the VM is given");
                     return Ok(());
                 }
-                DestinationDoes::Discards => return Err(NotGiven::Kept.into()),
+                DestinationDoes::Discards | DestinationDoes::Stops => {
+                    return Err(NotGiven::Kept.into());
+                }
                 DestinationDoes::Says(message) => {
                     if let Some(link) = link {
                         let _ = message.write(link);
@@ -252,9 +453,13 @@ impl Given {
     }
 
     /// The next link of the same source, greeted; none if the user claims the VM.
-    fn again(&self, incoming: &Incoming, killed: &EventFd) -> Result<Option<Link>, Error> {
+    pub(super) fn again(
+        &self,
+        incoming: &Incoming,
+        killed: &EventFd,
+    ) -> Result<Option<Link>, Error> {
         self.lost.store(true, Ordering::SeqCst);
-        let waits = *lock(&self.state) == Destination::Waiting;
+        let waits = *lock(&self.state) == Destination::Waiting(Memory::Whole);
         loop {
             let claimed = waits.then_some(&self.claimed);
             let Next::Link(mut link, hello) = incoming.connection(killed, claimed)? else {
@@ -269,8 +474,24 @@ impl Given {
                 let _ = self.claimed.read();
                 return Ok(Some(link));
             }
+            if hello.purpose == Purpose::Mourns {
+                let (does, word) = {
+                    let mut state = lock(&self.state);
+                    (state.bereft(), state.greets())
+                };
+                if let Some(word) = word {
+                    let _ = word.write(&mut link);
+                }
+                match does {
+                    DestinationDoes::Discards | DestinationDoes::Stops => {
+                        return Err(NotGiven::Bereft.into());
+                    }
+                    _ => continue,
+                }
+            }
             tracing::warn!("another VM is refused: one is here already");
             let _ = match hello.purpose {
+                Purpose::Mourns => Ok(()),
                 Purpose::Asks => Message::Gone.write(&mut link),
                 Purpose::Moves | Purpose::Tries => {
                     // Heard to its end, or the answer may be lost.
@@ -319,20 +540,19 @@ mod tests {
     impl Played {
         fn new() -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+            let given = Given::new([7; 16]).expect("an event");
+            *lock(&given.state) = Destination::Waiting(Memory::Whole);
             Self {
-                incoming: Incoming::new(listener).expect("random bytes"),
-                given: Given {
-                    id: [7; 16],
-                    state: Mutex::new(Destination::Waiting),
-                    lost: AtomicBool::new(false),
-                    claimed: event().expect("an event"),
-                },
+                incoming: Incoming::new(listener, Err("no".into())).expect("random bytes"),
+                given,
                 killed: event().expect("an event"),
             }
         }
 
         fn wait(&self) -> Result<(), Error> {
-            self.given.wait(&self.incoming, &self.killed, &mut None)
+            let whole = Memory::Whole;
+            self.given
+                .wait(whole, &self.incoming, &self.killed, &mut None)
         }
 
         /// The source asks again.
@@ -362,6 +582,26 @@ mod tests {
     }
 
     #[test]
+    fn one_that_is_not_wanted_does_not_run() {
+        for (state, can) in [
+            (Destination::Receiving, true),
+            (Destination::Waiting(Memory::Whole), true),
+            (Destination::Waiting(Memory::Apart), true),
+            (Destination::Starting(Memory::Whole), false),
+            (Destination::Pulling, false),
+            (Destination::Running(Memory::Whole), false),
+            (Destination::Lost, false),
+            (Destination::Gone, true),
+        ] {
+            let played = Played::new();
+            *lock(&played.given.state) = state;
+            assert_eq!(played.given.dismiss(), can, "{state:?}");
+            let after = if can { Destination::Gone } else { state };
+            assert_eq!(*lock(&played.given.state), after);
+        }
+    }
+
+    #[test]
     fn it_runs_when_it_is_given() {
         let played = Played::new();
         std::thread::scope(|s| {
@@ -374,7 +614,10 @@ mod tests {
             });
             played.wait().expect("given");
         });
-        assert_eq!(*lock(&played.given.state), Destination::Starting);
+        assert_eq!(
+            *lock(&played.given.state),
+            Destination::Starting(Memory::Whole)
+        );
     }
 
     #[test]
@@ -397,13 +640,46 @@ mod tests {
     }
 
     #[test]
+    fn one_that_lacks_memory_is_gone_when_its_source_has_ended() {
+        let mourns = |played: &Played, says| {
+            let at = played.incoming.address().expect("an address");
+            let token = played.incoming.token();
+            let socket = TcpStream::connect(at).expect("connected");
+            let mut link = Link::to(socket, token).expect("the right one");
+            let said = crate::migration::mourn(&mut link, token);
+            assert_eq!(said.expect("said"), says);
+        };
+        let played = Played::new();
+        *lock(&played.given.state) = Destination::Waiting(Memory::Apart);
+        std::thread::scope(|s| {
+            s.spawn(|| mourns(&played, Message::Gone));
+            let bereft = played.wait();
+            assert!(matches!(bereft, Err(Error::NotGiven(NotGiven::Bereft))));
+        });
+        assert!(!played.given.claim(), "nobody has it");
+
+        // Of one that is all here its user knows better.
+        let played = Played::new();
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                mourns(&played, Message::Ready);
+                played.claims();
+            });
+            played.wait().expect("claimed");
+        });
+    }
+
+    #[test]
     fn it_runs_by_its_users_word_when_its_source_is_lost() {
         let played = Played::new();
         std::thread::scope(|s| {
             s.spawn(|| played.claims());
             played.wait().expect("claimed");
         });
-        assert_eq!(*lock(&played.given.state), Destination::Starting);
+        assert_eq!(
+            *lock(&played.given.state),
+            Destination::Starting(Memory::Whole)
+        );
         assert!(!played.given.claim(), "once is enough");
     }
 }

@@ -17,10 +17,10 @@ const PAGE: u64 = 4096;
 
 /// The disks that are copied: those that the guest can write. It is noted what it writes
 /// until this is dropped.
-pub(super) struct Moving(Vec<(Arc<Vbd>, Reader)>);
+pub(crate) struct Moving(Vec<(Arc<Vbd>, DiskFile)>);
 
 /// Blocks of each of them.
-pub(super) struct Blocks(Vec<Vec<u64>>);
+pub(crate) struct Blocks(Vec<Vec<u64>>);
 
 impl Drop for Moving {
     fn drop(&mut self) {
@@ -31,21 +31,45 @@ impl Drop for Moving {
 }
 
 impl Moving {
-    pub(super) fn begin(devices: &Devices) -> Self {
+    /// The numbers of those that it would be.
+    pub(crate) fn writable(devices: &Devices) -> Vec<u32> {
+        let number = |device: &AnyDevice| match device {
+            AnyDevice::Disk(disk, _) if !disk.disk().read_only() => Some(disk.number()),
+            _ => None,
+        };
+        devices.iter().filter_map(number).collect()
+    }
+
+    /// None of them.
+    pub(crate) fn none() -> Self {
+        Self(Vec::new())
+    }
+
+    pub(crate) fn begin(devices: &Devices) -> Self {
         let disks = devices.iter().filter_map(|device| match device {
             AnyDevice::Disk(disk, file) if !disk.disk().read_only() => {
                 disk.log(true);
-                Some((Arc::clone(disk), file.reader.clone()))
+                Some((Arc::clone(disk), file.clone()))
             }
             _ => None,
         });
         Self(disks.collect())
     }
 
-    /// All blocks.
-    pub(super) fn all(&self) -> Blocks {
-        let blocks = |(disk, _): &(Arc<Vbd>, _)| (0..disk.disk().size().div_ceil(BLOCK)).collect();
-        Blocks(self.0.iter().map(blocks).collect())
+    /// All blocks, but for those that the destination finds in what its disk stands on.
+    pub(super) fn all(&self) -> Result<Blocks, SaveError> {
+        let blocks = |(disk, file): &(Arc<Vbd>, DiskFile)| {
+            let all = 0..disk.disk().size().div_ceil(BLOCK);
+            if file.base.is_none() {
+                return Ok(all.collect());
+            }
+            let own = |block: &u64| file.reader.is_own(block * BLOCK, BLOCK);
+            let own = all.map(|block| own(&block).map(|own| own.then_some(block)));
+            own.filter_map(Result::transpose)
+                .collect::<Result<Vec<u64>, _>>()
+                .map_err(|error| SaveError::Disk(disk.number(), error))
+        };
+        Ok(Blocks(self.0.iter().map(blocks).collect::<Result<_, _>>()?))
     }
 
     /// Those that were written since this was asked last.
@@ -61,7 +85,7 @@ impl Moving {
     ) -> Result<(), SaveError> {
         let most = MAX_PIECE as u64 / BLOCK;
         let mut bytes = vec![0; MAX_PIECE];
-        for ((disk, reader), blocks) in self.0.iter().zip(&blocks.0) {
+        for ((disk, file), blocks) in self.0.iter().zip(&blocks.0) {
             let size = disk.disk().size();
             let number = disk.number();
             for run in blocks.chunk_by(|a, b| a + 1 == *b && b % most != 0) {
@@ -74,7 +98,7 @@ impl Moving {
                 let Some(bytes) = bytes.get_mut(..length).filter(|it| !it.is_empty()) else {
                     continue;
                 };
-                reader
+                file.reader
                     .read_exact_at(offset, bytes)
                     .map_err(|error| SaveError::Disk(number, error))?;
                 writer.disk(number, offset, bytes)?;
@@ -96,14 +120,25 @@ impl Blocks {
 pub(crate) struct Images(BTreeMap<u32, (Reader, DiskWriter)>);
 
 impl Images {
-    /// Those of an instance that waits for a VM.
-    pub(crate) fn of(devices: &Devices) -> Result<Self, ResumeError> {
+    /// Those of an instance that waits for a VM, of these numbers.
+    pub(crate) fn of(devices: &Devices, wanted: impl Fn(u32) -> bool) -> Result<Self, ResumeError> {
         let mut all = BTreeMap::new();
         for device in devices.iter() {
-            if let AnyDevice::Disk(disk, DiskFile { reader, .. }) = device
+            if let AnyDevice::Disk(disk, DiskFile { reader, base, .. }) = device
                 && !disk.disk().read_only()
+                && wanted(disk.number())
             {
                 let number = disk.number();
+                let used = match base {
+                    Some(_) => reader.is_own(0, reader.size()),
+                    None => Ok(false),
+                };
+                let used = used.map_err(|error| ResumeError::Disk(number, error.to_string()))?;
+                if used {
+                    let why = "it stands on its base, and has blocks of its own already: give a \
+                               new one (blanket disk create --backing)";
+                    return Err(ResumeError::Disk(number, why.into()));
+                }
                 let writer = DiskWriter::new(&**disk.disk(), MAX_PIECE)
                     .map_err(|error| ResumeError::Disk(number, error.to_string()))?;
                 all.insert(number, (reader.clone(), writer));

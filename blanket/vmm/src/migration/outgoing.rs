@@ -31,6 +31,11 @@ pub enum Stage {
     Standing,
     /// The destination may have it: only a new link to it can tell.
     Doubt,
+    /// It runs at the destination, and the rest of its memory follows.
+    Pulling,
+    /// It runs at the destination, where the rest of its memory is missing until there is a new
+    /// link.
+    Cut,
     /// It is over.
     Over,
 }
@@ -50,6 +55,10 @@ pub struct Progress {
     pub dirty: u64,
     /// The part of its time that the guest has, percent.
     pub share: u32,
+    /// Pages that were not given with the VM, and are missing at the destination.
+    pub left: u64,
+    /// Pages that the destination has asked for because somebody waited for them.
+    pub wanted: u64,
 }
 
 /// A VM that has moved.
@@ -61,6 +70,8 @@ pub struct Moved {
     pub took: Duration,
     /// How long it ran nowhere.
     pub downtime: Duration,
+    /// How long the rest of its memory took to follow it, where it did.
+    pub pull: Option<Duration>,
 }
 
 /// A migration that goes out.
@@ -211,19 +222,24 @@ impl Outgoing {
     /// comes of it.
     pub fn ask(&self, link: Link) {
         let mut state = lock(&self.state);
-        if state.progress.stage == Stage::Doubt {
-            state.link = Some(link);
-            state.progress.stage = Stage::Standing;
+        match state.progress.stage {
+            Stage::Doubt => state.progress.stage = Stage::Standing,
+            Stage::Cut => state.progress.stage = Stage::Pulling,
+            _ => {
+                drop(state);
+                return self.wait();
+            }
         }
+        state.link = Some(link);
         drop(state);
         self.changed.notify_all();
         self.wait();
     }
 
-    /// Waits for whatever ends a doubt.
-    pub(super) fn doubt(&self) -> Answer {
+    /// Waits for whatever ends a doubt, or brings the destination back.
+    pub(super) fn doubt(&self, stage: Stage) -> Answer {
         let mut state = lock(&self.state);
-        state.progress.stage = Stage::Doubt;
+        state.progress.stage = stage;
         self.changed.notify_all();
         loop {
             if state.claimed {
@@ -239,10 +255,13 @@ impl Outgoing {
         }
     }
 
-    /// Waits until it is over or in doubt.
+    /// Waits until it is over, in doubt or cut.
     pub fn wait(&self) {
         let mut state = lock(&self.state);
-        while matches!(state.progress.stage, Stage::Copying | Stage::Standing) {
+        while matches!(
+            state.progress.stage,
+            Stage::Copying | Stage::Standing | Stage::Pulling
+        ) {
             state = self
                 .changed
                 .wait(state)

@@ -2,33 +2,27 @@
 
 use std::io::{BufWriter, Write as _};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use blanket_migration::handover::{Source, SourceDoes};
+use blanket_migration::handover::{Memory, Source, SourceDoes};
 use blanket_migration::link::{Link, Token};
 use blanket_migration::message::{Hello, Message, Purpose, Verdict, acknowledged};
-use blanket_migration::precopy::{Control, Next, Round};
+use blanket_migration::precopy::PostCopy;
 use blanket_snapshot::{Kind, Writer};
 
-use super::disks::{Blocks, Moving};
+use super::SendError;
+use super::disks::Moving;
+use super::kept::Kept;
 use super::outgoing::{Answer, Moved, Outgoing, Paced, Stage};
-use super::{Dirty, SendError};
+use super::sending::{Done, Sending};
 use crate::entropy;
-use crate::instance::{Instance, Running};
-use crate::saved::memory;
+use crate::instance::Instance;
 use crate::saved::{Machine, SaveError, State};
 use crate::sync::lock;
-use crate::vm::{End, Handle, Then};
+use crate::vm::{End, Then};
 
 /// Bytes that are sent together.
 const BUFFER: usize = 1 << 18;
-
-/// A slow guest's time comes in slices of this length, of which it has the first part.
-const SLICE: Duration = Duration::from_millis(40);
-/// That part is no shorter, or to stop the guest would take longer than it runs; the slice is
-/// longer then.
-const RUNS: Duration = Duration::from_millis(2);
 
 impl Instance {
     /// The migration that goes out, or went out last.
@@ -42,6 +36,9 @@ impl Instance {
     /// # Errors
     /// Another one is not over.
     pub fn begin_migration(&self, out: Arc<Outgoing>) -> Result<(), SendError> {
+        if self.is_apart() {
+            return Err(SendError::Apart);
+        }
         let mut present = lock(&self.outgoing);
         if moves(present.as_ref()) {
             return Err(SendError::Twice);
@@ -73,7 +70,15 @@ impl Instance {
     ///
     /// # Errors
     /// Why it could not.
-    pub fn try_at(&self, mut link: Link, token: &Token) -> Result<(), SendError> {
+    pub fn try_at(
+        &self,
+        mut link: Link,
+        token: &Token,
+        post_copy: PostCopy,
+    ) -> Result<(), SendError> {
+        if self.is_apart() {
+            return Err(SendError::Apart);
+        }
         // Its devices are not to be had before that is over.
         if moves(self.outgoing().as_ref()) {
             return Err(SendError::Twice);
@@ -85,8 +90,10 @@ impl Instance {
             secret: token.secret(),
             purpose: Purpose::Tries,
         };
-        let machine = Machine::of(self, &running, &lock(&self.devices));
-        offer(&mut link, &hello, &machine)
+        let devices = lock(&self.devices);
+        let machine = Machine::of(self, &running, &devices).with(&Moving::writable(&devices));
+        drop(devices);
+        offer(&mut link, &hello, &machine, post_copy)
     }
 
     fn sent_to(&self, mut link: Link, out: &Outgoing) -> Result<Moved, SendError> {
@@ -95,15 +102,29 @@ impl Instance {
         // Until it is over: no device comes or goes.
         let devices = lock(&self.devices);
         let begun = Instant::now();
-        let machine = Machine::of(self, &running, &devices);
-        offer(&mut link, &out.hello, &machine)?;
+        let machine = Machine::of(self, &running, &devices).with(&Moving::writable(&devices));
+        let wishes = out.options.wishes;
+        offer(&mut link, &out.hello, &machine, wishes.post_copy)?;
         let moving = Moving::begin(&devices);
-        let mut sending = Sending::begin(&running, self.spec().vcpus, out, link, &moving)?;
-        sending
-            .writer
-            .text(Kind::Machine, &machine)
-            .map_err(SaveError::from)?;
-        let rest = sending.rounds()?;
+        let to = BufWriter::with_capacity(BUFFER, Paced::new(link, out));
+        let mut sending = Sending::begin(&running, self.spec().vcpus, to, &machine, &moving)?;
+        let (rest, apart) = sending.rounds(
+            wishes,
+            |writer| {
+                // Else the round's pace would be that at which the network takes bytes in, and
+                // what lies there would have to come first when the VM stands still.
+                let to = writer.mark().map_err(SaveError::from)?;
+                acknowledged(&mut to.get_mut().link).map_err(SendError::from)
+            },
+            |round, share| {
+                out.note(|progress| {
+                    progress.rounds += 1;
+                    progress.pages += round.sent;
+                    progress.dirty = round.dirty;
+                    progress.share = share;
+                });
+            },
+        )?;
 
         let mut stood = Instant::now();
         let outcome = running.handle.standing_still_logged(
@@ -116,12 +137,21 @@ impl Instance {
             || {
                 let sent = self.console.standing_still(|console| {
                     running.xenstore.standing_still(|store| {
-                        sending.finish(rest, |domain, vcpus| {
+                        sending.finish(rest, apart, |domain, vcpus| {
                             State::read(domain, vcpus, store, console, self.target())
                         })
                     })
                 });
-                let moved = sent.and_then(|link| hand_over(link, out));
+                let moved = sent.map_err(SendError::from).and_then(|done| {
+                    let Done {
+                        to, pages, kept, ..
+                    } = done;
+                    out.note(|progress| progress.pages += pages);
+                    let to = to.into_inner();
+                    let link = to.map_err(std::io::IntoInnerError::into_error)?.link;
+                    let kept = kept.map(|kept| Kept::new(&running.domain, out, kept));
+                    hand_over(link, out, kept.as_ref())
+                });
                 let then = if moved.is_ok() {
                     Then::End(End::Moved)
                 } else {
@@ -130,21 +160,37 @@ impl Instance {
                 (moved, then)
             },
         );
-        let downtime = stood.elapsed();
-        let moved = matches!(outcome, Ok(Ok(())));
+        let ended = Instant::now();
+        let moved = matches!(outcome, Ok(Ok(_)));
         // What is there is all that has happened: a VM that has gone does nothing more.
         if !moved {
             running.bus.go_on();
         }
-        outcome??;
+        let ran = outcome??;
         let moved = Moved {
             progress: out.progress(),
             took: begun.elapsed(),
-            downtime,
+            downtime: ran.unwrap_or(ended) - stood,
+            pull: ran.map(|ran| ended - ran),
         };
         tracing::info!(?moved, "the VM has moved");
         Ok(moved)
     }
+}
+
+/// Tells a destination, over a new link, that the process has ended that had the VM: whoever says
+/// so has seen it. What it says of the VM.
+///
+/// # Errors
+/// The link's.
+pub fn mourn(link: &mut Link, token: &Token) -> std::io::Result<Message> {
+    let hello = Hello {
+        id: [0; 16],
+        secret: token.secret(),
+        purpose: Purpose::Mourns,
+    };
+    hello.write(&mut *link)?;
+    Message::read(link)
 }
 
 /// Whether it is not over.
@@ -153,7 +199,12 @@ fn moves(out: Option<&Arc<Outgoing>>) -> bool {
 }
 
 /// Begins a connection: whether the destination can have what is made so.
-fn offer(link: &mut Link, hello: &Hello, machine: &Machine) -> Result<(), SendError> {
+fn offer(
+    link: &mut Link,
+    hello: &Hello,
+    machine: &Machine,
+    post_copy: PostCopy,
+) -> Result<(), SendError> {
     hello.write(&mut *link)?;
     let mut writer = Writer::new(BufWriter::new(&mut *link)).map_err(SaveError::from)?;
     let text = writer.text(Kind::Machine, machine);
@@ -162,199 +213,23 @@ fn offer(link: &mut Link, hello: &Hello, machine: &Machine) -> Result<(), SendEr
     to.flush()?;
     drop(to);
     match Verdict::read(link)? {
-        Verdict::Fits => Ok(()),
+        Verdict::Fits { whole } if post_copy != PostCopy::Never && !whole.is_empty() => {
+            Err(SendError::Whole(whole))
+        }
+        Verdict::Fits { .. } => Ok(()),
         Verdict::Unfit(why) => Err(SendError::Unfit(why)),
     }
 }
 
-type Stream<'a> = Writer<BufWriter<Paced<'a>>>;
-
-/// A VM that is being sent. It is logged what is written until this is dropped.
-struct Sending<'a> {
-    running: &'a Running,
-    vcpus: u32,
-    out: &'a Outgoing,
-    writer: Stream<'a>,
-    disks: &'a Moving,
-    logged: Logged<'a>,
-}
-
-/// What is to be sent again.
-struct Rest {
-    memory: Dirty,
-    disks: Blocks,
-}
-
-struct Logged<'a>(&'a Running);
-
-impl Drop for Logged<'_> {
-    fn drop(&mut self) {
-        self.0.grants.log(false);
-        // One that has ended needs no word; of one that will not stand still, the core
-        // goes on to note what nobody reads.
-        if let Err(error) = self.0.handle.end_log() {
-            tracing::debug!(%error, "the dirty log is not ended");
-        }
-    }
-}
-
-impl<'a> Sending<'a> {
-    fn begin(
-        running: &'a Running,
-        vcpus: u32,
-        out: &'a Outgoing,
-        link: Link,
-        disks: &'a Moving,
-    ) -> Result<Self, SendError> {
-        let to = BufWriter::with_capacity(BUFFER, Paced::new(link, out));
-        let writer = Writer::new(to).map_err(SaveError::from)?;
-        running.grants.log(true);
-        let logged = Logged(running);
-        running.handle.log(|| ())?;
-        Ok(Self {
-            running,
-            vcpus,
-            out,
-            writer,
-            disks,
-            logged,
-        })
-    }
-
-    /// Sends memory until the rest is little; what the rest is.
-    fn rounds(&mut self) -> Result<Rest, SendError> {
-        let mut control = Control::new(self.out.options.wishes);
-        let mut rest = None;
-        let mut share = 100;
-        loop {
-            let begun = Instant::now();
-            let sent = self.round(rest.as_ref(), share)?;
-            let took = begun.elapsed();
-            let left = self.take_log()?;
-            let dirty = left.memory.count() + left.disks.pages();
-            let round = Round { sent, took, dirty };
-            let next = control.after(&round);
-            tracing::debug!(?round, ?next, "a round is over");
-            if let Next::Round { share: now } = next {
-                share = now;
-            }
-            self.out.note(|progress| {
-                progress.rounds += 1;
-                progress.pages += sent;
-                progress.dirty = dirty;
-                progress.share = share;
-            });
-            if next == Next::Stop {
-                return Ok(left);
-            }
-            rest = Some(left);
-        }
-    }
-
-    /// Sends everything, or what is left, of a guest that has a part of its time. How many
-    /// pages it was.
-    fn round(&mut self, rest: Option<&Rest>, share: u32) -> Result<u64, SendError> {
-        let (domain, disks) = (&self.running.domain, self.disks);
-        let writer = &mut self.writer;
-        slowed(&self.running.handle, share, || {
-            let sent = match rest {
-                None => {
-                    let all = disks.all();
-                    disks.write(writer, &all)?;
-                    memory::write(writer, domain)? + all.pages()
-                }
-                Some(rest) => {
-                    disks.write(writer, &rest.disks)?;
-                    memory::write_dirty(writer, domain, &rest.memory)? + rest.disks.pages()
-                }
-            };
-            // Else the round's pace would be that at which the network takes bytes in, and
-            // what lies there would have to come first when the VM stands still.
-            let to = writer.mark().map_err(SaveError::from)?;
-            acknowledged(&mut to.get_mut().link)?;
-            Ok(sent)
-        })
-    }
-
-    /// What was written since it was asked last.
-    fn take_log(&self) -> Result<Rest, SendError> {
-        let domain = &self.running.domain;
-        let mut dirty = Dirty::none(domain);
-        let read = self
-            .running
-            .handle
-            .log(|| dirty.add_logged(domain, self.vcpus))?;
-        read.map_err(SaveError::from)?;
-        self.running.grants.take_log(dirty.words());
-        Ok(Rest {
-            memory: dirty,
-            disks: self.disks.take_log(),
-        })
-    }
-
-    /// Sends the rest of a VM that stands still, with its state.
-    fn finish<E: Into<SaveError>>(
-        mut self,
-        mut rest: Rest,
-        state: impl FnOnce(&crate::builder::Domain, u32) -> Result<State, E>,
-    ) -> Result<Link, SendError> {
-        tracing::debug!("its core has written itself down");
-        let domain = &self.running.domain;
-        // The core notes nothing any more, and could not be told so while it stands still.
-        std::mem::forget(self.logged);
-        let read = rest.memory.add_logged(domain, self.vcpus);
-        self.running.grants.take_log(rest.memory.words());
-        self.running.grants.log(false);
-        read.map_err(SaveError::from)?;
-        let blocks = [&rest.disks, &self.disks.take_log()];
-        for blocks in blocks {
-            self.disks.write(&mut self.writer, blocks)?;
-        }
-        let pages = memory::write_dirty(&mut self.writer, domain, &rest.memory)?;
-        let disks: u64 = blocks.iter().map(|blocks| blocks.pages()).sum();
-        self.out.note(|progress| progress.pages += pages + disks);
-        let state = state(domain, self.vcpus).map_err(Into::into)?;
-        let text = self.writer.text(Kind::State, &state);
-        text.map_err(SaveError::from)?;
-        let (to, _) = self.writer.finish().map_err(SaveError::from)?;
-        tracing::debug!("all of the VM is sent");
-        let to = to.into_inner();
-        let to = to.map_err(std::io::IntoInnerError::into_error)?;
-        Ok(to.link)
-    }
-}
-
-/// Does `work`, while the guest has `share` percent of its time.
-fn slowed<T>(handle: &Handle, share: u32, work: impl FnOnce() -> T) -> T {
-    if share >= 100 {
-        return work();
-    }
-    let done = AtomicBool::new(false);
-    std::thread::scope(|s| {
-        let slower = crate::thread::named("slower").spawn_scoped(s, || {
-            let runs = (SLICE * share / 100).max(RUNS);
-            let stands = runs * (100 - share) / share.max(1);
-            while !done.load(Ordering::Acquire) {
-                // Time is what is to pass.
-                if handle.paused(|| std::thread::sleep(stands)).is_none() {
-                    return;
-                }
-                std::thread::sleep(runs);
-            }
-        });
-        if let Err(error) = slower {
-            tracing::warn!(%error, "the guest is not slowed down");
-        }
-        let out = work();
-        done.store(true, Ordering::Release);
-        out
-    })
-}
-
-/// All was sent: the destination gets the VM, or it stays.
-fn hand_over(link: Link, out: &Outgoing) -> Result<(), SendError> {
+/// All was sent that comes before it: the destination gets the VM, or it stays. When it began to
+/// run there, if what is `kept` of its memory has followed it.
+fn hand_over(
+    link: Link,
+    out: &Outgoing,
+    kept: Option<&Kept<'_>>,
+) -> Result<Option<Instant>, SendError> {
     let mut source = Source::Copying;
-    source.sent();
+    source.sent(kept.map_or(Memory::Whole, |_| Memory::Apart));
     let mut link = Some(link);
     if out.is_cancelled() && source.cancels() {
         if let Some(link) = &mut link {
@@ -380,18 +255,23 @@ fn hand_over(link: Link, out: &Outgoing) -> Result<(), SendError> {
                 if !matches!(said, Some(Ok(()))) {
                     link = None;
                 }
+                if let Some(kept) = kept
+                    && source.serves()
+                {
+                    return kept.follow(source, link).map(Some);
+                }
             }
             SourceDoes::Ends => {
                 if let Some(link) = &mut link {
                     // Not heard, it is asked no more all the same.
                     let _ = Message::Known.write(link);
                 }
-                return Ok(());
+                return Ok(None);
             }
             SourceDoes::GoesOn | SourceDoes::Waits => {
                 return Err(lost.map_or(SendError::Refused, SendError::Link));
             }
-            SourceDoes::Asks => match out.doubt() {
+            SourceDoes::Asks => match out.doubt(Stage::Doubt) {
                 Answer::Claimed => return Err(SendError::Refused),
                 Answer::Link(mut new) => {
                     link = out.again().write(&mut new).is_ok().then_some(new);
@@ -453,7 +333,7 @@ mod tests {
                     first(self.answer());
                     second(self);
                 });
-                let moved = hand_over(self.link(), &self.out);
+                let moved = hand_over(self.link(), &self.out, None).map(drop);
                 self.out.note(|progress| progress.stage = Stage::Over);
                 moved
             })

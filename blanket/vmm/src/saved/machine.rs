@@ -34,6 +34,10 @@ pub struct Machine {
     pub devices: Vec<(String, u32)>,
     /// Number and size, bytes, of each of its disks.
     pub disks: Vec<(u32, u64)>,
+    /// Numbers of those whose content comes with it.
+    pub content: Vec<u32>,
+    /// Number of each of its disks that stands on content that is known, and that one's name.
+    pub bases: Vec<(u32, String)>,
     /// Number and MAC of each of its networks.
     pub macs: Vec<(u32, String)>,
     /// The CPU that it has found.
@@ -76,12 +80,22 @@ impl Machine {
             kernel: instance.booted(),
             devices: devices.numbers(),
             disks: devices.sizes(),
+            content: Vec::new(),
+            bases: devices.bases(),
             macs: devices.macs(),
             cpu: instance.cpu(),
             xcr0_mask: instance.xcr0_mask(),
             core: state::VERSION,
             boot: words(&domain.boot).map(named).into(),
             rings: [domain.store.0, domain.console.0],
+        }
+    }
+
+    /// The same, with the content of these disks.
+    pub(crate) fn with(self, content: &[u32]) -> Self {
+        Self {
+            content: content.to_vec(),
+            ..self
         }
     }
 
@@ -142,6 +156,7 @@ impl Machine {
                 ));
             }
         }
+        self.stands_on_the_same(instance, &self.content)?;
         if let Some(more) = there.iter().find(|it| !self.devices.contains(it)) {
             return impossible(format!("it had no {}; add it when it runs", named(more)));
         }
@@ -152,12 +167,37 @@ impl Machine {
     pub(crate) fn moves_to(&self, instance: &Instance) -> Result<(), ResumeError> {
         self.fits(instance)?;
         let macs = lock(&instance.devices).macs();
+        let numbers: Vec<u32> = self.disks.iter().map(|(number, _)| *number).collect();
+        self.stands_on_the_same(instance, &numbers)?;
         for (number, mac) in &self.macs {
             let here = macs.iter().find(|(here, _)| here == number);
             if let Some((_, here)) = here.filter(|(_, here)| here != mac) {
                 return Err(ResumeError::Impossible(format!(
                     "its network {number} has the MAC {mac}, and the one here {here}: give it \
                      mac={mac} (--net)"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether these disks stand here on what they stood on there: only the rest of them comes.
+    fn stands_on_the_same(&self, instance: &Instance, disks: &[u32]) -> Result<(), ResumeError> {
+        let bases = lock(&instance.devices).bases();
+        let base_of = |all: &[(u32, String)], number| {
+            let mut of_it = all.iter().filter(|(it, _)| *it == number);
+            of_it.next().map(|(_, base)| base.clone())
+        };
+        for number in disks {
+            let (there, here) = (base_of(&self.bases, *number), base_of(&bases, *number));
+            let named =
+                |base: Option<String>| base.unwrap_or_else(|| "nothing that is named".into());
+            if there != here {
+                return Err(ResumeError::Impossible(format!(
+                    "its disk {number} stands on {}, and the one here on {}: give both the same \
+                     base=, or none",
+                    named(there),
+                    named(here)
                 )));
             }
         }

@@ -2,6 +2,8 @@
 //! random, and by a fuzz target.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
 use std::sync::{Arc, OnceLock};
 
 use blanket_abi::device::Boot;
@@ -12,12 +14,14 @@ use blanket_snapshot::{Kind, PAGE, Writer};
 use blanket_xenstore::DomainSpec;
 use blanket_xenstore::testing::damaged;
 use serde_json::Value;
+use vm_memory::{Bytes as _, GuestAddress};
 
 use super::machine::words;
-use super::{Machine, State, read};
+use super::{Machine, State, Stored, read};
 use crate::builder::{self, Domain};
 use crate::cpu::Cpu;
 use crate::hypervisor::{self, Hypervisor as _, Isolation};
+use crate::migration::Dirty;
 use crate::testing::{Fake, Guest};
 use crate::xenstore::Xenstore;
 
@@ -55,6 +59,8 @@ pub(super) fn of_size(start: u64, most: u64, ram: u64) -> Machine {
         kernel: "6.1".into(),
         devices: vec![("vbd".into(), 0)],
         disks: vec![(0, 1 << 20)],
+        content: Vec::new(),
+        bases: vec![],
         macs: vec![],
         cpu: Cpu::default(),
         xcr0_mask: 7,
@@ -62,6 +68,12 @@ pub(super) fn of_size(start: u64, most: u64, ram: u64) -> Machine {
         boot: BTreeMap::from(words(&boot).map(named)),
         rings: [1, 2],
     }
+}
+
+/// A domain that is all zero.
+#[cfg(test)]
+pub(crate) fn domain() -> Domain {
+    sample().domain(false).expect("it fits")
 }
 
 /// A machine without vCPUs that run.
@@ -138,13 +150,54 @@ fn written(data: &mut &[u8]) -> Vec<u8> {
             let length = usize::from(how % 64).min(data.len());
             let (bytes, rest) = data.split_at(length);
             *data = rest;
-            let kind =
-                [Kind::Pages, Kind::Disk, Kind::State, Kind::End][usize::from(byte(data) % 4)];
+            let kind = [
+                Kind::Pages,
+                Kind::Disk,
+                Kind::State,
+                Kind::End,
+                Kind::Missing,
+            ][usize::from(byte(data) % 5)];
             writer.chunk(kind, bytes).expect("memory");
         }
     }
     writer.text(Kind::State, &state).expect("memory");
     writer.finish().expect("memory").0
+}
+
+/// A file without a name that has these bytes.
+pub(crate) fn unnamed(bytes: &[u8]) -> File {
+    let file = rustix::fs::memfd_create("saved", rustix::fs::MemfdFlags::CLOEXEC);
+    let mut file = File::from(file.expect("memory"));
+    file.write_all(bytes).expect("memory");
+    file
+}
+
+/// The same memory comes of a file whose pages stay in it until they are needed.
+fn stays(file: &[u8], whole: &Domain) {
+    let mut stored = Stored::new(unnamed(file));
+    let read = read(file, false, None, Some(&mut stored), |_| Ok(None));
+    let (domain, ..) = read.expect("it was read as a whole");
+    let missing = stored.lay_standing(&domain).expect("its frames");
+    let same = |page: u64| {
+        let content = |domain: &Domain| {
+            let mut bytes = [0; PAGE];
+            let at = GuestAddress(page * PAGE_SIZE);
+            domain.memory.read_slice(&mut bytes, at).expect("inside");
+            bytes
+        };
+        assert!(content(&domain) == content(whole), "page {page}");
+    };
+    for (page, _) in missing.runs(1) {
+        let run = stored.run_with(page).expect("as it was");
+        for (page, content) in run.pages().filter(|(page, _)| missing.has(*page)) {
+            let at = GuestAddress(page * PAGE_SIZE);
+            domain.memory.write_slice(content, at).expect("inside");
+        }
+    }
+    missing.runs(1).for_each(|(page, _)| same(page));
+    let mut standing = Dirty::none(&domain);
+    standing.add_standing(&domain);
+    standing.runs(1).for_each(|(page, _)| same(page));
 }
 
 /// A file: the bytes as they are, or a saved VM with other bytes in it, or one that is wrong and
@@ -167,7 +220,7 @@ pub fn saved(mut data: &[u8]) {
             }
             if file != whole {
                 assert!(
-                    read(&file[..], false, None, |_| Ok(())).is_err(),
+                    read(&file[..], false, None, None, |_| Ok(None)).is_err(),
                     "not noticed"
                 );
             }
@@ -175,9 +228,10 @@ pub fn saved(mut data: &[u8]) {
         }
         _ => written(&mut data),
     };
-    let Ok((domain, machine, state)) = read(&file[..], false, None, |_| Ok(())) else {
+    let Ok((domain, machine, state)) = read(&file[..], false, None, None, |_| Ok(None)) else {
         return;
     };
+    stays(&file, &domain);
     assert!(domain.frames <= MAX_FRAMES && (1..=MAX_VCPUS).contains(&machine.vcpus));
     assert!(
         domain.boot.state_base + state::frames(machine.vcpus, domain.boot.ram_frames)
@@ -203,7 +257,8 @@ pub fn saved(mut data: &[u8]) {
     let state = again();
     writer.text(Kind::State, &state).expect("memory");
     let file = writer.finish().expect("memory").0;
-    let (other, same, read) = read(&file[..], false, None, |_| Ok(())).expect("saved by us");
+    let (other, same, read) =
+        read(&file[..], false, None, None, |_| Ok(None)).expect("saved by us");
     assert_eq!((&same, &read), (&machine, &state));
     read.lay(&other, 0, AWAY).expect("it was laid before");
     read.backends(&other, &machine_of(&other))
@@ -218,7 +273,7 @@ mod tests {
     fn a_saved_vm_that_nobody_damaged() {
         let file = super::written(&mut &[][..]);
         let (domain, machine, state) =
-            super::read(&file[..], false, None, |_| Ok(())).expect("read");
+            super::read(&file[..], false, None, None, |_| Ok(None)).expect("read");
         assert_eq!(machine, super::sample());
         state.lay(&domain, 0, 1).expect("laid");
         state

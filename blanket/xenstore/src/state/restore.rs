@@ -1,6 +1,6 @@
 //! From a state to a store, if the state could have come from one.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::error::{OUTPUT_MOST, RestoreError, place};
 use super::transaction::restore_transaction;
@@ -47,6 +47,8 @@ impl Store {
             clients,
             next_client: state.next_client,
             quotas,
+            // Whoever waited is gone.
+            awaited: BTreeSet::new(),
         })
     }
 }

@@ -7,8 +7,9 @@
 //! `held-link PORT TO STEP` listens at 127.0.0.1:PORT and connects whoever comes with
 //! 127.0.0.1:TO. At STEP of the first connection it prints `HELD`, and waits for a line on its
 //! standard input: at `cut` both ends lose the connection; at anything else it goes on. Later
-//! connections are left alone. STEP is `copy` (in the middle of memory), or the word that is
-//! held and that the other side has not heard yet: `ready`, `go`, `runs` or `known`.
+//! connections are left alone. STEP is `copy` (in the middle of memory), `pull` (in the middle of
+//! what follows a VM that runs at the destination), or the word that is held and that the other
+//! side has not heard yet: `ready`, `go`, `runs` or `known`.
 //!
 //! The link is TLS, so words are told by their length: one word is one record, and no other
 //! record that comes after the VM has this length (RFC 8446, 5.2: content type and a tag of 16
@@ -31,14 +32,17 @@ const HEADER: usize = 5;
 const WORD: usize = 4 + 1 + 16;
 /// Application data, as all is after the greeting.
 const DATA: u8 = 23;
-/// Which of the destination's words says that it is ready: the first one is its verdict.
-const READY: u32 = 2;
+/// Which of the destination's words says that it is ready: its verdict is longer than a word.
+const READY: u32 = 1;
 /// Bytes of memory after which `copy` holds.
 const COPIED: usize = 1 << 20;
+/// Bytes after which `pull` does, once the destination has said that it runs.
+const PULLED: usize = 256 << 10;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Step {
     Copy,
+    Pull,
     /// The destination's word of this number.
     Destination(u32),
     /// The source's, counted from [`READY`] on.
@@ -81,6 +85,9 @@ impl Held {
         let step = match from {
             From::Destination if word => {
                 heard.destination += 1;
+                if heard.destination == READY + 1 {
+                    heard.bytes = 0;
+                }
                 Step::Destination(heard.destination)
             }
             From::Source if word && heard.destination >= READY => {
@@ -89,10 +96,11 @@ impl Held {
             }
             From::Source => {
                 heard.bytes += record.len();
-                if heard.bytes < COPIED {
-                    return false;
+                match heard.destination > READY {
+                    true if heard.bytes >= PULLED => Step::Pull,
+                    false if heard.bytes >= COPIED => Step::Copy,
+                    _ => return false,
                 }
-                Step::Copy
             }
             From::Destination => return false,
         };
@@ -158,6 +166,7 @@ fn connection(link: &Link, mut source: TcpStream, to: u16) -> io::Result<()> {
 fn step(name: &str) -> Option<Step> {
     Some(match name {
         "copy" => Step::Copy,
+        "pull" => Step::Pull,
         "ready" => Step::Destination(READY),
         "go" => Step::Source(1),
         "runs" => Step::Destination(READY + 1),
@@ -192,7 +201,9 @@ fn arguments(words: &[String]) -> Option<(u16, u16, Link)> {
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().collect();
     let Some((port, to, link)) = arguments(&words) else {
-        eprintln!("usage: held-link PORT TO (copy|ready|go|runs|known | slow MILLISECONDS BYTES)");
+        eprintln!(
+            "usage: held-link PORT TO (copy|pull|ready|go|runs|known | slow MILLISECONDS BYTES)"
+        );
         return ExitCode::from(2);
     };
     let listener = match TcpListener::bind(("127.0.0.1", port)) {

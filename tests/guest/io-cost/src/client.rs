@@ -18,6 +18,8 @@ pub struct Meter {
     pub address: SocketAddr,
     scale: f64,
     reps: usize,
+    /// What the names of rows begin with that are measured; all are if there is none.
+    only: Vec<String>,
     /// What asking twice costs by itself.
     empty: f64,
 }
@@ -47,7 +49,7 @@ impl fmt::Display for Row {
 
 impl Meter {
     /// Waits for the server.
-    pub fn new(address: Ipv4Addr, scale: f64, reps: usize) -> Result<Self> {
+    pub fn new(address: Ipv4Addr, scale: f64, reps: usize, only: &[String]) -> Result<Self> {
         let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
         let socket = UdpSocket::bind(any).map_err(failed("bind"))?;
         crate::server::make_room(&socket)?;
@@ -60,6 +62,7 @@ impl Meter {
             address,
             scale,
             reps: reps.max(1),
+            only: only.to_vec(),
             empty: 0.0,
         };
         let mut tries = 0;
@@ -104,8 +107,16 @@ impl Meter {
         ((count as f64 * self.scale) as u64).max(1)
     }
 
+    /// Whether any row of a device is wanted.
+    pub fn wants(&self, device: &str) -> bool {
+        let all = format!("{device}/");
+        let wanted = |only: &String| only.starts_with(&all) || all.starts_with(only);
+        self.only.is_empty() || self.only.iter().any(wanted)
+    }
+
     /// Measures `work`, which gets the number of the repetition, and of which the first
-    /// one does not count. `bytes` of it are in all operations together.
+    /// one does not count. `bytes` of it are in all operations together. Nothing if the row
+    /// is not wanted.
     pub fn row(
         &self,
         name: &str,
@@ -113,7 +124,11 @@ impl Meter {
         operations: u64,
         bytes: u64,
         mut work: impl FnMut(usize) -> Result<()>,
-    ) -> Result<Row> {
+    ) -> Result<Option<Row>> {
+        let full = format!("{name}/{what}");
+        if !self.only.is_empty() && !self.only.iter().any(|only| full.starts_with(only)) {
+            return Ok(None);
+        }
         let mut all = Vec::new();
         for rep in 0..=self.reps {
             let before = self.ask(DROP)?;
@@ -125,12 +140,12 @@ impl Meter {
         }
         all.sort_by(f64::total_cmp);
         let instructions = [all[all.len() / 2], all[0], all[all.len() - 1]];
-        Ok(Row {
+        Ok(Some(Row {
             name: name.into(),
             what,
             operations,
             bytes,
             instructions,
-        })
+        }))
     }
 }

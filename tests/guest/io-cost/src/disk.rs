@@ -41,6 +41,9 @@ fn places(rep: usize, count: u64) -> Vec<u64> {
 
 /// All rows of one device.
 pub fn rows(meter: &Meter, name: &str, path: &str, rows: &mut Vec<Row>) -> Result<()> {
+    if !meter.wants(name) {
+        return Ok(());
+    }
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -60,12 +63,12 @@ pub fn rows(meter: &Meter, name: &str, path: &str, rows: &mut Vec<Row>) -> Resul
 
     let count = meter.scaled(large).min(large);
     let bytes = count * LARGE as u64;
-    rows.push(meter.row(name, "read-128k", count, bytes, |_| {
+    rows.extend(meter.row(name, "read-128k", count, bytes, |_| {
         (0..count)
             .try_for_each(|n| file.read_exact_at(buffer, n * LARGE as u64))
             .map_err(failed("read"))
     })?);
-    rows.push(meter.row(name, "write-128k", count, bytes, |_| {
+    rows.extend(meter.row(name, "write-128k", count, bytes, |_| {
         (0..count)
             .try_for_each(|n| file.write_all_at(buffer, n * LARGE as u64))
             .map_err(failed("write"))?;
@@ -75,13 +78,13 @@ pub fn rows(meter: &Meter, name: &str, path: &str, rows: &mut Vec<Row>) -> Resul
     let buffer = &mut buffer[..SMALL];
     let count = meter.scaled(512);
     let bytes = count * SMALL as u64;
-    rows.push(meter.row(name, "read-4k", count, bytes, |rep| {
+    rows.extend(meter.row(name, "read-4k", count, bytes, |rep| {
         places(rep, count)
             .into_iter()
             .try_for_each(|at| file.read_exact_at(buffer, at))
             .map_err(failed("read"))
     })?);
-    rows.push(meter.row(name, "write-4k", count, bytes, |rep| {
+    rows.extend(meter.row(name, "write-4k", count, bytes, |rep| {
         places(rep, count)
             .into_iter()
             .try_for_each(|at| file.write_all_at(buffer, at))
@@ -90,7 +93,7 @@ pub fn rows(meter: &Meter, name: &str, path: &str, rows: &mut Vec<Row>) -> Resul
     })?);
     let flushed = meter.scaled(128);
     let bytes = flushed * SMALL as u64;
-    rows.push(meter.row(name, "write-4k-flush", flushed, bytes, |rep| {
+    rows.extend(meter.row(name, "write-4k-flush", flushed, bytes, |rep| {
         places(rep, flushed).into_iter().try_for_each(|at| {
             file.write_all_at(buffer, at).map_err(failed("write"))?;
             flush(&file)
@@ -101,10 +104,10 @@ pub fn rows(meter: &Meter, name: &str, path: &str, rows: &mut Vec<Row>) -> Resul
     let mut buffers: Vec<&mut [u8]> = pages.iter_mut().map(Pages::bytes).collect();
     let count = meter.scaled(1024);
     let bytes = count * SMALL as u64;
-    rows.push(meter.row(name, "read-4k-16", count, bytes, |rep| {
+    rows.extend(meter.row(name, "read-4k-16", count, bytes, |rep| {
         aio::transfer(&file, false, SMALL, &mut buffers, &places(rep, count))
     })?);
-    rows.push(meter.row(name, "write-4k-16", count, bytes, |rep| {
+    rows.extend(meter.row(name, "write-4k-16", count, bytes, |rep| {
         aio::transfer(&file, true, SMALL, &mut buffers, &places(rep, count))?;
         flush(&file)
     })?);

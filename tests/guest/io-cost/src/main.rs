@@ -22,8 +22,9 @@ use std::net::Ipv4Addr;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: io-cost serve\n\
-                     \x20      io-cost [--scale F] [--reps N] disk SERVER NAME DEVICE [NAME DEVICE]...\n\
-                     \x20      io-cost [--scale F] [--reps N] net SERVER NAME [tcp-receive, to leave it out]";
+                     \x20      io-cost [OPTION]... disk SERVER NAME DEVICE [NAME DEVICE]...\n\
+                     \x20      io-cost [OPTION]... net SERVER NAME [tcp-receive, to leave it out]\n\
+                     options: --scale F, --reps N, --only DEVICE[/ROW] (the beginning of it) as often as wanted";
 
 /// What goes wrong: in words.
 type Result<T> = std::result::Result<T, String>;
@@ -34,7 +35,7 @@ fn failed(what: &str) -> impl Fn(std::io::Error) -> String + '_ {
 }
 
 fn run() -> Result<()> {
-    let (mut scale, mut reps) = (1.0, 3);
+    let (mut scale, mut reps, mut only) = (1.0, 3, Vec::new());
     let mut words = Vec::new();
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -43,6 +44,7 @@ fn run() -> Result<()> {
         match arg.as_str() {
             "--scale" => scale = value()?.parse().map_err(|_| wrong(()))?,
             "--reps" => reps = value()?.parse().map_err(|_| wrong(()))?,
+            "--only" => only.push(value()?),
             _ => words.push(arg),
         }
     }
@@ -51,7 +53,7 @@ fn run() -> Result<()> {
         let address: Ipv4Addr = address
             .parse()
             .map_err(|_| format!("{address} is no address\n{USAGE}"))?;
-        client::Meter::new(address, scale, reps)
+        client::Meter::new(address, scale, reps, &only)
     };
     let mut rows = Vec::new();
     let done = match words[..] {

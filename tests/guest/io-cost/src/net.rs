@@ -26,21 +26,24 @@ fn open(meter: &Meter, what: u8, count: u64) -> Result<TcpStream> {
 
 /// All rows of one network; `without` may name the stream from the server.
 pub fn rows(meter: &Meter, name: &str, without: &[&str], rows: &mut Vec<Row>) -> Result<()> {
+    if !meter.wants(name) {
+        return Ok(());
+    }
     let bytes = meter.scaled(STREAM);
-    rows.push(meter.row(name, "tcp-send", 1, bytes, |_| {
+    rows.extend(meter.row(name, "tcp-send", 1, bytes, |_| {
         let mut stream = open(meter, SINK, bytes)?;
         give(&mut stream, bytes).map_err(failed("send"))?;
         take(&mut stream, 1).map_err(failed("receive"))
     })?);
     if !without.contains(&"tcp-receive") {
-        rows.push(meter.row(name, "tcp-receive", 1, bytes, |_| {
+        rows.extend(meter.row(name, "tcp-receive", 1, bytes, |_| {
             let mut stream = open(meter, SOURCE, bytes)?;
             take(&mut stream, bytes).map_err(failed("receive"))
         })?);
     }
 
     let count = meter.scaled(1000);
-    rows.push(meter.row(name, "tcp-round-trip", count, count, |_| {
+    rows.extend(meter.row(name, "tcp-round-trip", count, count, |_| {
         let mut stream = open(meter, RETURN, 0)?;
         let mut byte = [0];
         for _ in 0..count {
@@ -63,15 +66,15 @@ pub fn rows(meter: &Meter, name: &str, without: &[&str], rows: &mut Vec<Row>) ->
         Ok(())
     };
     let bytes = |count: u64| count * PACKET as u64;
-    rows.push(meter.row(name, "udp-round-trip", count, bytes(count), |_| {
+    rows.extend(meter.row(name, "udp-round-trip", count, bytes(count), |_| {
         (0..count).try_for_each(|_| exchange(0, 1))
     })?);
     let bursts = meter.scaled(64);
     let count = bursts * BURST;
-    rows.push(meter.row(name, "udp-send", count, bytes(count), |_| {
+    rows.extend(meter.row(name, "udp-send", count, bytes(count), |_| {
         (0..bursts).try_for_each(|_| exchange(BURST - 1, 1))
     })?);
-    rows.push(meter.row(name, "udp-receive", count, bytes(count), |_| {
+    rows.extend(meter.row(name, "udp-receive", count, bytes(count), |_| {
         (0..bursts).try_for_each(|_| exchange(0, BURST as u8))
     })?);
     Ok(())

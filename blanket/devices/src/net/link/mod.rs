@@ -72,6 +72,11 @@ pub trait Port: Send {
     /// thread is woken when [`Port::event`] is writable.
     fn flush(&mut self) -> bool;
 
+    /// Whether whoever is at the other end has taken all that was sent. One that does not tell has.
+    fn has_taken_all(&self) -> bool {
+        true
+    }
+
     /// Receives a packet into `parts`; what is longer is cut off. `None` if there is none
     /// now, or the link is down.
     fn receive(&mut self, parts: &[Buffer]) -> Option<Received>;

@@ -147,6 +147,11 @@ impl Port for Stream {
         false
     }
 
+    fn has_taken_all(&self) -> bool {
+        // A kernel that does not say is not asked for ever.
+        self.sent == self.outbox.len() && vectors::unread(self.fd.as_fd()).unwrap_or(0) == 0
+    }
+
     fn receive(&mut self, parts: &[Buffer]) -> Option<Received> {
         loop {
             match self.parse() {

@@ -103,6 +103,17 @@ pub(super) fn copy_out(parts: &[Buffer], mut skip: usize, into: &mut Vec<u8>) {
     }
 }
 
+/// What was sent to a socket of this host's and was not read yet, as the kernel counts it (Linux,
+/// `net/unix/af_unix.c`, `unix_outq_len()`): nought if all was.
+pub(super) fn unread(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+    let mut length: libc::c_int = 0;
+    // SAFETY: the kernel writes one number, into one that is borrowed until it returns.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut length) } {
+        0 => Ok(length),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Copies bytes into the parts, as far as they go.
 pub(super) fn copy_in(mut from: &[u8], parts: &[Buffer]) {
     for part in parts {

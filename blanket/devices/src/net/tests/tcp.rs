@@ -6,6 +6,7 @@ use crate::testing::{Got, NetQueue};
 
 use super::packets::{Build, checksum_is_right};
 
+const FIN: u8 = 1;
 const SYN: u8 = 2;
 const ACK: u8 = 0x10;
 const SYN_ACK: u8 = SYN | ACK;
@@ -112,6 +113,28 @@ impl<'a> Connection<'a> {
         }
     }
 
+    /// Ends it, waits until the other end has done so too, and says twice at once that it has seen
+    /// that. The packets' numbers.
+    pub fn end(mut self) -> Vec<u16> {
+        self.build.flags = FIN | ACK;
+        self.send(&[], None);
+        self.build.flags = ACK;
+        self.build.sequence = self.build.sequence.wrapping_add(1);
+        loop {
+            let (segment, _) = self.segment();
+            if segment.flags & FIN != 0 {
+                self.build.acknowledge = segment.sequence.wrapping_add(1);
+                break;
+            }
+        }
+        let packet = self.build.blank(&[]);
+        let mut ids = Vec::new();
+        for _ in 0..2 {
+            ids.extend(self.queue.put(&packet, tx_flag::CSUM_BLANK, None));
+        }
+        ids
+    }
+
     /// The next segment to this port; what else comes is passed over.
     fn segment(&mut self) -> (Segment, Vec<u8>) {
         loop {
@@ -131,7 +154,7 @@ impl<'a> Connection<'a> {
             let sequence = bytes[at..at + 4].try_into().expect("four bytes");
             let segment = Segment {
                 sequence: u32::from_be_bytes(sequence),
-                flags: bytes[found.start + 13] & SYN_ACK,
+                flags: bytes[found.start + 13] & (FIN | SYN_ACK),
                 payload: bytes[found.payload..found.end].to_vec(),
             };
             return (segment, bytes);

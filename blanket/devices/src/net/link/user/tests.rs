@@ -5,7 +5,7 @@ use super::*;
 use crate::net::protocol::{Gso, GsoKind, tx_flag};
 use crate::net::tests::Setup;
 use crate::net::tests::namespace::{ip, with_own_network};
-use crate::net::tests::packets::{Build, pattern};
+use crate::net::tests::packets::{Build, pattern, plain};
 use crate::net::tests::tcp::Connection;
 use crate::testing::{Features, Netfront};
 
@@ -196,6 +196,64 @@ fn one_that_somebody_else_started_serves_and_ends() {
         let mut fds = [PollFd::new(&process, PollFlags::IN)];
         poll(&mut fds, None).expect("it ends");
     });
+}
+
+/// Debian 12's passt counts wrongly if it finds both of the last packets of a stream in its socket,
+/// and does nothing else any more (`streams.rs`).
+#[test]
+fn the_end_of_a_stream_does_not_hang_it() {
+    with_a_host(|| {
+        let (_setup, mut front, process) = connect(forward(2222, 22));
+        let queue = &mut front.queues[0];
+        for _ in 0..2 {
+            let mut socket = TcpStream::connect("127.0.0.1:2222").expect("passt listens");
+            let mut connection = Connection::accept(queue, 22, &[]);
+            socket.write_all(&pattern(1000, 3)).expect("written");
+            connection.receive(1000);
+            let ends = std::thread::spawn(move || socket.read_to_end(&mut Vec::new()));
+            let ids = connection.end();
+            ends.join().expect("no panic").expect("it ends");
+            pidfd_send_signal(&process, Signal::STOP).expect("stopped");
+            queue.push();
+            // All that went into its socket at once is there.
+            assert_eq!(queue.answer(ids[0]), 0);
+            pidfd_send_signal(&process, Signal::CONT).expect("goes on");
+            assert_eq!(queue.answer(ids[1]), 0);
+        }
+        front.close();
+    });
+}
+
+/// Debian 12's passt does nothing else until a packet that has begun is there as a whole.
+#[test]
+fn the_rest_of_a_packet_follows_by_itself() {
+    // What Linux gives at least, which holds a part of each of them.
+    let (socket, peer) = sockets(0).expect("sockets");
+    let (said, _says) = std::io::pipe().expect("a pipe");
+    let user = User::adopt(Config::default(), socket, said.into()).expect("a thread");
+    let setup = Setup::new(Box::new(user), crate::net::Config::new(0, OURS), 1);
+    let mut front = Netfront::connect(&setup.guest, 0, Features::LINUX);
+    let peer = File::from(peer);
+    for seed in 1..=8 {
+        let packet = plain(60_000, seed);
+        let queue = &mut front.queues[0];
+        let ids = queue.send(&packet, 0, None);
+        // The guest has its pages back, and does not notify again.
+        assert_eq!(queue.answers(&ids), vec![0; ids.len()]);
+        let mut fds = [PollFd::new(&peer, PollFlags::IN)];
+        let mut arrived: Vec<u8> = Vec::new();
+        while arrived.len() < 4 + packet.len() {
+            let patience = Timespec::try_from(Duration::from_secs(20)).expect("a time");
+            let ready = poll(&mut fds, Some(&patience)).expect("polled");
+            assert_eq!(ready, 1, "{} bytes came", arrived.len());
+            fds[0].clear_revents();
+            let mut piece = vec![0; 1 << 17];
+            let count = (&peer).read(&mut piece).expect("bytes");
+            arrived.extend(&piece[..count]);
+        }
+        assert!(arrived[4..] == packet);
+    }
+    front.close();
 }
 
 #[test]

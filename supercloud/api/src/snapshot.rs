@@ -1,0 +1,87 @@
+//! VMs as they were at a moment.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{Bootfile, Disk, Image, NetPort, VmSpec};
+
+/// A VM as it was at a moment: its memory, its state, and what is in its disks. It is never changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// Its own name.
+    pub name: String,
+    /// The node that has it.
+    pub node: String,
+    /// The VM.
+    pub vm: String,
+    /// Its identity.
+    pub uuid: String,
+    /// What it was to be.
+    pub spec: VmSpec,
+    /// Its kernel.
+    pub kernel: Option<Bootfile>,
+    /// Its initrd.
+    pub initrd: Option<Bootfile>,
+    /// The disk that its guest's cloud-init reads.
+    pub seed: Option<Bootfile>,
+    /// Its disks, where it was.
+    pub disks: Vec<Disk>,
+    /// Its ports.
+    pub ports: Vec<NetPort>,
+    /// What `blanket save` has written, as an image.
+    pub saved: Image,
+    /// The images that it needs beside that.
+    pub images: Vec<Image>,
+    /// When it was taken, milliseconds since 1970.
+    pub taken_ms: u64,
+    /// How long the VM stood still for it, milliseconds.
+    pub stood_ms: u64,
+}
+
+impl Snapshot {
+    /// All files that it consists of.
+    pub fn files(&self) -> impl Iterator<Item = &Image> {
+        std::iter::once(&self.saved).chain(&self.images)
+    }
+}
+
+/// A snapshot is to be taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TakeSnapshot {
+    /// Its name; one is made of the VM's and the time if there is none.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// A VM is to go on from a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Restore {
+    /// As another VM, of this name, with an identity and addresses of its own; as the same one if
+    /// there is none.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+/// A copy of a VM is to be made, which goes on from the same moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CloneVm {
+    /// The copy's name.
+    pub name: String,
+}
+
+/// A snapshot is to be written to a file of the node, with all that it needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ExportTo {
+    /// Where; absolute, and nothing is there.
+    pub path: String,
+}
+
+/// A snapshot is to be read from a file of the node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImportFrom {
+    /// Where it is; absolute.
+    pub path: String,
+    /// Its name here; the one that it had if there is none.
+    #[serde(default)]
+    pub name: Option<String>,
+}

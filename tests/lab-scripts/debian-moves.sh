@@ -1,0 +1,94 @@
+# A whole Debian with PostgreSQL under pgbench moves between two instances, one with the module and one with KVM, MOVES times, with
+# an open ssh session, a client that is told of each row that is written, and another that hears a number after the other over
+# TCP. No row that was acknowledged is gone, no session breaks, no number is missing. It stands on the same image at both.
+bridged vm1
+
+MAC=02:00:00:00:77:50
+sed -i 's|addresses: .*|addresses: [10.77.0.50/24]|' network
+in_vm() { ssh $OPTIONS user@10.77.0.50 "$@"; }
+base=backing=/dev,base=debian
+blanket disk create --backing /dev/vdb --backing-format raw disk0.qcow2 || fail "no overlay"
+blanket run disk0.qcow2,$base --cmdline systemd.default_timeout_start_sec=1500 --name deb --memory 640M --cpus 2 \
+    --net tap=vm1,mac=$MAC --cloud-init user-data,network=network --console file:deb.log --detach >/dev/null || fail "deb does not start"
+login
+# Its seed has done its work, and does not move.
+seed=$(blanket disk list deb | awk '/cloud-init seed/ { print $1 }')
+blanket disk detach deb "$seed" || fail "its seed stays"
+PSQL='cd / && sudo -u postgres stdbuf -oL psql -Atq -v ON_ERROR_STOP=1'
+in_vm 'for n in $(seq 600); do pg_isready -q && exit; sleep 1; done; exit 1' || fail "no database"
+echo 'create table acknowledged (id serial primary key);' | in_vm "$PSQL" || fail "no table"
+in_vm 'cd / && sudo -u postgres pgbench -i -q -s 1 postgres' || fail "no tables for pgbench"
+in_vm 'cd / && sudo -u postgres sh -c "pgbench -c 2 -T 36000 -P 5 postgres >/tmp/pgbench.log 2>&1 &"'
+
+# ---- who is connected meanwhile ----
+in_vm 'n=0; while :; do n=$((n + 1)); echo SESSION $n; sleep 1; done' >session 2>session.log &
+session=$!
+yes 'insert into acknowledged default values returning id; select pg_sleep(0.2);' | in_vm "$PSQL" >ids 2>ids.log &
+client=$!
+in_vm 'python3 -c "
+import socket, time
+s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((\"\", 7000)); s.listen(1); c = s.accept()[0]
+n = 0
+while True:
+    n += 1; c.sendall(b\"NUMBER %d\n\" % n); time.sleep(0.1)
+"' 2>numbers.log &
+in_vm 'until ss -ltn | grep -q :7000; do sleep 1; done'
+tail -f /dev/null | nc 10.77.0.50 7000 >numbers &
+last() { sed -n "s/^$2 //p" $1 | tail -n 1; }
+goes_on() {
+    for what in 'session SESSION' 'numbers NUMBER' 'ids '; do
+        set -- $what
+        from=$(if [ $1 = ids ]; then grep -c . ids; else last $1 $2; fi)
+        tries=0
+        until [ "$(if [ $1 = ids ]; then grep -c . ids; else last $1 $2; fi)" -ge $((${from:-0} + 3)) ] 2>/dev/null; do
+            tries=$((tries + 1))
+            [ $tries -lt 600 ] || fail "$1 goes no further than ${from:-nothing}: $(cat $1.log)"
+            kill -0 $session 2>/dev/null || fail "the session has ended: $(cat session.log)"
+            sleep 0.2
+        done
+    done
+}
+goes_on
+clock() { in_vm 'read up _ </proc/uptime; echo $(date +%s.%N) $up'; }
+
+# ---- there and back ----
+# on NODE COMMAND
+on() { n=$1; shift; if [ $n = 1 ]; then eval "$*"; else other "$*"; fi; }
+here=1
+for move in $(seq ${MOVES:-10}); do
+    to=$((3 - here))
+    before=$(clock)
+    on $to "rm -f disk$move.qcow2 token; blanket disk create --backing /dev/vdb --backing-format raw disk$move.qcow2 >said 2>&1 &&
+        blanket run --incoming 10.77.0.$to:7100 --token-file token --name deb --memory 640M --cpus 2 \
+        --disk disk$move.qcow2,$base --net tap=vm1,mac=$MAC --console file:deb$move.log --detach >said 2>&1; cat said; cat token" >there
+    token=$(grep -E '^[0-9a-f]{64,}' there | tail -n 1)
+    [ -n "$token" ] || fail "it is not waited for: $(cat there)"
+    on $here "blanket migrate deb --to 10.77.0.$to:7100 --token $token --json" >moved 2>&1
+    grep -q '"stage": "moved"' moved || fail "move $move: $(cat moved)"
+    goes_on
+    after=$(clock)
+    echo "$before $after" | awk -v move=$move -v to=$to -v down="$(sed -n 's/.*"downtime_ms": \([0-9]*\).*/\1/p' moved)" \
+        -v bytes="$(sed -n 's/.*"bytes": \([0-9]*\).*/\1/p' moved)" '{
+        step = (($3 - $1) - ($4 - $2)) * 1000
+        printf "move %d, to %d: %d MiB, it stood still for %d ms; its clock against its uptime: %.1f ms\n", move, to, bytes / 1048576, down, step }'
+    here=$to
+done
+
+# ---- nothing is missing ----
+kill $client
+wait $client 2>/dev/null
+head -n "$(wc -l <ids)" ids | grep . >all
+wanted=$(tr '\n' ',' <all)
+gone=$(in_vm "$PSQL" <<Q
+select count(*) from unnest(array[${wanted%,}]) want(id) where not exists (select from acknowledged a where a.id = want.id);
+Q
+) || fail "no answer"
+[ "$gone" = 0 ] || fail "$gone acknowledged rows are gone"
+sed -n 's/^NUMBER //p' numbers | head -n -1 >heard
+seq "$(tail -n 1 heard)" | cmp - heard || fail "numbers are missing"
+sed -n 's/^SESSION //p' session | head -n -1 >heard
+seq "$(tail -n 1 heard)" | cmp - heard || fail "the session missed something"
+in_vm 'tail -n 2 /tmp/pgbench.log; ! grep -i error /tmp/pgbench.log' || fail "pgbench failed"
+echo "ok: $(wc -l <all) rows acknowledged and there, $(last numbers NUMBER) numbers, one session of $(last session SESSION) s"
+on $here 'blanket kill deb'
+echo DEBIAN-OK
