@@ -10,7 +10,7 @@ use crate::everywhere::Event;
 use crate::kernels::Flavour;
 use crate::qemu::Hardware;
 use crate::scripts::{
-    BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_MOVES, DEBIAN_POSTGRES, DEMO_NODES, DENSITY_4,
+    BALLOON, CONFINED, DEBIAN, DEBIAN_LOAD, DEBIAN_MOVES, DEBIAN_POSTGRES, DEMO_NODES, DENSITY_8,
     DENSITY_40, DISK_FULL, DISKS, HOST_CPUS, HOSTILE_DEVICES, HOSTILE_DEVICES_LONG, HOSTILE_MOVES,
     HOSTILE_SOAK, KEXEC_CRASH, KEXEC_NOW, KILL_VMM, KILL_VMM_LONG, LOCKED_DOWN, MEMORY_GROWS,
     MEMORY_SHORT, MEMORY_SHORT_INSTANCE, MERGED_10, MIGRATE, MIGRATE_BETWEEN, MIGRATE_FAILURES,
@@ -202,7 +202,7 @@ fn single() -> Vec<Case> {
             append: "module.sig_enforce=1 lockdown=confidentiality",
             ..hard_times("kvm-locked-down", 420, LOCKED_DOWN)
         }),
-        density("density", DENSITY_4, 600),
+        density("density", DENSITY_8, 600),
         long(density("density-40", DENSITY_40, 3600)),
         long(density("memory-merged-ten", MERGED_10, 1800)).expecting("MERGED guests=10"),
         long(hard_times("kexec", 420, KEXEC_NOW)),
