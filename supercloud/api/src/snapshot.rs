@@ -60,6 +60,10 @@ pub struct Restore {
     /// there is none.
     #[serde(default)]
     pub name: Option<String>,
+    /// It goes on before its memory is unpacked: what it touches comes from the file at once, the
+    /// rest in the background. Until all has come it can be neither saved nor moved.
+    #[serde(default)]
+    pub lazy: bool,
 }
 
 /// A copy of a VM is to be made, which goes on from the same moment.

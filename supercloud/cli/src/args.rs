@@ -248,6 +248,10 @@ pub enum VmCommand {
         /// VM that it was, which must be gone]
         #[arg(long)]
         name: Option<String>,
+        /// Let it go on before its memory is unpacked: what it touches comes from the snapshot at
+        /// once, the rest in the background. Until all has come it can be neither saved nor moved
+        #[arg(long)]
+        lazy: bool,
     },
     /// Make another VM that goes on from where a VM is, with an identity and addresses of its own
     Clone {

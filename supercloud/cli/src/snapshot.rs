@@ -30,15 +30,10 @@ pub async fn take(to: &To, vm: &str, name: Option<String>, json: bool) -> Result
 }
 
 /// `supercloud vm restore`.
-pub async fn restore(
-    to: &To,
-    snapshot: &str,
-    name: Option<String>,
-    json: bool,
-) -> Result<(), Error> {
+pub async fn restore(to: &To, snapshot: &str, wanted: &Restore, json: bool) -> Result<(), Error> {
     supercloud_api::name("a snapshot", snapshot)?;
     let path = format!("/v1/snapshots/{snapshot}/restore");
-    let vm: Vm = to.ask(Method::POST, &path, Some(&Restore { name })).await?;
+    let vm: Vm = to.ask(Method::POST, &path, Some(wanted)).await?;
     show(&vm, json, runs)
 }
 

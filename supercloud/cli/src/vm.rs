@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use hyper::Method;
 use serde_json::Value;
 use supercloud_api::{
-    Code, Error, Keep, Life, Migrate, Operation, OperationState, Place, Progress, Stop, Vm, VmSpec,
+    Code, Error, Keep, Life, Migrate, Operation, OperationState, Place, Progress, Restore, Stop,
+    Vm, VmSpec,
 };
 use supercloud_node::client;
 
@@ -74,8 +75,12 @@ pub async fn command(to: &To, command: VmCommand, json: bool) -> Result<ExitCode
             show(&gone, json, |_| format!("{name} was removed\n"))?;
         }
         VmCommand::Snapshot { name, called } => snapshot::take(to, &name, called, json).await?,
-        VmCommand::Restore { snapshot, name } => {
-            snapshot::restore(to, &snapshot, name, json).await?;
+        VmCommand::Restore {
+            snapshot,
+            name,
+            lazy,
+        } => {
+            snapshot::restore(to, &snapshot, &Restore { name, lazy }, json).await?;
         }
         VmCommand::Clone { name, other } => snapshot::copy(to, &name, other, json).await?,
         VmCommand::Export { snapshot, file } => {

@@ -151,6 +151,8 @@ pub struct Run {
     pub console: PathBuf,
     /// What it goes on from, instead of a boot.
     pub restore: Option<PathBuf>,
+    /// It goes on before its memory is unpacked.
+    pub lazy: bool,
 }
 
 /// How a VM is to move.
@@ -643,7 +645,10 @@ fn options(command: &mut Command, run: &Run) {
     command.args(["--name", &run.name, "--uuid", &run.uuid]);
     match &run.restore {
         // It has the memory and vCPUs that it had.
-        Some(saved) => command.arg("--restore").arg(saved),
+        Some(saved) => {
+            command.arg("--restore").arg(saved);
+            command.args(run.lazy.then_some("--lazy"))
+        }
         None => {
             let size = format!("{}K", run.memory.div_ceil(1024));
             command.args(["--memory", &size, "--cpus", &run.cpus.to_string()])

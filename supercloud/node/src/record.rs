@@ -98,6 +98,9 @@ pub struct Restoring {
     pub saved: String,
     /// As another VM, with addresses of its own.
     pub other: bool,
+    /// Before its memory is unpacked.
+    #[serde(default)]
+    pub lazy: bool,
 }
 
 impl VmRecord {

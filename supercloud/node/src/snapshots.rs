@@ -206,7 +206,7 @@ impl Agent {
                 return Err(Error::failed(format!("the image {} is gone", image.hash)));
             }
         }
-        let record = self.as_restored(name, &snapshot, other)?;
+        let record = self.as_restored(name, &snapshot, wanted)?;
         for port in &record.ports {
             self.networks.can_attach(port).await?;
         }
@@ -224,7 +224,13 @@ impl Agent {
         self.vm(name).await
     }
 
-    fn as_restored(&self, name: &str, snapshot: &Snapshot, other: bool) -> Result<VmRecord, Error> {
+    fn as_restored(
+        &self,
+        name: &str,
+        snapshot: &Snapshot,
+        wanted: &Restore,
+    ) -> Result<VmRecord, Error> {
+        let other = wanted.name.is_some();
         let port = |port: &NetPort| {
             let mac = if other { new_mac()? } else { port.mac.clone() };
             Ok(NetPort {
@@ -262,6 +268,7 @@ impl Agent {
             restore: Some(Restoring {
                 saved: snapshot.saved.hash.clone(),
                 other,
+                lazy: wanted.lazy,
             }),
         })
     }
@@ -295,6 +302,8 @@ impl Agent {
         let snapshot = self.take_snapshot(name, &take).await?;
         let restore = Restore {
             name: Some(wanted.name.clone()),
+            // Its file is written, and goes away, with it.
+            lazy: false,
         };
         let made = self.restore(&snapshot.name, &restore).await;
         self.remove_snapshot(&snapshot.name)?;

@@ -305,6 +305,7 @@ impl Agent {
             host: vm.spec.host.clone(),
             console: directory.join("console.log"),
             restore: vm.restore.as_ref().map(|it| self.image_path(&it.saved)),
+            lazy: vm.restore.as_ref().is_some_and(|it| it.lazy),
         })
     }
 
@@ -619,11 +620,12 @@ impl Agent {
         Ok(())
     }
 
-    /// A part of a VM's memory is lost with the node that it came from: what is left of it ends, and
-    /// its disks are as after a power failure.
+    /// A part of a VM's memory is lost with the node that it came from, or with the file that it was
+    /// restored from: what is left of it ends, and its disks are as after a power failure.
     pub(crate) async fn bereave(&self, vm: &VmRecord) -> Result<(), Error> {
         self.kill(vm).await?;
-        let trouble = "the node that it came from ended before all of its memory had followed it";
+        let trouble = "what it came from, a node or a snapshot's file, was gone before all of its \
+                       memory had come";
         self.store.change(|change| {
             let Some(mut present): Option<VmRecord> = change.get(VMS, &vm.name)? else {
                 return Ok(());
