@@ -253,6 +253,25 @@ async fn answers_are_as_the_document_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_cleared_away_is_not_prepared_afterwards() {
+    let lab = Lab::new();
+    let a = lab.first("a");
+    let b = lab.joined("b", &a);
+    a.run_vm(&lab, "web");
+    // Its source gave up before its request had come.
+    let path = "/v1/arrivals/late";
+    let cleared = ask(&b, Method::DELETE, path, None).await.expect("cleared");
+    assert_eq!(cleared["state"], "unknown");
+    let body = json!({ "operation": "late", "from": "a", "vm": a.vm("web"), "images": [] });
+    let late = ask(&b, Method::PUT, path, Some(&body)).await;
+    assert_eq!(late.expect_err("late").code, Code::Conflict);
+    assert!(b.vm("web").is_none_or(|vm| vm["node"] == "a"));
+    assert!(b.phase("web").is_none(), "nothing waits for it");
+    let again = ask(&b, Method::DELETE, path, None).await.expect("cleared");
+    assert_eq!(again["state"], "refused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_without_a_certificate_gets_anything() {
     let lab = Lab::new();
     let a = lab.first("a");

@@ -218,6 +218,36 @@ fn an_agent_dies_when_a_snapshot_is_taken_and_restored() {
 }
 
 #[test]
+fn an_agent_dies_when_a_copy_is_made() {
+    for (at, made) in [
+        ("snapshot.named", false),
+        ("clone.taken", false),
+        ("restore.recorded", true),
+    ] {
+        let lab = Lab::new();
+        let mut a = lab.first("a");
+        a.run_vm(&lab, "web");
+        a.kill();
+        a.start(&[], &[("SUPERCLOUD_FAIL_AT", at)]);
+        let _ = a.run(&["vm", "clone", "web", "--name", "copy"]);
+        until(&format!("{at}: it dies"), || a.has_died());
+        a.restart();
+        let listed = a.run(&["snapshot", "list", "--json"]).json();
+        assert_eq!(listed, serde_json::json!([]), "{at}: its snapshot goes");
+        until(&format!("{at}: it goes on, if it was noted"), || {
+            a.phase("copy").is_some() == made && a.vm("copy").is_some() == made
+        });
+        until(&format!("{at}: it is settled"), || {
+            a.vm("copy").is_none_or(|vm| vm["life"] == "running")
+        });
+        // Nothing needs the saved VM any more.
+        a.restart();
+        let images = std::fs::read_dir(a.data().join("images")).expect("there");
+        assert_eq!(images.count(), 1, "{at}: the base");
+    }
+}
+
+#[test]
 fn a_node_dies_when_it_joins() {
     for (at, first_dies) in [
         ("join.begun", false),

@@ -90,6 +90,14 @@ impl Agent {
             state: ArrivalState::Waiting,
         };
         self.store.change(|change| {
+            let now: Option<Coming> = change.get(ARRIVALS, operation)?;
+            if now.is_some_and(|now| now.state != ArrivalState::Waiting) {
+                return Err(Error::new(
+                    Code::Conflict,
+                    format!("the operation {operation} was ended meanwhile"),
+                    "begin another one",
+                ));
+            }
             change.put(ARRIVALS, operation, &waits)?;
             change.put(VMS, name, &record)
         })?;
@@ -269,12 +277,28 @@ impl Agent {
         self.arrival_alone(operation).await
     }
 
-    /// A VM does not come: what was prepared is cleared away, unless it runs here.
+    /// A VM does not come: what was prepared is cleared away, unless it runs here. What was not yet
+    /// will not be: the request for it may still be under way.
     ///
     /// # Errors
     /// The disk, `blanket`.
     pub async fn clear_arrival(&self, operation: &str) -> Result<Arrival, Error> {
-        let Some(coming): Option<Coming> = self.store.get(ARRIVALS, operation)? else {
+        supercloud_api::name("an operation", operation)?;
+        let coming = self.store.change(|change| {
+            let coming: Option<Coming> = change.get(ARRIVALS, operation)?;
+            if coming.is_none() {
+                let never = Coming {
+                    operation: operation.into(),
+                    from: String::new(),
+                    vm: String::new(),
+                    uuid: String::new(),
+                    state: ArrivalState::Refused,
+                };
+                change.put(ARRIVALS, operation, &never)?;
+            }
+            Ok(coming)
+        })?;
+        let Some(coming) = coming else {
             return Ok(said(operation, ArrivalState::Unknown));
         };
         let _alone = self.alone_with(&coming.vm).await;

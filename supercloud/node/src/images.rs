@@ -160,6 +160,12 @@ impl Agent {
                 tracing::warn!("{}: {error}", entry.path().display());
             }
         }
+        // What was fetched or written for something that was not to be.
+        let unnamed = known.iter().filter(|image| image.names.is_empty());
+        let unnamed: Vec<&str> = unnamed.map(|image| image.hash.as_str()).collect();
+        if let Err(error) = self.drop_unneeded(&unnamed) {
+            tracing::warn!("{error}");
+        }
         Ok(())
     }
 

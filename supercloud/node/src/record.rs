@@ -27,6 +27,8 @@ pub const ARRIVALS: Table<Coming> = Table::new("arrivals");
 pub const IMAGES: Table<Image> = Table::new("images");
 /// Snapshots, by their names.
 pub const SNAPSHOTS: Table<Snapshot> = Table::new("snapshots");
+/// Names of snapshots that are taken for a copy, and go away when that is made.
+pub const COPYING: Table<String> = Table::new("copying");
 /// Virtual networks: one record, [`OWN`].
 pub const NETS: Table<Nets> = Table::new("nets");
 /// Ports of VMs that were removed, whose addresses are to be given back, by their MACs.

@@ -15,7 +15,7 @@ use crate::archive;
 use crate::blanket::Phase;
 use crate::events::now_ms;
 use crate::fail;
-use crate::record::{IMAGES, Restoring, SNAPSHOTS, VMS, VmRecord};
+use crate::record::{COPYING, IMAGES, Restoring, SNAPSHOTS, VMS, VmRecord};
 use crate::vms::{STOP_SECONDS, is_here, new_mac, room, taken};
 
 impl Agent {
@@ -296,18 +296,40 @@ impl Agent {
         if let Ok(other) = self.find_vm(&wanted.name).await {
             return Err(taken(&wanted.name, &other.node));
         }
+        let passing = format!("clone-{}", Self::new_id()?);
+        self.store
+            .change(|change| change.put(COPYING, &passing, &passing))?;
+        let made = self.copied(name, &passing, &wanted.name).await;
+        self.clear_copy(&passing)?;
+        made
+    }
+
+    async fn copied(self: &Arc<Self>, name: &str, passing: &str, other: &str) -> Result<Vm, Error> {
         let take = TakeSnapshot {
-            name: Some(format!("clone-{}", Self::new_id()?)),
+            name: Some(passing.into()),
         };
-        let snapshot = self.take_snapshot(name, &take).await?;
+        self.take_snapshot(name, &take).await?;
+        fail::point("clone.taken");
         let restore = Restore {
-            name: Some(wanted.name.clone()),
-            // Its file is written, and goes away, with it.
+            name: Some(other.into()),
+            // Its file goes away with it.
             lazy: false,
         };
-        let made = self.restore(&snapshot.name, &restore).await;
-        self.remove_snapshot(&snapshot.name)?;
-        made
+        self.restore(passing, &restore).await
+    }
+
+    fn clear_copy(&self, passing: &str) -> Result<(), Error> {
+        self.remove_snapshot(passing)?;
+        self.store.change(|change| change.remove(COPYING, passing))
+    }
+
+    /// Removes the snapshots of copies that another agent had begun to make.
+    ///
+    /// # Errors
+    /// The disk.
+    pub(crate) fn clear_copying(&self) -> Result<(), Error> {
+        let all = self.store.all(COPYING)?;
+        all.iter().try_for_each(|passing| self.clear_copy(passing))
     }
 
     /// Writes a snapshot to a file, with all that it needs.

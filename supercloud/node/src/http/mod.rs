@@ -94,6 +94,7 @@ impl Running {
         let networks = Arc::new(Virtual::default());
         let agent = Agent::open(config.clone(), networks.clone()).await?;
         networks.of(&agent);
+        agent.clear_copying()?;
         agent.clear_strays()?;
         let moves = config.data.join("moves");
         std::fs::create_dir_all(&moves)
