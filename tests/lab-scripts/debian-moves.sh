@@ -30,11 +30,12 @@ import socket, time
 s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((\"\", 7000)); s.listen(1); c = s.accept()[0]
 n = 0
 while True:
-    n += 1; c.sendall(b\"NUMBER %d\n\" % n); time.sleep(0.1)
+    n += 1; c.sendall(b\"NUMBER %d %f %f\n\" % (n, time.time(), time.monotonic())); time.sleep(0.1)
 "' 2>numbers.log &
 in_vm 'until ss -ltn | grep -q :7000; do sleep 1; done'
-tail -f /dev/null | nc 10.77.0.50 7000 >numbers &
-last() { sed -n "s/^$2 //p" $1 | tail -n 1; }
+# Each with the time at which it was heard, and what the guest took it for.
+tail -f /dev/null | nc 10.77.0.50 7000 | while read -r line; do read -r up _ </proc/uptime; echo "$line $up"; done >numbers &
+last() { sed -n "s/^$2 \([0-9]*\).*/\1/p" $1 | tail -n 1; }
 goes_on() {
     for what in 'session SESSION' 'numbers NUMBER' 'ids '; do
         set -- $what
@@ -49,7 +50,14 @@ goes_on() {
     done
 }
 goes_on
-clock() { in_vm 'read up _ </proc/uptime; echo $(date +%s.%N) $up'; }
+# What the least delayed of the last numbers says of the guest's clock: how far it is behind this machine's, and its time of day
+# behind that; s. It waits until there are enough.
+clock() {
+    enough=$(($(last numbers NUMBER) + 25))
+    until [ "$(last numbers NUMBER)" -ge $enough ]; do sleep 0.2; done
+    grep '^NUMBER .* .* .* .' numbers | tail -n 25 | head -n 24 | awk '{ behind = $5 - $4; if (NR == 1 || behind < least) { least = behind; day = $3 - $4 } }
+        END { printf "%.6f %.6f\n", least, day }'
+}
 
 # ---- there and back ----
 # on NODE COMMAND
@@ -69,8 +77,8 @@ for move in $(seq ${MOVES:-10}); do
     after=$(clock)
     echo "$before $after" | awk -v move=$move -v to=$to -v down="$(sed -n 's/.*"downtime_ms": \([0-9]*\).*/\1/p' moved)" \
         -v bytes="$(sed -n 's/.*"bytes": \([0-9]*\).*/\1/p' moved)" '{
-        step = (($3 - $1) - ($4 - $2)) * 1000
-        printf "move %d, to %d: %d MiB, it stood still for %d ms; its clock against its uptime: %.1f ms\n", move, to, bytes / 1048576, down, step }'
+        printf "move %d, to %d: %d MiB, it stood still for %d ms; its clock stepped by %.1f ms, its time of day against that by %.3f ms\n",
+            move, to, bytes / 1048576, down, ($1 - $3) * 1000, ($4 - $2) * 1000 }'
     here=$to
 done
 
@@ -84,7 +92,7 @@ select count(*) from unnest(array[${wanted%,}]) want(id) where not exists (selec
 Q
 ) || fail "no answer"
 [ "$gone" = 0 ] || fail "$gone acknowledged rows are gone"
-sed -n 's/^NUMBER //p' numbers | head -n -1 >heard
+sed -n 's/^NUMBER \([0-9]*\).*/\1/p' numbers | head -n -1 >heard
 seq "$(tail -n 1 heard)" | cmp - heard || fail "numbers are missing"
 sed -n 's/^SESSION //p' session | head -n -1 >heard
 seq "$(tail -n 1 heard)" | cmp - heard || fail "the session missed something"

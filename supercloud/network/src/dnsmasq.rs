@@ -17,6 +17,9 @@ struct Files {
     config: PathBuf,
     hosts: PathBuf,
     leases: PathBuf,
+    /// What its process has read of the three, as far as we know: whoever writes them may be killed
+    /// before he has told it.
+    read: PathBuf,
     pid: PathBuf,
 }
 
@@ -27,10 +30,14 @@ impl Files {
             config: file("conf"),
             hosts: file("hosts"),
             leases: file("leases"),
+            read: file("read"),
             pid: file("pid"),
         }
     }
 }
+
+/// Between files that are written as one: a line that none of them has.
+const END: &str = "#\n";
 
 /// Makes each network on this node have its dnsmasq, and no other have one. What was done.
 pub async fn apply(dir: &Path, wanted: &Wanted) -> Result<Vec<String>, Error> {
@@ -44,23 +51,32 @@ pub async fn apply(dir: &Path, wanted: &Wanted) -> Result<Vec<String>, Error> {
     done.extend(keep_only(dir, &vnis).await?);
     for network in here {
         let files = Files::of(dir, &network.vni.to_string());
-        let text = config(wanted, network, &files);
-        let hosts = write_if_changed(&files.hosts, &hosts(network))?;
-        let leases = write_if_changed(&files.leases, &leases(network))?;
-        let changed = write_if_changed(&files.config, &text)?;
-        match running(&files) {
-            Some(pid) if !changed => {
-                if hosts || leases {
-                    signal(pid, rustix::process::Signal::HUP);
-                    done.push(format!("tell DHCP and names of {} its VMs", network.name));
-                }
+        let config = config(wanted, network, &files);
+        let (hosts, leases) = (hosts(network), leases(network));
+        let all = format!("{config}{END}{hosts}{END}{leases}");
+        let read = std::fs::read_to_string(&files.read).unwrap_or_default();
+        let same_config = read
+            .split_once(END)
+            .is_some_and(|(before, _)| before == config);
+        let running = running(&files);
+        if running.is_some() && read == all {
+            continue;
+        }
+        write(&files.hosts, &hosts)?;
+        write(&files.leases, &leases)?;
+        match running {
+            Some(pid) if same_config => {
+                signal(pid, rustix::process::Signal::HUP);
+                done.push(format!("tell DHCP and names of {} its VMs", network.name));
             }
             _ => {
+                write(&files.config, &config)?;
                 stop_process(&files).await;
                 start(&files).await?;
                 done.push(format!("start DHCP and names of {}", network.name));
             }
         }
+        write(&files.read, &all)?;
     }
     Ok(done)
 }
@@ -220,7 +236,14 @@ async fn stop_process(files: &Files) {
 
 async fn stop(files: &Files) -> Result<(), Error> {
     stop_process(files).await;
-    for path in [&files.pid, &files.hosts, &files.leases, &files.config] {
+    // The last one is by what it is known that there are any.
+    for path in [
+        &files.pid,
+        &files.read,
+        &files.hosts,
+        &files.leases,
+        &files.config,
+    ] {
         match std::fs::remove_file(path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 return Err(Error::File {
@@ -235,12 +258,9 @@ async fn stop(files: &Files) -> Result<(), Error> {
     Ok(())
 }
 
-/// Whether it was another one. It is there whole or not at all.
-fn write_if_changed(path: &Path, text: &str) -> Result<bool, Error> {
+/// It is there whole or not at all.
+fn write(path: &Path, text: &str) -> Result<(), Error> {
     use std::os::unix::fs::PermissionsExt as _;
-    if std::fs::read(path).is_ok_and(|old| old == text.as_bytes()) {
-        return Ok(false);
-    }
     let file = |source| Error::File {
         what: "write",
         path: path.into(),
@@ -250,6 +270,5 @@ fn write_if_changed(path: &Path, text: &str) -> Result<bool, Error> {
     std::fs::write(&fresh, text).map_err(file)?;
     // dnsmasq reads them as nobody.
     std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o644)).map_err(file)?;
-    std::fs::rename(&fresh, path).map_err(file)?;
-    Ok(true)
+    std::fs::rename(&fresh, path).map_err(file)
 }

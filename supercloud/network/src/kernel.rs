@@ -103,7 +103,8 @@ impl Kernel {
                 let index = self.index(name).await?;
                 let link = LinkUnspec::new_with_index(index).build();
                 self.ask(RouteNetlinkMessage::DelLink(link), 0).await?;
-                self.indices.remove(name);
+                // Others may have gone with it.
+                self.indices.clear();
                 Ok(())
             }
             Step::Create(name, kind, mac) => self.create(name, kind, *mac).await,

@@ -159,6 +159,7 @@ impl Agent {
         let known = self.store.get(TOKENS, &at)?;
         let known: Token = known.ok_or_else(|| refused("unknown here"))?;
         supercloud_api::name("a node", &asked.name)?;
+        self.is_outside_nets(&asked.address)?;
         let key = pki::key_of(&asked.request)?;
         let who = (asked.name.clone(), key);
         let certificate = identity.sign(&asked.name, &asked.request)?;

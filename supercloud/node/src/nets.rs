@@ -98,15 +98,50 @@ impl Agent {
         Ok(done)
     }
 
+    /// At which addresses members are.
+    async fn reached(&self) -> Result<HashMap<String, IpAddr>, Error> {
+        let mut reached = HashMap::new();
+        for member in self.members()?.members {
+            if let Some(ip) = ip_of(&member.address).await {
+                reached.insert(member.name, ip);
+            }
+        }
+        Ok(reached)
+    }
+
+    /// Whether a node may be at this address: none that a network has.
+    ///
+    /// # Errors
+    /// The disk.
+    pub(crate) fn is_outside_nets(&self, address: &str) -> Result<(), Error> {
+        let Ok(at) = address.parse::<SocketAddr>() else {
+            return Ok(());
+        };
+        let nets: Nets = self.store.get(NETS, OWN)?.unwrap_or_default();
+        list::covering(&nets, at.ip())?.map_or(Ok(()), |net| {
+            Err(Error::new(
+                Code::Conflict,
+                format!(
+                    "the virtual network {} has {}, and {} among it",
+                    net.name,
+                    net.subnet,
+                    at.ip()
+                ),
+                "give another address of the node by --advertise, or make that network anew elsewhere",
+            ))
+        })
+    }
+
     /// Has a network.
     ///
     /// # Errors
     /// There is another one, its addresses are taken, or the list cannot be reached.
     pub async fn put_net(&self, name: &str, wanted: &NewNet) -> Result<Net, Error> {
         let path = format!("/v1/nets/{name}");
+        let reached = self.reached().await?;
         let made = self
             .at_the_list(Method::PUT, &path, Some(wanted), |nets| {
-                list::make(nets, name, wanted)
+                list::make(nets, name, wanted, &reached)
             })
             .await?;
         self.catch_up().await;
@@ -273,12 +308,7 @@ impl Agent {
         // From here on alone, so that what is older is not done after what is newer.
         let mut fabric = self.nets.fabric.lock().await;
         let (nets, vms) = (self.nets()?, self.store.all(VMS)?);
-        let mut reached = HashMap::new();
-        for member in self.members()?.members {
-            if let Some(ip) = ip_of(&member.address).await {
-                reached.insert(member.name, ip);
-            }
-        }
+        let reached = self.reached().await?;
         // Also one that has just come: until the list says so, it is elsewhere by it.
         let coming = vms
             .iter()

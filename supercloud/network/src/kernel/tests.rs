@@ -214,6 +214,16 @@ fn dhcp_and_names_follow_the_records() {
         ));
         assert_eq!(dnsmasq::apply(path, &wanted).await.unwrap().len(), 1);
         assert!(dnsmasq::apply(path, &wanted).await.unwrap().is_empty());
+        // Written by one who was killed before he had told it.
+        let read = path.join("dnsmasq-5.read");
+        let text = std::fs::read_to_string(&read).unwrap();
+        std::fs::write(&read, text.replace(",late\n", ",early\n")).unwrap();
+        let done = dnsmasq::apply(path, &wanted).await.unwrap();
+        assert!(done.len() == 1 && done[0].starts_with("tell"), "{done:?}");
+        std::fs::write(&read, text.replace("quiet-dhcp", "log-dhcp")).unwrap();
+        let done = dnsmasq::apply(path, &wanted).await.unwrap();
+        assert!(done.len() == 1 && done[0].starts_with("start"), "{done:?}");
+        assert!(dnsmasq::apply(path, &wanted).await.unwrap().is_empty());
         let none = Wanted::new(node(1));
         assert_eq!(dnsmasq::apply(path, &none).await.unwrap().len(), 1);
         assert_eq!(std::fs::read_dir(path).unwrap().count(), 0);

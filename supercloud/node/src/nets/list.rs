@@ -23,8 +23,29 @@ fn no_net(name: &str) -> Error {
     )
 }
 
-/// Makes a network, or finds the same one.
-pub fn make(nets: &mut Nets, name: &str, wanted: &NewNet) -> Result<Net, Error> {
+/// A network that has this address among its own: who is there could not be reached through it.
+///
+/// # Errors
+/// The list is none.
+pub fn covering(nets: &Nets, ip: IpAddr) -> Result<Option<&Net>, Error> {
+    let IpAddr::V4(ip) = ip else {
+        return Ok(None);
+    };
+    for net in &nets.nets {
+        if network(net, &HashMap::new())?.subnet.contains(&ip) {
+            return Ok(Some(net));
+        }
+    }
+    Ok(None)
+}
+
+/// Makes a network, or finds the same one. It has no address that a node is `reached` at.
+pub fn make(
+    nets: &mut Nets,
+    name: &str,
+    wanted: &NewNet,
+    reached: &HashMap<String, IpAddr>,
+) -> Result<Net, Error> {
     if let Some(present) = nets.nets.iter().find(|net| net.name == name) {
         if wanted
             .subnet
@@ -64,7 +85,7 @@ pub fn make(nets: &mut Nets, name: &str, wanted: &NewNet) -> Result<Net, Error> 
             subnet,
             ports: Vec::new(),
         });
-        match check(&then) {
+        match check(&then).and_then(|()| apart(&then, reached)) {
             Ok(()) => {
                 let made = then.nets.last().cloned();
                 *nets = then;
@@ -74,6 +95,19 @@ pub fn make(nets: &mut Nets, name: &str, wanted: &NewNet) -> Result<Net, Error> 
         }
     }
     Err(last)
+}
+
+fn apart(nets: &Nets, reached: &HashMap<String, IpAddr>) -> Result<(), Error> {
+    for (node, &ip) in reached {
+        if let Some(net) = covering(nets, ip)? {
+            return Err(Error::new(
+                Code::BadRequest,
+                format!("{} has the address {ip} of the node {node}", net.subnet),
+                "choose another --subnet, apart from the network that the nodes are in",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Removes a network that has no VMs.

@@ -2,7 +2,7 @@ use super::*;
 
 fn net(nets: &mut Nets, name: &str, subnet: Option<&str>) -> Result<Net, Error> {
     let subnet = subnet.map(str::to_owned);
-    make(nets, name, &NewNet { subnet })
+    make(nets, name, &NewNet { subnet }, &reached())
 }
 
 fn vm(vm: &str, node: &str, moves: u64, publish: &[&str]) -> NewNetAddress {
@@ -72,6 +72,34 @@ fn networks_get_free_numbers_and_addresses() {
     release(&mut nets, "demo", DB);
     assert_eq!(remove(&mut nets, "demo"), Ok(()));
     assert_eq!(nets.nets.len(), 1);
+}
+
+#[test]
+fn a_network_has_no_address_of_a_node() {
+    let mut nets = Nets::default();
+    let at = |ip: [u8; 4]| HashMap::from([("a".to_owned(), IpAddr::from(ip))]);
+    let subnet = |text: &str| NewNet {
+        subnet: Some(text.into()),
+    };
+    let error = make(
+        &mut nets,
+        "demo",
+        &subnet("10.0.0.0/8"),
+        &at([10, 77, 0, 2]),
+    );
+    let error = error.expect_err("it has");
+    assert_eq!(error.code, Code::BadRequest);
+    assert!(error.message.contains("10.77.0.2 of the node a"), "{error}");
+    // What is chosen is chosen so.
+    let any = NewNet::default();
+    let made = make(&mut nets, "demo", &any, &at([10, 64, 1, 1])).expect("made");
+    assert_eq!(made.subnet, "10.65.0.0/16");
+    let covers = |ip: [u8; 4]| {
+        let found = covering(&nets, IpAddr::from(ip)).expect("a list");
+        found.map(|net| net.name.clone())
+    };
+    assert_eq!(covers([10, 65, 3, 4]).as_deref(), Some("demo"));
+    assert_eq!(covers([10, 66, 0, 1]), None);
 }
 
 #[test]
