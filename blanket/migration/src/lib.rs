@@ -5,11 +5,14 @@
 //! out with the VM, and [`link`] is the connection between them. What is sent is a saved
 //! VM (`blanket-snapshot`) of which pages come more than once.
 //!
+//! [`clock`] is how its guest's clock goes on although the hosts' clocks differ.
+//!
 //! Where the VM is given with a part of its memory, [`pull`] is how the rest follows.
 //!
 //! The protocol is described in `docs/migration.md` and checked by a model of every loss
 //! and crash (`tests/model.rs`), which runs the very functions of [`handover`].
 
+pub mod clock;
 pub mod handover;
 pub mod link;
 pub mod message;

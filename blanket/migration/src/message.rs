@@ -5,7 +5,7 @@
 //! if it does not ask: what the VM is made of, as a saved VM that ends there
 //! destination: a verdict
 //! if it moves: the VM, in which there are marks
-//! destination: "ALL HERE" at each mark
+//! destination: "ALL HERE"  its clock u64 at each mark
 //! afterwards words of four bytes both ways
 //! ```
 //!
@@ -14,7 +14,7 @@
 use std::io::{self, Read, Write};
 
 /// Version of this protocol.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 const MAGIC: &[u8; 8] = b"BLANKETM";
 
@@ -160,25 +160,28 @@ impl Verdict {
 /// takes the one for the other.
 const HERE: [u8; 8] = *b"ALL HERE";
 
-/// Says that all up to a mark is here.
+/// Says that all up to a mark is here, and that it is `now`: ns since 1970.
 ///
 /// # Errors
 /// The link's.
-pub fn acknowledge(mut to: impl Write) -> io::Result<()> {
-    to.write_all(&HERE)?;
+pub fn acknowledge(mut to: impl Write, now: u64) -> io::Result<()> {
+    let mut all = HERE.to_vec();
+    all.extend(now.to_le_bytes());
+    to.write_all(&all)?;
     to.flush()
 }
 
-/// Waits until the other side has all up to a mark.
+/// Waits until the other side has all up to a mark. Its clock when it said so, ns since 1970.
 ///
 /// # Errors
 /// The link's; something else.
-pub fn acknowledged(mut from: impl Read) -> io::Result<()> {
-    let mut word = [0; 8];
+pub fn acknowledged(mut from: impl Read) -> io::Result<u64> {
+    let (mut word, mut now) = ([0; 8], [0; 8]);
     from.read_exact(&mut word)?;
-    let heard = word == HERE;
     let bad = || io::Error::new(io::ErrorKind::InvalidData, "no answer to a mark");
-    heard.then_some(()).ok_or_else(bad)
+    (word == HERE).then_some(()).ok_or_else(bad)?;
+    from.read_exact(&mut now)?;
+    Ok(u64::from_le_bytes(now))
 }
 
 /// What a connection is for.
@@ -320,9 +323,9 @@ mod tests {
     #[test]
     fn marks_are_answered() {
         let mut bytes = Vec::new();
-        acknowledge(&mut bytes).expect("written");
-        assert!(acknowledged(&bytes[..]).is_ok());
-        assert!(acknowledged(&bytes[..7]).is_err());
+        acknowledge(&mut bytes, 77).expect("written");
+        assert_eq!(acknowledged(&bytes[..]).expect("an answer"), 77);
+        assert!(acknowledged(&bytes[..15]).is_err());
         bytes[0] = b'N';
         assert!(acknowledged(&bytes[..]).is_err());
     }

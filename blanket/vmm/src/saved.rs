@@ -127,7 +127,7 @@ pub struct Saved {
 }
 
 /// Nanoseconds since 1970; 0 before.
-fn now_ns() -> u64 {
+pub(crate) fn now_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| {
         u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
@@ -167,10 +167,13 @@ impl Instance {
                 running.bus.hold();
             },
             || {
+                // Just now its core wrote down what its clock said.
+                let stopped_at = now_ns();
                 let written = self.console.standing_still(|console| {
                     running.xenstore.standing_still(|store| {
                         sending.finish(rest, whole, |domain, vcpus| {
-                            State::read(domain, vcpus, store, console, self.target())
+                            let target = self.target();
+                            State::read(domain, vcpus, store, console, target, stopped_at)
                         })
                     })
                 });

@@ -19,7 +19,7 @@ use super::arrival::{Arrival, Pull};
 use super::disks::Images;
 use super::{NotGiven, ReceiveError, UserFaults};
 use crate::instance::{Error, Instance};
-use crate::saved::{self, Moving, ResumeError};
+use crate::saved::{self, Moving, ResumeError, now_ns};
 use crate::sync::lock;
 use crate::vm::Vm;
 
@@ -197,7 +197,7 @@ impl Instance {
         let received = images.and_then(|mut images| {
             let moving = Moving {
                 images: &mut images,
-                answers: &mut |link: &mut &mut Link| acknowledge(link),
+                answers: &mut |link: &mut &mut Link| acknowledge(link, now_ns()),
                 may_follow: incoming.whole().is_empty(),
                 missing: &mut missing,
             };

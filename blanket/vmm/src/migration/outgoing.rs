@@ -12,6 +12,10 @@ use blanket_migration::precopy::Wishes;
 use crate::entropy;
 use crate::sync::lock;
 
+/// Bytes in less than which no part of a VM comes, but a mark: its answer is a clock, and does not
+/// wait for the bandwidth.
+const TALK: usize = 1 << 10;
+
 /// How it is to be done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
@@ -309,6 +313,7 @@ impl Write for Paced<'_> {
         self.out.note(|progress| progress.bytes = sent);
         if let Some(most) = self.out.options.bandwidth
             && self.out.progress().stage == Stage::Copying
+            && count >= TALK
         {
             // For the clock to catch up: there is nothing to wait for.
             let nanos = u128::from(sent) * 1_000_000_000 / u128::from(most.max(1));

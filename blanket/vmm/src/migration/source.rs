@@ -4,6 +4,7 @@ use std::io::{BufWriter, Write as _};
 use std::sync::Arc;
 use std::time::Instant;
 
+use blanket_migration::clock::Ahead;
 use blanket_migration::handover::{Memory, Source, SourceDoes};
 use blanket_migration::link::{Link, Token};
 use blanket_migration::message::{Hello, Message, Purpose, Verdict, acknowledged};
@@ -17,7 +18,7 @@ use super::outgoing::{Answer, Moved, Outgoing, Paced, Stage};
 use super::sending::{Done, Sending};
 use crate::entropy;
 use crate::instance::Instance;
-use crate::saved::{Machine, SaveError, State};
+use crate::saved::{Machine, SaveError, State, now_ns};
 use crate::sync::lock;
 use crate::vm::{End, Then};
 
@@ -108,13 +109,22 @@ impl Instance {
         let moving = Moving::begin(&devices);
         let to = BufWriter::with_capacity(BUFFER, Paced::new(link, out));
         let mut sending = Sending::begin(&running, self.spec().vcpus, to, &machine, &moving)?;
+        let mut ahead = Ahead::default();
         let (rest, apart) = sending.rounds(
             wishes,
             |writer| {
                 // Else the round's pace would be that at which the network takes bytes in, and
                 // what lies there would have to come first when the VM stands still.
-                let to = writer.mark().map_err(SaveError::from)?;
-                acknowledged(&mut to.get_mut().link).map_err(SendError::from)
+                let mut settle = || -> Result<u64, SendError> {
+                    let to = writer.mark().map_err(SaveError::from)?;
+                    Ok(acknowledged(&mut to.get_mut().link)?)
+                };
+                settle()?;
+                // Once more, when nothing is under way that this would wait for.
+                let asked = now_ns();
+                let said = settle()?;
+                ahead.heard(asked, said, now_ns());
+                Ok::<_, SendError>(())
             },
             |round, share| {
                 out.note(|progress| {
@@ -126,6 +136,10 @@ impl Instance {
             },
         )?;
 
+        if let Some((ns, wrong)) = ahead.known() {
+            tracing::debug!(ns, wrong, "the destination's clock is ahead");
+        }
+
         let mut stood = Instant::now();
         let outcome = running.handle.standing_still_logged(
             || {
@@ -135,10 +149,13 @@ impl Instance {
                 running.bus.hold();
             },
             || {
+                // Just now its core wrote down what its clock said.
+                let stopped_at = ahead.there(now_ns());
                 let sent = self.console.standing_still(|console| {
                     running.xenstore.standing_still(|store| {
                         sending.finish(rest, apart, |domain, vcpus| {
-                            State::read(domain, vcpus, store, console, self.target())
+                            let target = self.target();
+                            State::read(domain, vcpus, store, console, target, stopped_at)
                         })
                     })
                 });

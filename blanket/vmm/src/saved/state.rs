@@ -39,7 +39,8 @@ pub struct State {
     console: [u32; 2],
     /// What its guest is asked to have, bytes.
     pub(super) target: u64,
-    /// When it was stopped, ns since 1970 by the clock of its host.
+    /// When it was stopped, ns since 1970 by the clock of its host, or by that of the one which is to
+    /// have it.
     stopped_at: u64,
 }
 
@@ -106,13 +107,15 @@ fn write_words(domain: &Domain, frame: u64, words: &[u64]) -> Result<(), GuestMe
 }
 
 impl State {
-    /// What the core has written down, and the store.
+    /// What the core has written down, and the store. `stopped_at`: when, ns since 1970, by the clock of
+    /// the host that is to have it.
     pub(crate) fn read(
         domain: &Domain,
         vcpus: u32,
         xenstore: xenstore::State,
         console: [u32; 2],
         target: u64,
+        stopped_at: u64,
     ) -> Result<Self, GuestMemoryError> {
         let vm = named(
             VmState::FIELDS,
@@ -155,7 +158,7 @@ impl State {
             xenstore,
             console,
             target,
-            stopped_at: now_ns(),
+            stopped_at,
         })
     }
 
@@ -181,7 +184,7 @@ impl State {
             .ok_or_else(|| ResumeError::Impossible("its state is not that of such a VM".into()))
     }
 
-    /// How long ago it was stopped, ns, by the clocks of both hosts.
+    /// How long ago it was stopped, ns: of a VM out of a file, by the clocks of both hosts.
     pub(crate) fn away(&self) -> u64 {
         now_ns().saturating_sub(self.stopped_at)
     }

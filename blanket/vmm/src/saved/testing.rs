@@ -101,7 +101,7 @@ fn texts() -> [Value; 2] {
         };
         let store = Xenstore::new(&domain, &spec, machine_of(&domain)).expect("a store");
         let state = store
-            .standing_still(|store| State::read(&domain, 1, store, [3, 4], machine.memory))
+            .standing_still(|store| State::read(&domain, 1, store, [3, 4], machine.memory, 0))
             .expect("memory");
         [
             serde_json::to_value(&machine).expect("plain data"),
@@ -249,7 +249,7 @@ pub fn saved(mut data: &[u8]) {
     };
     let again = || {
         store
-            .standing_still(|store| State::read(&domain, machine.vcpus, store, console, target))
+            .standing_still(|store| State::read(&domain, machine.vcpus, store, console, target, 0))
             .expect("memory")
     };
     let mut writer = Writer::new(Vec::new()).expect("memory");
