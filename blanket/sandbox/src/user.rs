@@ -53,7 +53,16 @@ pub struct Claim {
     /// The user.
     pub user: User,
     /// Held for its lock.
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for Claim {
+    /// Gives the lock back. A child that was forked and has not yet become another program has
+    /// a descriptor of the same open file, and would keep it.
+    fn drop(&mut self) {
+        // It goes with the last descriptor at the latest.
+        let _ = flock(&self.lock, FlockOperation::Unlock);
+    }
 }
 
 /// The first user that is free; `taken` says which are somebody's all the same.
@@ -93,7 +102,7 @@ pub fn claim(locks: &Path, user: User) -> Result<Claim, Error> {
         }
         // Whoever had it may have removed the file meanwhile: then this locks nothing.
         if is_at(&lock, &path).map_err(failed)? {
-            return Ok(Claim { user, _lock: lock });
+            return Ok(Claim { user, lock });
         }
     }
 }
