@@ -142,8 +142,8 @@ fn who_needs(change: &Change, hash: &str) -> Result<Option<(String, String)>, Er
 }
 
 impl Agent {
-    /// Removes what is left of files that an agent had not finished, or not noted, when it was killed.
-    /// Nobody makes any meanwhile.
+    /// Removes what is left of files that an agent had not finished, or not noted, when it was killed, and
+    /// images without a name that nothing needs. Nobody makes any meanwhile.
     ///
     /// # Errors
     /// The store.
