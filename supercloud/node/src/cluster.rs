@@ -159,7 +159,6 @@ impl Agent {
         let known = self.store.get(TOKENS, &at)?;
         let known: Token = known.ok_or_else(|| refused("unknown here"))?;
         supercloud_api::name("a node", &asked.name)?;
-        self.is_outside_nets(&asked.address)?;
         let key = pki::key_of(&asked.request)?;
         let who = (asked.name.clone(), key);
         let certificate = identity.sign(&asked.name, &asked.request)?;
@@ -187,6 +186,7 @@ impl Agent {
                         ),
                     ));
                 }
+                self.is_outside_nets(&asked.address)?;
                 token.left -= 1;
                 token.used.push(who);
                 change.put(TOKENS, &at, &token)?;
