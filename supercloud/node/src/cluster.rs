@@ -519,18 +519,20 @@ pub(crate) fn memory() -> (u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use supercloud_api::{Code, NewToken, Remove};
+    use std::path::Path;
+
+    use supercloud_api::{Code, Nets, NewNet, NewToken, Remove};
 
     use super::*;
     use crate::config::Config;
     use crate::networks::Given;
+    use crate::record::NETS;
 
-    #[tokio::test]
-    async fn who_was_removed_is_not_let_in_again() {
-        let directory = tempfile::tempdir().expect("a directory");
+    /// The first node, and a token that is good twice.
+    async fn first(directory: &Path) -> (Arc<Agent>, JoinToken) {
         let config = Config {
-            data: directory.path().join("data"),
-            run: directory.path().join("run"),
+            data: directory.join("data"),
+            run: directory.join("run"),
             listen: ([127, 0, 0, 1], 1).into(),
             advertise: None,
             name: Some("a".into()),
@@ -543,16 +545,60 @@ mod tests {
             seconds: 3600,
         };
         let token = agent.new_token(&wanted).expect("a token").token;
-        let token: JoinToken = token.parse().expect("one");
-        let asks = |name: &str, request: &str| {
-            agent.let_in(&JoinRequest {
-                version: VERSION,
-                secret: token.secret.clone(),
-                name: name.into(),
-                address: "127.0.0.1:2".into(),
-                request: request.into(),
-            })
+        (agent, token.parse().expect("one"))
+    }
+
+    fn asks(
+        agent: &Agent,
+        token: &JoinToken,
+        name: &str,
+        address: &str,
+        request: &str,
+    ) -> Result<JoinAnswer, Error> {
+        agent.let_in(&JoinRequest {
+            version: VERSION,
+            secret: token.secret.clone(),
+            name: name.into(),
+            address: address.into(),
+            request: request.into(),
+        })
+    }
+
+    #[tokio::test]
+    async fn no_node_has_an_address_of_a_network() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (agent, token) = first(directory.path()).await;
+        let asks = |address, request: &str| asks(&agent, &token, "b", address, request);
+        let (_, request) = pki::new_request("b").expect("a key");
+        let net = |subnet: &str| NewNet {
+            subnet: Some(subnet.into()),
         };
+        agent
+            .put_net("demo", &net("10.5.0.0/16"))
+            .await
+            .expect("made");
+        let error = asks("10.5.3.4:7700", &request).expect_err("demo has it");
+        assert_eq!(error.code, Code::Conflict);
+        asks("10.6.3.4:7700", &request).expect("its token is still good");
+        let other = agent.put_net("other", &net("10.6.0.0/16")).await;
+        assert_eq!(other.expect_err("b is there").code, Code::BadRequest);
+        // Its answer was lost, and its address is a network's by now: it is one all the same.
+        agent
+            .store
+            .change(|change| {
+                let mut nets: Nets = change.get(NETS, OWN)?.expect("a list");
+                nets.nets[0].subnet = "10.6.0.0/16".into();
+                change.put(NETS, OWN, &nets)
+            })
+            .expect("written");
+        asks("10.6.3.4:7700", &request).expect("the same once more");
+    }
+
+    #[tokio::test]
+    async fn who_was_removed_is_not_let_in_again() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (agent, token) = first(directory.path()).await;
+        let asks = |name, request: &str| asks(&agent, &token, name, "127.0.0.1:2", request);
         let (_, request) = pki::new_request("b").expect("a key");
         let first = asks("b", &request).expect("it joins");
         // Its answer was lost.
