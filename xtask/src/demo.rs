@@ -58,6 +58,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         .collect::<Result<_>>()?;
     let names: Vec<&str> = guests.iter().map(|guest| guest.release.as_str()).collect();
     steps.say(&format!("stock Debian kernels: {}", names.join(" and ")));
+    steps.say("building the core, the module and the commands, which takes minutes the first time");
     if args.here {
         with_module_here(project, &guests, &steps)?
     } else {

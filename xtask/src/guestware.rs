@@ -239,7 +239,7 @@ fn debian_programs(
     let dir = project.out_dir(what)?;
     let (root, mark) = (dir.join("root"), dir.join("whole"));
     if !mark.exists() {
-        eprintln!("test: fetching {what}");
+        eprintln!("tools: fetching {what}");
         let packages: Vec<String> = packages.iter().map(|name| (*name).to_owned()).collect();
         Apt::new(project)?.unpack(&packages, NEWEST, &dir, &root)?;
         fs::write(&mark, "")?;

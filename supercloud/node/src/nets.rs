@@ -63,6 +63,11 @@ impl Agent {
         Ok(nets)
     }
 
+    /// Whether the list is here that all others are copies of.
+    fn has_list(&self) -> bool {
+        self.own().identity.ca_key.is_some()
+    }
+
     /// Has the list changed: here if this node has the CA's key, else there. `work` is what `path` does.
     async fn at_the_list<T: DeserializeOwned>(
         &self,
@@ -71,7 +76,7 @@ impl Agent {
         body: Option<&(impl Serialize + Sync)>,
         work: impl FnOnce(&mut Nets) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        if self.own().identity.ca_key.is_none() {
+        if !self.has_list() {
             let members = self.members()?.members;
             let ca = members.into_iter().find(|member| member.has_ca);
             let ca = ca.ok_or_else(|| Error::failed("no node has the CA's key"))?;
@@ -138,7 +143,12 @@ impl Agent {
     /// There is another one, its addresses are taken, or the list cannot be reached.
     pub async fn put_net(&self, name: &str, wanted: &NewNet) -> Result<Net, Error> {
         let path = format!("/v1/nets/{name}");
-        let reached = self.reached().await?;
+        // Whoever has the list looks.
+        let reached = if self.has_list() {
+            self.reached().await?
+        } else {
+            HashMap::new()
+        };
         let made = self
             .at_the_list(Method::PUT, &path, Some(wanted), |nets| {
                 list::make(nets, name, wanted, &reached)
@@ -226,8 +236,7 @@ impl Agent {
 
     /// Takes a newer list.
     pub(crate) fn take_nets(&self, newer: &Nets) -> Result<(), Error> {
-        // Here is the list that all others are copies of.
-        if self.own().identity.ca_key.is_some() {
+        if self.has_list() {
             return Ok(());
         }
         let taken = self.store.change(|change| {
@@ -247,7 +256,7 @@ impl Agent {
 
     /// The list as its owner has it now; if he cannot be reached, the next beat brings it.
     async fn catch_up(&self) {
-        if self.own().identity.ca_key.is_some() {
+        if self.has_list() {
             return;
         }
         let asked = async {
