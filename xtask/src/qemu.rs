@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -302,7 +302,7 @@ enum Line {
     Piped,
     /// The user's terminal.
     Terminal,
-    /// Nobody listens.
+    /// Nobody listens; that the process has ended is seen at its standard output.
     Null,
 }
 
@@ -378,7 +378,7 @@ fn start(
     match line {
         Line::Piped => command.stdin(Stdio::null()).stdout(Stdio::piped()),
         Line::Terminal => command.stdin(Stdio::inherit()).stdout(Stdio::inherit()),
-        Line::Null => command.stdin(Stdio::null()).stdout(Stdio::null()),
+        Line::Null => command.stdin(Stdio::null()).stdout(Stdio::piped()),
     };
     let child = command
         .spawn()
@@ -441,7 +441,12 @@ pub fn run_in(
         &Line::Piped,
     )?;
     let output = running.child.stdout.take().context("QEMU has no output")?;
-    let mut reader = LineReader::new(output, &nonce);
+    let (mut reader, over) = LineReader::new(output, &nonce);
+    for companion in &mut companions {
+        let output = companion.child.stdout.take();
+        let output = output.context("QEMU has no output")?;
+        outcome::watch(output, companion.dir.clone(), over.clone());
+    }
     let end = reader.pump(deadline, sink)?;
     if matches!(end, End::Exit(_)) {
         // It powers off on its own; this gives its console log time to be whole.
@@ -503,51 +508,60 @@ fn nonce() -> Result<String> {
 /// Reads an instance's second serial line: the command's output, then a frame
 /// `<RS>LAB-EXIT <nonce> <code> <complaints>\n`.
 struct LineReader {
-    chunks: Receiver<Vec<u8>>,
+    heard: Receiver<Heard>,
     mark: Vec<u8>,
     held: Vec<u8>,
     complaints: u32,
 }
 
+/// What a [`LineReader`] hears of.
+enum Heard {
+    /// The instance wrote this.
+    Bytes(Vec<u8>),
+    /// Its emulator, or that of one of its companions, has ended.
+    Over,
+}
+
 impl LineReader {
-    fn new(mut output: impl Read + Send + 'static, nonce: &str) -> Self {
-        let (sender, chunks) = mpsc::channel();
+    /// It, and where to tell it that a companion is gone.
+    fn new(mut output: impl Read + Send + 'static, nonce: &str) -> (Self, Sender<Heard>) {
+        let (sender, heard) = mpsc::channel();
+        let over = sender.clone();
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(count @ 1..) = output.read(&mut buffer) {
-                if sender.send(buffer[..count].to_vec()).is_err() {
-                    break;
+                if sender.send(Heard::Bytes(buffer[..count].to_vec())).is_err() {
+                    return;
                 }
             }
+            let _ = sender.send(Heard::Over);
         });
-        let mark = format!("\x1eLAB-EXIT {nonce} ").into_bytes();
-        Self {
-            chunks,
-            mark,
+        let reader = Self {
+            heard,
+            mark: format!("\x1eLAB-EXIT {nonce} ").into_bytes(),
             held: Vec::new(),
             complaints: 0,
-        }
+        };
+        (reader, over)
     }
 
     fn pump(&mut self, deadline: Instant, sink: &mut dyn Write) -> Result<End> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.chunks.recv_timeout(left) {
-                Ok(chunk) => {
+            let end = match self.heard.recv_timeout(left) {
+                Ok(Heard::Bytes(chunk)) => {
                     self.held.extend_from_slice(&chunk);
                     if let Some(end) = self.take(sink)? {
                         return Ok(end);
                     }
+                    continue;
                 }
-                Err(end) => {
-                    sink.write_all(&self.held)?;
-                    sink.flush()?;
-                    return Ok(match end {
-                        RecvTimeoutError::Timeout => End::TimedOut,
-                        RecvTimeoutError::Disconnected => End::Died,
-                    });
-                }
-            }
+                Ok(Heard::Over) | Err(RecvTimeoutError::Disconnected) => End::Died,
+                Err(RecvTimeoutError::Timeout) => End::TimedOut,
+            };
+            sink.write_all(&self.held)?;
+            sink.flush()?;
+            return Ok(end);
         }
     }
 
@@ -585,11 +599,8 @@ impl LineReader {
     }
 
     fn wait_end(&self, deadline: Instant) {
-        while self
-            .chunks
-            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            .is_ok()
-        {}
+        let left = || deadline.saturating_duration_since(Instant::now());
+        while let Ok(Heard::Bytes(_)) = self.heard.recv_timeout(left()) {}
     }
 }
 
@@ -663,7 +674,9 @@ fn kvm_boots(project: &Project) -> Result<bool> {
     )?;
     let output = running.child.stdout.take().context("QEMU has no output")?;
     let deadline = Instant::now() + Duration::from_secs(10);
-    let end = LineReader::new(output, &nonce).pump(deadline, &mut std::io::sink())?;
+    let end = LineReader::new(output, &nonce)
+        .0
+        .pump(deadline, &mut std::io::sink())?;
     drop(running);
     let _ = fs::remove_dir_all(&dir);
     Ok(end == End::Exit(0))
@@ -675,7 +688,7 @@ mod tests {
 
     fn feed(chunks: &[&[u8]]) -> (End, Vec<u8>, u32) {
         let bytes: Vec<u8> = chunks.concat();
-        let mut reader = LineReader::new(std::io::Cursor::new(bytes), "abc");
+        let (mut reader, _over) = LineReader::new(std::io::Cursor::new(bytes), "abc");
         let mut sink = Vec::new();
         let end = reader
             .pump(Instant::now() + Duration::from_secs(5), &mut sink)
