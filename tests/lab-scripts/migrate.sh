@@ -94,6 +94,8 @@ identity() { blanket ps --json | grep -E '"(uuid|generation_id)"'; }
 whose=$(identity)
 
 # Who is not the destination, has not its token, or is of another size gets nothing.
+! blanket migrate vm --to 127.0.0.1:7100 --token 00 --streams 9 2>err || fail "nine streams"
+grep -q '1..=8' err || fail "no word about the streams: $(cat err)"
 ! blanket migrate vm --to 127.0.0.1:7100 --token 00 2>err || fail "no token"
 grep -q 'no token' err || fail "no word about the token: $(cat err)"
 waits other 1
@@ -134,7 +136,9 @@ for host in $HOSTS; do
     blanket migrate $now --to 127.0.0.1:7100 --token-file token --dry-run >said || fail "move $move: it cannot move"
     is "$now can move to 127.0.0.1:7100" "$(cat said)" "a dry run"
     before=$(last)
-    blanket migrate $now --to 127.0.0.1:7100 --token-file token --json >moved 2>err ||
+    # One, or two beside the first one.
+    streams=$((1 + move % 2))
+    blanket migrate $now --to 127.0.0.1:7100 --token-file token --streams $streams --json >moved 2>err ||
         fail "move $move: $(cat err); $(cat $next.log)"
     tr -d ' \n' <moved
     echo

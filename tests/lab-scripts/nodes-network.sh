@@ -57,7 +57,7 @@ counted() {
 }
 counted "before it moves"
 for to in b a; do
-    supercloud vm migrate web --to $to >moved 2>&1 || fail "web does not go to $to: $(cat moved)"
+    supercloud vm migrate web --to $to --streams 4 >moved 2>&1 || fail "web does not go to $to: $(cat moved)"
     tail -n 1 moved
     counted "on $to"
     until_true "the list has it elsewhere" "supercloud net list | grep -q 'web .* $to '"

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use blanket_vmm::console::Sink;
 use blanket_vmm::core_image;
+use blanket_vmm::migration::MOST_LANES;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::cloud_init::{self, CloudInit};
@@ -295,6 +296,9 @@ pub struct MigrateArgs {
     /// How much is sent in a second at most while it runs, such as 100M
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub bandwidth: Option<u64>,
+    /// Over how many connections at once, 1 to 8. Several help where a provider allows less to one
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_LANES)))]
+    pub streams: u8,
     /// Let it go on there before all of its memory is there, which follows: never; when it writes
     /// so fast that it would be slowed down to less than a quarter; or after the first round.
     /// If this process or its host ends before all has followed, the VM is lost

@@ -46,6 +46,8 @@ pub struct Migrate {
     rounds: u32,
     /// Bytes for each second.
     bandwidth: Option<u64>,
+    /// Connections that it is sent over beside the first one, over which it is asked for.
+    lanes: u8,
     /// Whether a part of its memory may follow it.
     post_copy: PostCopy,
 }
@@ -153,10 +155,11 @@ pub fn answer(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) 
 }
 
 fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Result<Migration> {
-    let [socket] = <[OwnedFd; 1]>::try_from(handed)
-        .map_err(|_| anyhow!("there is no connection to the destination"))?;
+    let mut sockets = handed.into_iter().map(TcpStream::from);
+    let socket = sockets.next();
+    let socket = socket.context("there is no connection to the destination")?;
     let token: Token = wanted.token.parse()?;
-    let link = || Link::to(TcpStream::from(socket), &token);
+    let link = || Link::to(socket, &token);
     if wanted.again {
         let out = instance.outgoing().context("no VM was sent from here")?;
         if !out.is_to(&token) {
@@ -190,6 +193,7 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
             post_copy: wanted.post_copy.wish(),
         },
         bandwidth: wanted.bandwidth,
+        lanes: wanted.lanes,
     };
     let out = Arc::new(Outgoing::new(options, &token)?);
     instance.begin_migration(Arc::clone(&out))?;
@@ -197,7 +201,8 @@ fn moved(instance: &Arc<Instance>, handed: Vec<OwnedFd>, wanted: &Migrate) -> Re
     let link = link().inspect_err(|_| out.give_up())?;
     // In a thread of its own: who asks may go away, and come back.
     let thread = blanket_vmm::thread::named("migration").spawn(move || {
-        if let Err(error) = instance.send_to(link, &sent) {
+        let more = sockets.map(|socket| Link::to(socket, &token));
+        if let Err(error) = instance.send_to(link, more, &sent) {
             tracing::warn!(%error, "the VM has not moved");
         }
     });
@@ -281,6 +286,11 @@ pub fn command(args: &MigrateArgs) -> Result<ExitCode> {
         max_downtime_ms: args.max_downtime,
         rounds: args.rounds,
         bandwidth: args.bandwidth,
+        // One that is only asked, or asked again, sends nothing.
+        lanes: match args.streams {
+            2.. if !again && !args.dry_run => args.streams,
+            _ => 0,
+        },
         post_copy: args.post_copy,
     };
     if args.dry_run {
@@ -378,7 +388,9 @@ fn ended(args: &MigrateArgs, token: &Token, error: anyhow::Error) -> anyhow::Err
 /// Connects, has the VM move, and shows how far it is meanwhile.
 fn asked(args: &MigrateArgs, wanted: &Migrate, show_it: bool) -> Result<Migration> {
     let name = &args.name;
-    let socket = connect(args.to.as_deref().unwrap_or_default())?;
+    let to = args.to.as_deref().unwrap_or_default();
+    let sockets = (0..=wanted.lanes).map(|_| connect(to));
+    let sockets = sockets.collect::<Result<Vec<_>>>()?;
     let cancelled = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&cancelled))?;
@@ -391,7 +403,8 @@ fn asked(args: &MigrateArgs, wanted: &Migrate, show_it: bool) -> Result<Migratio
                 ..*wanted
             });
             // Nobody hears it only if this thread's scope has ended.
-            let _ = said.send(ask_vm_with(name, &request, &[socket.as_fd()]));
+            let handed: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
+            let _ = said.send(ask_vm_with(name, &request, &handed));
         });
         let mut shown = Shown::new(args, show_it);
         loop {

@@ -2,8 +2,8 @@
 //!
 //! Three parts that know nothing of VMs: [`precopy`] decides when memory has been sent
 //! often enough, [`handover`] is the protocol by which exactly one of the two sides comes
-//! out with the VM, and [`link`] is the connection between them. What is sent is a saved
-//! VM (`blanket-snapshot`) of which pages come more than once.
+//! out with the VM, and [`link`] is the connection between them, or several ([`lanes`]). What
+//! is sent is a saved VM (`blanket-snapshot`) of which pages come more than once.
 //!
 //! [`clock`] is how its guest's clock goes on although the hosts' clocks differ.
 //!
@@ -14,6 +14,7 @@
 
 pub mod clock;
 pub mod handover;
+pub mod lanes;
 pub mod link;
 pub mod message;
 pub mod pages;

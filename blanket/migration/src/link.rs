@@ -11,7 +11,7 @@ use std::fmt;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,7 +26,7 @@ use rustls::{
 use sha2::{Digest as _, Sha256};
 
 /// How long one side waits for the other: longer than a destination takes to make a VM.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long it waits for a piece of the greeting: others may connect, too, and wait.
 const GREETING: Duration = Duration::from_secs(10);
@@ -195,6 +195,13 @@ impl Write for Link {
     }
 }
 
+impl AsFd for Link {
+    /// Readable when something has come, or the other end has hung up.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().socket.as_fd()
+    }
+}
+
 fn patient(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
     socket.set_read_timeout(Some(PATIENCE))?;
@@ -227,6 +234,14 @@ impl Link {
     /// The socket's.
     pub fn trusted(&self) -> io::Result<()> {
         self.0.get_ref().socket.set_read_timeout(Some(PATIENCE))
+    }
+
+    /// Hangs up, from any thread.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn cutter(&self) -> io::Result<Cutter> {
+        Ok(Cutter(self.0.get_ref().socket.try_clone()?))
     }
 
     fn over(connection: impl Into<Connection>, socket: TcpStream) -> io::Result<Self> {
@@ -380,7 +395,7 @@ impl fmt::Debug for Says {
     }
 }
 
-/// See [`Hears::cutter`].
+/// See [`Link::cutter`] and [`Hears::cutter`].
 #[derive(Debug)]
 pub struct Cutter(TcpStream);
 

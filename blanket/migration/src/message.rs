@@ -1,10 +1,10 @@
 //! What the two sides say to each other around the VM itself.
 //!
 //! ```text
-//! source: "BLANKETM"  version u32  purpose u32  id [u8; 16]  secret [u8; 32]
-//! if it does not ask: what the VM is made of, as a saved VM that ends there
+//! source: "BLANKETM"  version u32  purpose u32  lanes u32  id [u8; 16]  secret [u8; 32]
+//! if it moves or tries: what the VM is made of, as a saved VM that ends there
 //! destination: a verdict
-//! if it moves: the VM, in which there are marks
+//! if it moves: the VM, in which there are marks; over its lanes, if it has any
 //! destination: "ALL HERE"  its clock u64 at each mark
 //! afterwards words of four bytes both ways
 //! ```
@@ -13,8 +13,10 @@
 
 use std::io::{self, Read, Write};
 
+use crate::lanes;
+
 /// Version of this protocol.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 const MAGIC: &[u8; 8] = b"BLANKETM";
 
@@ -188,7 +190,11 @@ pub fn acknowledged(mut from: impl Read) -> io::Result<u64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// To bring a VM.
-    Moves,
+    Moves {
+        /// Over so many more connections ([`crate::lanes`]), which come once it fits; over this
+        /// one if 0.
+        lanes: u8,
+    },
     /// To ask what became of it, after it was sent.
     Asks,
     /// To learn whether it could come.
@@ -196,18 +202,37 @@ pub enum Purpose {
     /// To say that the process is gone that had the VM, and what was left of its memory: by
     /// whoever saw it end. A word is the answer.
     Mourns,
+    /// To be a lane of a VM that comes. There is no answer.
+    Joins {
+        /// Which, from 0.
+        lane: u8,
+    },
 }
 
 impl Purpose {
-    const ALL: [Self; 4] = [Self::Moves, Self::Asks, Self::Tries, Self::Mourns];
-
-    const fn number(self) -> u32 {
+    /// As it is written: what for, and how many lanes or which.
+    const fn numbers(self) -> (u32, u8) {
         match self {
-            Self::Moves => 0,
-            Self::Asks => 1,
-            Self::Tries => 2,
-            Self::Mourns => 3,
+            Self::Moves { lanes } => (0, lanes),
+            Self::Asks => (1, 0),
+            Self::Tries => (2, 0),
+            Self::Mourns => (3, 0),
+            Self::Joins { lane } => (4, lane),
         }
+    }
+
+    fn of(purpose: u32, lanes: u32) -> Option<Self> {
+        let lanes = u8::try_from(lanes).ok()?;
+        let known = match purpose {
+            0 if lanes <= lanes::MOST => Self::Moves { lanes },
+            1 => Self::Asks,
+            2 => Self::Tries,
+            3 => Self::Mourns,
+            4 if lanes < lanes::MOST => Self::Joins { lane: lanes },
+            _ => return None,
+        };
+        // What means nothing is zero.
+        (known.numbers().1 == lanes).then_some(known)
     }
 }
 
@@ -249,7 +274,9 @@ impl Hello {
     pub fn write(&self, mut to: impl Write) -> io::Result<()> {
         let mut all = MAGIC.to_vec();
         all.extend(VERSION.to_le_bytes());
-        all.extend(self.purpose.number().to_le_bytes());
+        let (purpose, lanes) = self.purpose.numbers();
+        all.extend(purpose.to_le_bytes());
+        all.extend(u32::from(lanes).to_le_bytes());
         all.extend(self.id);
         all.extend(self.secret);
         to.write_all(&all)?;
@@ -271,9 +298,10 @@ impl Hello {
         if version != VERSION {
             return Err(HelloError::Version(version));
         }
+        let mut lanes = [0; 4];
         from.read_exact(&mut purpose)?;
-        let purpose = u32::from_le_bytes(purpose);
-        let purpose = Purpose::ALL.into_iter().find(|it| it.number() == purpose);
+        from.read_exact(&mut lanes)?;
+        let purpose = Purpose::of(u32::from_le_bytes(purpose), u32::from_le_bytes(lanes));
         let purpose = purpose.ok_or(HelloError::Foreign)?;
         let (mut id, mut secret) = ([0; 16], [0; 32]);
         from.read_exact(&mut id)?;
@@ -298,7 +326,17 @@ mod tests {
             assert_eq!(Message::read(&bytes[..]).expect("a word"), message);
         }
         assert!(Message::read(&b"NONE"[..]).is_err());
-        for purpose in Purpose::ALL {
+        for purpose in [
+            Purpose::Moves { lanes: 0 },
+            Purpose::Moves { lanes: lanes::MOST },
+            Purpose::Asks,
+            Purpose::Tries,
+            Purpose::Mourns,
+            Purpose::Joins { lane: 0 },
+            Purpose::Joins {
+                lane: lanes::MOST - 1,
+            },
+        ] {
             let hello = Hello {
                 id: [7; 16],
                 secret: [9; 32],
@@ -307,8 +345,11 @@ mod tests {
             let mut bytes = Vec::new();
             hello.write(&mut bytes).expect("written");
             assert_eq!(Hello::read(&bytes[..]).expect("whole"), hello);
-            bytes[12] = 4;
-            assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Foreign)));
+            for (at, byte) in [(12, 5), (16, lanes::MOST + 1), (17, 1)] {
+                let mut bytes = bytes.clone();
+                bytes[at] = byte;
+                assert!(matches!(Hello::read(&bytes[..]), Err(HelloError::Foreign)));
+            }
             bytes[8] = 1;
             assert!(matches!(
                 Hello::read(&bytes[..]),

@@ -3,6 +3,7 @@
 
 use std::io::Read;
 
+use crate::lanes::{self, Gathered};
 use crate::message::{Hello, Message, Verdict, acknowledged};
 use crate::pages::Pages;
 use crate::pull::{Ask, MOST, Needed, Piece, Pulling, Serving};
@@ -88,6 +89,22 @@ fn pieces(mut data: impl Read) {
     assert_eq!(pulling.missing().count() + come.count(), kept.count());
 }
 
+/// What comes over lanes: the first byte says how many.
+fn lanes(data: &[u8]) {
+    let Some((count, data)) = data.split_first() else {
+        return;
+    };
+    let count = usize::from(count % lanes::MOST) + 1;
+    let each = data.len().div_ceil(count).max(1);
+    let lanes = data.chunks(each).map(<[u8]>::to_vec).collect();
+    let mut all = Vec::new();
+    let read = Gathered::of_bytes(lanes)
+        .expect("threads")
+        .read_to_end(&mut all);
+    // There is no end but a lost lane, and a segment has a length that is none of its bytes.
+    assert!(read.is_err() && (all.is_empty() || all.len() + 4 <= data.len()));
+}
+
 /// All that is said over a link, but the VM itself.
 ///
 /// # Panics
@@ -96,7 +113,7 @@ pub fn link(data: &[u8]) {
     let Some((how, mut data)) = data.split_first() else {
         return;
     };
-    match how % 6 {
+    match how % 7 {
         0 => {
             if let Ok(hello) = Hello::read(&mut data) {
                 again(&hello, |to| hello.write(to), |from| Hello::read(from));
@@ -115,6 +132,7 @@ pub fn link(data: &[u8]) {
         }
         3 => drop(acknowledged(&mut data)),
         4 => asks(data),
+        6 => lanes(data),
         _ => pieces(data),
     }
 }
@@ -173,8 +191,9 @@ mod tests {
         }
 
         #[test]
-        fn a_greeting(id in any::<[u8; 16]>(), secret in any::<[u8; 32]>(), at in 0usize..65, with in any::<u8>()) {
-            let hello = Hello { id, secret, purpose: Purpose::Moves };
+        fn a_greeting(id in any::<[u8; 16]>(), secret in any::<[u8; 32]>(), at in 0usize..69, with in any::<u8>()) {
+            let purpose = Purpose::Moves { lanes: with % 9 };
+            let hello = Hello { id, secret, purpose };
             let mut data = vec![0];
             hello.write(&mut data).expect("memory");
             if let Some(byte) = data.get_mut(at) {

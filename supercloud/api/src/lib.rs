@@ -25,7 +25,8 @@ pub use node::{
     NodeStatus, Remove, TokenText,
 };
 pub use operation::{
-    Drain, Kind, Migrate, Operation, OperationState, Part, PostCopy, Progress, Step, new_id,
+    Drain, Kind, MOST_STREAMS, Migrate, Operation, OperationState, Part, PostCopy, Progress, Step,
+    new_id,
 };
 pub use route::{Door, Method, ROUTES, Route};
 pub use snapshot::{CloneVm, ExportTo, ImportFrom, Restore, Snapshot, TakeSnapshot};

@@ -154,6 +154,9 @@ impl Operation {
     }
 }
 
+/// Most connections that a VM moves over at once.
+pub const MOST_STREAMS: u8 = 8;
+
 /// A VM is to move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Migrate {
@@ -168,6 +171,9 @@ pub struct Migrate {
     /// Bytes for each second, while it runs.
     #[serde(default)]
     pub bandwidth: Option<u64>,
+    /// Over how many connections at once, up to [`MOST_STREAMS`]; over one if it is not said.
+    #[serde(default)]
+    pub streams: Option<u8>,
     /// Whether a part of its memory may follow it.
     #[serde(default)]
     pub post_copy: PostCopy,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use supercloud_api::PostCopy;
+use supercloud_api::{MOST_STREAMS, PostCopy};
 
 use crate::add::Target;
 use crate::exit;
@@ -366,6 +366,9 @@ pub struct MigrateArgs {
     /// How much is sent in a second at most while it runs, such as 100M
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub bandwidth: Option<u64>,
+    /// Over how many connections at once, 1 to 8. Several help where a provider allows less to one
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MOST_STREAMS)))]
+    pub streams: Option<u8>,
     /// Let it go on there before all of its memory is there, which follows: never; auto, when it
     /// writes so fast that it would be slowed down to less than a quarter; or now, after the first
     /// round. If its process here or this node ends before all has followed, it is ended there

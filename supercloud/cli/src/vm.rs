@@ -315,6 +315,7 @@ async fn migrate(to: &To, args: &MigrateArgs, json: bool) -> Result<ExitCode, Er
             .max_downtime
             .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
         bandwidth: args.bandwidth,
+        streams: args.streams,
         post_copy: args.post_copy,
         dry_run: args.dry_run,
     };

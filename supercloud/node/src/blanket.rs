@@ -162,6 +162,8 @@ pub struct Wishes {
     pub max_downtime_ms: Option<u64>,
     /// Bytes for each second.
     pub bandwidth: Option<u64>,
+    /// Connections at once.
+    pub streams: Option<u8>,
     /// Only ask.
     pub dry_run: bool,
     /// Seconds to try to reach a destination that is lost when the VM changes hands.
@@ -389,6 +391,9 @@ impl Blanket {
         if let Some(bytes) = wishes.bandwidth {
             // `blanket` wants a unit.
             command.args(["--bandwidth", &format!("{}K", bytes.div_ceil(1024))]);
+        }
+        if let Some(streams) = wishes.streams {
+            command.args(["--streams", &streams.to_string()]);
         }
         command.args(["--post-copy", wishes.post_copy.word()]);
         if wishes.dry_run {

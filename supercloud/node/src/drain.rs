@@ -79,6 +79,7 @@ impl Agent {
             max_downtime_ms: None,
             post_copy: PostCopy::Never,
             bandwidth: None,
+            streams: None,
             dry_run: false,
             prepared: None,
             begun: true,
@@ -192,6 +193,7 @@ impl Agent {
                 max_downtime_ms: None,
                 post_copy: PostCopy::Never,
                 bandwidth: None,
+                streams: None,
                 dry_run: false,
             };
             let mut operation = match self.migrate(vm, &wanted).await {

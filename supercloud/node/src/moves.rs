@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use hyper::Method;
 use supercloud_api::{
-    Arrival, ArrivalState, Code, Error, Image, Kind, Life, Migrate, Operation, OperationState,
-    Place, Prepare, Prepared, Progress, Step,
+    Arrival, ArrivalState, Code, Error, Image, Kind, Life, MOST_STREAMS, Migrate, Operation,
+    OperationState, Place, Prepare, Prepared, Progress, Step,
 };
 use tokio::sync::Notify;
 
@@ -61,6 +61,15 @@ impl Agent {
                 "choose another identity, or none",
             ));
         }
+        if let Some(streams) = wanted.streams
+            && !(1..=MOST_STREAMS).contains(&streams)
+        {
+            return Err(Error::new(
+                Code::BadRequest,
+                format!("a VM does not move over {streams} connections"),
+                format!("say a number from 1 to {MOST_STREAMS}"),
+            ));
+        }
         let vm = self.record(name)?;
         is_here(&vm)?;
         let to = &wanted.to;
@@ -101,6 +110,7 @@ impl Agent {
             max_downtime_ms: wanted.max_downtime_ms,
             post_copy: wanted.post_copy,
             bandwidth: wanted.bandwidth,
+            streams: wanted.streams,
             dry_run: wanted.dry_run,
             prepared: None,
             begun: false,
@@ -477,6 +487,7 @@ impl Agent {
             max_downtime_ms: it.max_downtime_ms,
             post_copy: it.post_copy,
             bandwidth: it.bandwidth,
+            streams: it.streams,
             dry_run: it.dry_run,
             patience,
         };

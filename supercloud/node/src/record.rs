@@ -150,6 +150,9 @@ pub struct Move {
     pub max_downtime_ms: Option<u64>,
     /// Bytes for each second.
     pub bandwidth: Option<u64>,
+    /// Connections at once.
+    #[serde(default)]
+    pub streams: Option<u8>,
     /// Whether a part of its memory may follow it.
     #[serde(default)]
     pub post_copy: PostCopy,

@@ -10,7 +10,7 @@
 //! alone, and not for somebody who waits for him.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -26,7 +26,7 @@ use rustix::io::retry_on_intr;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::NotGiven;
-use super::destination::{Given, Incoming, event, is_readable};
+use super::destination::{Given, Incoming, borrowed, event, is_readable};
 use super::faults::{Holes, UserFaults};
 use crate::builder::GuestMemory;
 use crate::instance::{self, Instance};
@@ -158,11 +158,9 @@ impl Arrival {
     /// The life of the thread that hears of faults.
     fn serve(&self) -> io::Result<()> {
         loop {
-            // SAFETY: the descriptor is open as long as this.
-            let done = unsafe { BorrowedFd::borrow_raw(self.done.as_raw_fd()) };
             let mut wanted = [
                 PollFd::new(&self.holes, PollFlags::IN),
-                PollFd::from_borrowed_fd(done, PollFlags::IN),
+                PollFd::from_borrowed_fd(borrowed(&self.done), PollFlags::IN),
             ];
             retry_on_intr(|| poll(&mut wanted, None))?;
             if is_readable(&self.done, &wanted) {

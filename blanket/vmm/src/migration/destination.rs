@@ -1,7 +1,7 @@
 //! The side that gets the VM.
 
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::arrival::{Arrival, Pull};
 use super::disks::Images;
+use super::lanes::{Comes, lanes_of};
 use super::{NotGiven, ReceiveError, UserFaults};
 use crate::instance::{Error, Instance};
 use crate::saved::{self, Moving, ResumeError, now_ns};
@@ -50,18 +51,24 @@ pub(crate) struct Given {
 }
 
 /// Who comes next.
-enum Next {
+pub(super) enum Next {
     /// Somebody who has the token.
     Link(Link, Hello),
-    /// Nobody: the user knows that the VM is nowhere else.
-    Claimed,
+    /// Nobody: what else was waited for has come.
+    Other,
 }
 
 pub(super) fn event() -> std::io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-pub(super) fn is_readable(event: &EventFd, within: &[PollFd<'_>]) -> bool {
+/// An event, for whoever waits for it.
+pub(super) fn borrowed(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as the event, which is borrowed as long.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+pub(super) fn is_readable(event: &impl AsRawFd, within: &[PollFd<'_>]) -> bool {
     let fd = event.as_raw_fd();
     let mut of_it = within.iter().filter(|it| it.as_fd().as_raw_fd() == fd);
     of_it.any(|it| !it.revents().is_empty())
@@ -127,24 +134,26 @@ impl Incoming {
     }
 
     /// The next connection of somebody who has the token; none once `killed` is readable, or
-    /// `claimed`.
-    fn connection(&self, killed: &EventFd, claimed: Option<&EventFd>) -> Result<Next, Error> {
+    /// `other`.
+    pub(super) fn connection(
+        &self,
+        killed: &EventFd,
+        other: Option<BorrowedFd<'_>>,
+    ) -> Result<Next, Error> {
         let failed = |error: std::io::Error| ReceiveError::Hello(error.into());
         loop {
-            let mut wanted = vec![PollFd::new(&self.listener, PollFlags::IN)];
-            for event in [Some(killed), claimed].into_iter().flatten() {
-                // SAFETY: the descriptor is open as long as what it is borrowed from, which
-                // outlives this call.
-                let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-                wanted.push(PollFd::from_borrowed_fd(event, PollFlags::IN));
-            }
+            let mut wanted = vec![
+                PollFd::new(&self.listener, PollFlags::IN),
+                PollFd::from_borrowed_fd(borrowed(killed), PollFlags::IN),
+            ];
+            wanted.extend(other.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let polled = retry_on_intr(|| poll(&mut wanted, None));
             polled.map_err(|error| failed(error.into()))?;
             if is_readable(killed, &wanted) {
                 return Err(NotGiven::Killed.into());
             }
-            if claimed.is_some_and(|it| is_readable(it, &wanted)) {
-                return Ok(Next::Claimed);
+            if other.is_some_and(|it| is_readable(&it, &wanted)) {
+                return Ok(Next::Other);
             }
             let (socket, peer) = match self.listener.accept() {
                 Ok(accepted) => accepted,
@@ -182,7 +191,7 @@ impl Instance {
     /// It did not come, cannot be had here, or was kept; nothing is left running.
     pub fn receive_from(self: &Arc<Self>, incoming: Incoming) -> Result<Vm, Error> {
         let incoming = Arc::new(incoming);
-        let (mut link, hello) = self.first(&incoming)?;
+        let (link, hello) = self.first(&incoming)?;
         let given = Arc::new(Given::new(hello.id).map_err(Error::Identity)?);
         {
             let mut present = lock(&self.incoming);
@@ -191,19 +200,22 @@ impl Instance {
             }
             *present = Some(Arc::clone(&given));
         }
+        let lanes = lanes_of(&incoming, &self.killed, &link, &hello)?;
+        let mut comes = Comes { link, lanes };
         // Not held while it is received: devices are looked at then, too.
         let images = Images::of(&lock(&self.devices), |_| true);
         let mut missing = None;
         let received = images.and_then(|mut images| {
             let moving = Moving {
                 images: &mut images,
-                answers: &mut |link: &mut &mut Link| acknowledge(link, now_ns()),
+                answers: &mut |comes: &mut &mut Comes| acknowledge(&mut comes.link, now_ns()),
                 may_follow: incoming.whole().is_empty(),
                 missing: &mut missing,
             };
-            self.receive(&mut link, Some(moving), None)
+            self.receive(&mut comes, Some(moving), None)
         });
-        let mut link = Some(link);
+        // Its lanes end here: all that is left is said over the link.
+        let mut link = Some(comes.link);
         let mut arrival = None;
         let vm = received.map_err(Error::from).and_then(|received| {
             tracing::debug!("all that comes before the VM is here");
@@ -324,10 +336,15 @@ impl Instance {
             let Next::Link(mut link, hello) = incoming.connection(&self.killed, None)? else {
                 continue;
             };
-            if matches!(hello.purpose, Purpose::Asks | Purpose::Mourns) {
-                // Nothing was ever received here.
-                let _ = Message::Gone.write(&mut link);
-                continue;
+            match hello.purpose {
+                Purpose::Asks | Purpose::Mourns => {
+                    // Nothing was ever received here.
+                    let _ = Message::Gone.write(&mut link);
+                    continue;
+                }
+                // Of a VM that could not be had, or whose source has given up.
+                Purpose::Joins { .. } => continue,
+                Purpose::Moves { .. } | Purpose::Tries => {}
             }
             let offered = saved::offered(&mut link).inspect_err(|error| {
                 tracing::warn!("a connection is refused: {error}");
@@ -347,7 +364,7 @@ impl Instance {
                 Err(error) => Verdict::Unfit(error.to_string()),
             };
             let heard = verdict.write(&mut link);
-            if hello.purpose == Purpose::Moves {
+            if matches!(hello.purpose, Purpose::Moves { .. }) {
                 fits?;
                 if heard.is_ok() {
                     return Ok((link, hello));
@@ -461,7 +478,7 @@ impl Given {
         self.lost.store(true, Ordering::SeqCst);
         let waits = *lock(&self.state) == Destination::Waiting(Memory::Whole);
         loop {
-            let claimed = waits.then_some(&self.claimed);
+            let claimed = waits.then_some(borrowed(&self.claimed));
             let Next::Link(mut link, hello) = incoming.connection(killed, claimed)? else {
                 return Ok(None);
             };
@@ -489,18 +506,25 @@ impl Given {
                     _ => continue,
                 }
             }
-            tracing::warn!("another VM is refused: one is here already");
-            let _ = match hello.purpose {
-                Purpose::Mourns => Ok(()),
-                Purpose::Asks => Message::Gone.write(&mut link),
-                Purpose::Moves | Purpose::Tries => {
-                    // Heard to its end, or the answer may be lost.
-                    let _ = saved::offered(&mut link);
-                    Verdict::Unfit("another VM has come there already".into()).write(&mut link)
-                }
-            };
+            refuse(&mut link, &hello);
         }
     }
+}
+
+/// Answers somebody who has the token and comes while another VM is here, or coming.
+pub(super) fn refuse(link: &mut Link, hello: &Hello) {
+    tracing::warn!(purpose = ?hello.purpose, "a connection is refused: another VM has come");
+    // Not heard is as good as lost.
+    let _ = match hello.purpose {
+        // Who mourns has been answered, or means a VM that was never here.
+        Purpose::Mourns | Purpose::Joins { .. } => Ok(()),
+        Purpose::Asks => Message::Gone.write(link),
+        Purpose::Moves { .. } | Purpose::Tries => {
+            // Heard to its end, or the answer may be lost.
+            let _ = saved::offered(&mut *link);
+            Verdict::Unfit("another VM has come there already".into()).write(link)
+        }
+    };
 }
 
 /// Tells a source that asks again, having lost the answer, that the VM runs, until it has
@@ -526,7 +550,10 @@ fn answer_later(
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
     use std::net::TcpStream;
+
+    use blanket_migration::lanes::Gathered;
 
     use super::*;
 
@@ -555,19 +582,44 @@ mod tests {
                 .wait(whole, &self.incoming, &self.killed, &mut None)
         }
 
-        /// The source asks again.
-        fn asks(&self, id: Id) -> Link {
+        /// The source connects.
+        fn link(&self) -> Link {
             let at = self.incoming.listener.local_addr().expect("an address");
-            let token = self.incoming.token();
             let socket = TcpStream::connect(at).expect("connected");
-            let mut link = Link::to(socket, token).expect("the right one");
-            let hello = Hello {
+            Link::to(socket, self.incoming.token()).expect("the right one")
+        }
+
+        fn hello(&self, id: Id, purpose: Purpose) -> Hello {
+            Hello {
                 id,
-                secret: token.secret(),
-                purpose: Purpose::Asks,
-            };
+                secret: self.incoming.token().secret(),
+                purpose,
+            }
+        }
+
+        fn greets(&self, id: Id, purpose: Purpose) -> Link {
+            let mut link = self.link();
+            let hello = self.hello(id, purpose);
             hello.write(&mut link).expect("said");
             link
+        }
+
+        /// The source asks again.
+        fn asks(&self, id: Id) -> Link {
+            self.greets(id, Purpose::Asks)
+        }
+
+        /// Both ends of the link over which a VM comes.
+        fn first(&self) -> (Link, Link) {
+            std::thread::scope(|s| {
+                let there = s.spawn(|| self.incoming.answer());
+                (self.link(), there.join().expect("no panic"))
+            })
+        }
+
+        fn lanes(&self, link: &Link, lanes: u8) -> Result<Option<Gathered>, Error> {
+            let hello = self.hello([7; 16], Purpose::Moves { lanes });
+            lanes_of(&self.incoming, &self.killed, link, &hello)
         }
 
         fn hears(link: &mut Link, wanted: Message) {
@@ -579,6 +631,56 @@ mod tests {
                 std::thread::yield_now();
             }
         }
+    }
+
+    #[test]
+    fn lanes_are_those_of_the_vm_that_comes() {
+        let played = Played::new();
+        let (_source, link) = played.first();
+        assert!(played.lanes(&link, 0).expect("none").is_none());
+        let came = std::thread::scope(|s| {
+            let came = s.spawn(|| played.lanes(&link, 2));
+            let mut second = played.greets([7; 16], Purpose::Joins { lane: 1 });
+            let mut others = [
+                // Another VM's, one too many, and one that is there already.
+                played.greets([8; 16], Purpose::Joins { lane: 0 }),
+                played.greets([7; 16], Purpose::Joins { lane: 2 }),
+                played.greets([7; 16], Purpose::Joins { lane: 1 }),
+            ];
+            Played::hears(&mut played.asks([8; 16]), Message::Gone);
+            for other in &mut others {
+                let hung_up = other.read(&mut [0]);
+                assert!(!matches!(hung_up, Ok(1..)), "{hung_up:?}");
+            }
+            let mut first = played.greets([7; 16], Purpose::Joins { lane: 0 });
+            first.write_all(b"\x02\0\0\0in").expect("sent");
+            second.write_all(b"\x05\0\0\0 turn").expect("sent");
+            let mut come = [0; 7];
+            let mut lanes = came.join().expect("no panic").expect("two").expect("two");
+            lanes.read_exact(&mut come).expect("all");
+            come
+        });
+        assert_eq!(&came, b"in turn");
+    }
+
+    #[test]
+    fn lanes_are_not_waited_for_when_the_source_is_gone() {
+        let played = Played::new();
+        let (source, link) = played.first();
+        std::thread::scope(|s| {
+            let came = s.spawn(|| played.lanes(&link, 2));
+            let _one = played.greets([7; 16], Purpose::Joins { lane: 1 });
+            drop(source);
+            let lost = came.join().expect("no panic");
+            assert!(
+                matches!(lost, Err(Error::Receive(ReceiveError::Hello(_)))),
+                "{lost:?}"
+            );
+        });
+        let (_source, link) = played.first();
+        played.killed.write(1).expect("an event");
+        let killed = played.lanes(&link, 2);
+        assert!(matches!(killed, Err(Error::NotGiven(NotGiven::Killed))));
     }
 
     #[test]

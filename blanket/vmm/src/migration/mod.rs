@@ -12,6 +12,7 @@ mod dirty;
 mod disks;
 mod faults;
 mod kept;
+mod lanes;
 mod outgoing;
 mod sending;
 mod source;
@@ -27,7 +28,8 @@ use crate::vm::StillError;
 
 pub(crate) use arrival::Arrival;
 pub use arrival::Pull;
-pub use blanket_migration::link::{Link, Token};
+pub use blanket_migration::lanes::MOST as MOST_LANES;
+pub use blanket_migration::link::{self, Link, Token};
 pub use blanket_migration::message::Message;
 pub use blanket_migration::precopy::{PostCopy, Wishes};
 pub(crate) use destination::Given;
@@ -68,6 +70,12 @@ pub enum SendError {
     /// The link.
     #[error("the link broke: {0}")]
     Link(#[from] std::io::Error),
+    /// One of the connections that it was to be sent over.
+    #[error("no connection more to the destination: {0}")]
+    Lane(link::Error),
+    /// The caller's.
+    #[error("there are {0} connections more to the destination where there must be {1}")]
+    Lanes(usize, u8),
     /// The destination cannot have it.
     #[error("the destination cannot have it: {0}")]
     Unfit(String),

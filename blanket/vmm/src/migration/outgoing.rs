@@ -5,6 +5,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use blanket_migration::handover::Source;
+use blanket_migration::lanes::{self, Spread};
 use blanket_migration::link::{Link, Token};
 use blanket_migration::message::{Hello, Purpose};
 use blanket_migration::precopy::Wishes;
@@ -23,6 +24,8 @@ pub struct Options {
     pub wishes: Wishes,
     /// Bytes for each second, while the VM runs.
     pub bandwidth: Option<u64>,
+    /// Connections that it is sent over, beside the first one.
+    pub lanes: u8,
 }
 
 /// What it is at.
@@ -120,7 +123,9 @@ impl Outgoing {
             hello: Hello {
                 id: entropy::bytes()?,
                 secret: token.secret(),
-                purpose: Purpose::Moves,
+                purpose: Purpose::Moves {
+                    lanes: options.lanes,
+                },
             },
             state: Mutex::new(State {
                 progress,
@@ -135,6 +140,14 @@ impl Outgoing {
     #[must_use]
     pub fn is_to(&self, token: &Token) -> bool {
         token.is_secret(&self.hello.secret)
+    }
+
+    /// How the connections begin that are its lanes.
+    pub(super) fn joins(&self) -> impl Iterator<Item = Hello> + '_ {
+        (0..self.options.lanes).map(|lane| Hello {
+            purpose: Purpose::Joins { lane },
+            ..self.hello
+        })
     }
 
     /// How a connection begins over which the destination is asked once more.
@@ -277,7 +290,9 @@ impl Outgoing {
 /// Writes no faster than it may, and not at all once it was cancelled or an error came: who
 /// gathers what is written would wait for a link that is lost once more for the rest.
 pub(super) struct Paced<'a> {
+    /// Where the other side's answers come from, and what is written goes to if there are no lanes.
     pub(super) link: Link,
+    lanes: Option<Spread>,
     out: &'a Outgoing,
     begun: Instant,
     sent: u64,
@@ -285,14 +300,21 @@ pub(super) struct Paced<'a> {
 }
 
 impl<'a> Paced<'a> {
-    pub(super) fn new(link: Link, out: &'a Outgoing) -> Self {
+    pub(super) fn new(link: Link, lanes: Option<Spread>, out: &'a Outgoing) -> Self {
         Self {
             link,
+            lanes,
             out,
             begun: Instant::now(),
             sent: 0,
             broken: false,
         }
+    }
+
+    /// All is written: what the rest is said over, and what is to be kept until the other side has it.
+    pub(super) fn finish(self) -> io::Result<(Link, Option<lanes::Sent>)> {
+        let sent = self.lanes.map(Spread::finish).transpose()?;
+        Ok((self.link, sent))
     }
 
     fn unbroken<T>(&mut self, done: io::Result<T>) -> io::Result<T> {
@@ -306,7 +328,10 @@ impl Write for Paced<'_> {
         if self.broken || self.out.is_cancelled() {
             return Err(io::Error::other("it is not sent any more"));
         }
-        let written = self.link.write(from);
+        let written = match &mut self.lanes {
+            Some(lanes) => lanes.write(from),
+            None => self.link.write(from),
+        };
         let count = self.unbroken(written)?;
         self.sent += count as u64;
         let sent = self.sent;
@@ -329,7 +354,10 @@ impl Write for Paced<'_> {
         if self.broken {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        let flushed = self.link.flush();
+        let flushed = match &mut self.lanes {
+            Some(lanes) => lanes.flush(),
+            None => self.link.flush(),
+        };
         self.unbroken(flushed)
     }
 }

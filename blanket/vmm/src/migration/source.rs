@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use blanket_migration::clock::Ahead;
 use blanket_migration::handover::{Memory, Source, SourceDoes};
-use blanket_migration::link::{Link, Token};
+use blanket_migration::lanes::Spread;
+use blanket_migration::link::{self, Link, Token};
 use blanket_migration::message::{Hello, Message, Purpose, Verdict, acknowledged};
 use blanket_migration::precopy::PostCopy;
 use blanket_snapshot::{Kind, Writer};
@@ -50,12 +51,20 @@ impl Instance {
 
     /// Sends the VM to the other end of a link, and ends it when it runs there. Whatever
     /// goes wrong before the destination has it, it goes on here. Once the destination may
-    /// have it, it stands still until that is known ([`Stage::Doubt`]).
+    /// have it, it stands still until that is known ([`Stage::Doubt`]). `more` makes the links
+    /// that are its lanes, as many as [`Options::lanes`] says, once the destination wants it.
+    ///
+    /// [`Options::lanes`]: super::Options::lanes
     ///
     /// # Errors
     /// Why it goes on here.
-    pub fn send_to(&self, link: Link, out: &Outgoing) -> Result<Moved, SendError> {
-        let sent = match self.sent_to(link, out) {
+    pub fn send_to(
+        &self,
+        link: Link,
+        more: impl Iterator<Item = Result<Link, link::Error>>,
+        out: &Outgoing,
+    ) -> Result<Moved, SendError> {
+        let sent = match self.sent_to(link, more, out) {
             Err(_) if out.is_cancelled() => Err(SendError::Cancelled),
             sent => sent,
         };
@@ -97,7 +106,12 @@ impl Instance {
         offer(&mut link, &hello, &machine, post_copy)
     }
 
-    fn sent_to(&self, mut link: Link, out: &Outgoing) -> Result<Moved, SendError> {
+    fn sent_to(
+        &self,
+        mut link: Link,
+        more: impl Iterator<Item = Result<Link, link::Error>>,
+        out: &Outgoing,
+    ) -> Result<Moved, SendError> {
         let running = lock(&self.now).running.clone();
         let running = running.ok_or(SendError::NotRunning)?;
         // Until it is over: no device comes or goes.
@@ -106,8 +120,9 @@ impl Instance {
         let machine = Machine::of(self, &running, &devices).with(&Moving::writable(&devices));
         let wishes = out.options.wishes;
         offer(&mut link, &out.hello, &machine, wishes.post_copy)?;
+        let lanes = joined(more, out)?;
         let moving = Moving::begin(&devices);
-        let to = BufWriter::with_capacity(BUFFER, Paced::new(link, out));
+        let to = BufWriter::with_capacity(BUFFER, Paced::new(link, lanes, out));
         let mut sending = Sending::begin(&running, self.spec().vcpus, to, &machine, &moving)?;
         let mut ahead = Ahead::default();
         let (rest, apart) = sending.rounds(
@@ -165,7 +180,8 @@ impl Instance {
                     } = done;
                     out.note(|progress| progress.pages += pages);
                     let to = to.into_inner();
-                    let link = to.map_err(std::io::IntoInnerError::into_error)?.link;
+                    let to = to.map_err(std::io::IntoInnerError::into_error)?;
+                    let (link, _lanes) = to.finish()?;
                     let kept = kept.map(|kept| Kept::new(&running.domain, out, kept));
                     hand_over(link, out, kept.as_ref())
                 });
@@ -213,6 +229,26 @@ pub fn mourn(link: &mut Link, token: &Token) -> std::io::Result<Message> {
 /// Whether it is not over.
 fn moves(out: Option<&Arc<Outgoing>>) -> bool {
     out.is_some_and(|it| it.progress().stage != Stage::Over)
+}
+
+/// The lanes of a migration; none if it has none.
+fn joined(
+    more: impl Iterator<Item = Result<Link, link::Error>>,
+    out: &Outgoing,
+) -> Result<Option<Spread>, SendError> {
+    let mut links = Vec::new();
+    for (hello, link) in out.joins().zip(more) {
+        let mut link = link.map_err(SendError::Lane)?;
+        hello.write(&mut link)?;
+        links.push(link);
+    }
+    if links.len() != usize::from(out.options.lanes) {
+        return Err(SendError::Lanes(links.len(), out.options.lanes));
+    }
+    if links.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Spread::over(links)?))
 }
 
 /// Begins a connection: whether the destination can have what is made so.
