@@ -184,7 +184,44 @@ impl Holes {
 
     /// Tells of nothing any more: what has no content is zero.
     pub(super) fn end(&self) -> io::Result<()> {
-        let argument = &mut [self.start, self.bytes];
-        self.faults.call(UFFDIO_UNREGISTER, argument)
+        let all = [self.start, self.bytes];
+        self.faults.call(UFFDIO_UNREGISTER, &mut { all })?;
+        // The kernel wakes who waits before it locks the mapping against new faults (Linux 6.18,
+        // `userfaultfd_unregister`): one that came in between sleeps, and nobody else wakes it.
+        self.faults.call(UFFDIO_WAKE, &mut { all })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    use super::*;
+
+    #[test]
+    fn nobody_waits_any_more_when_it_is_ended() {
+        const FRAMES: u64 = 64;
+        for _ in 0..2000 {
+            let bytes = usize::try_from(FRAMES * PAGE_SIZE).expect("few");
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).expect("memory");
+            let faults = UserFaults::open().or_else(|_| UserFaults::of_programs());
+            let faults = faults.expect("a userfaultfd");
+            let holes = Holes::of(faults, &memory, FRAMES).expect("registered");
+            let both = Barrier::new(2);
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    both.wait();
+                    for frame in 0..FRAMES {
+                        let at = GuestAddress(frame * PAGE_SIZE);
+                        assert_eq!(memory.read_obj::<u64>(at).expect("inside"), 0);
+                    }
+                });
+                both.wait();
+                // Wherever he is: before his touch, in the midst of it, or waiting.
+                holes.end().expect("ended");
+            });
+        }
     }
 }
