@@ -128,6 +128,7 @@ impl DiskSpec {
                 }
             }
         }
+        config.origins = base.is_some();
         if config.limits != Limits::default()
             && (config.limits.bytes == Some(0) || config.limits.operations == Some(0))
         {

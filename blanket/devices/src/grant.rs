@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use blanket_abi::xen::domid;
 use blanket_abi::xen::grant::{PER_FRAME, flag};
 use blanket_abi::{Gfn, PAGE_SIZE};
+use blanket_disk::Buffer;
 use vm_memory::GuestMemoryError;
 
 use crate::page::Frames;
@@ -215,6 +216,12 @@ impl Grants {
     #[must_use]
     pub fn memory(&self) -> &Arc<GuestMemory> {
         self.ram.memory()
+    }
+
+    /// The frames of RAM that lie in a [`Page::buffer`] as a whole: the first one, how many bytes of
+    /// the buffer come before it, and how many they are.
+    pub(crate) fn frames_in(&self, buffer: &Buffer) -> Option<(u64, usize, u64)> {
+        self.ram.whole(buffer)
     }
 
     /// Begins or ceases to note which frames backends write.

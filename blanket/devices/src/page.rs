@@ -60,6 +60,19 @@ impl Frames {
         &self.memory
     }
 
+    /// The whole pages in a buffer: the first one, counted from the first of these, how many bytes
+    /// of the buffer come before it, and how many they are.
+    pub(crate) fn whole(&self, buffer: &Buffer) -> Option<(u64, usize, u64)> {
+        let (start, first) = (self.start.addr().get(), buffer.start().addr().get());
+        let before = first.checked_sub(start)?;
+        let skipped = before.next_multiple_of(SIZE) - before;
+        let count = buffer.length().checked_sub(skipped)? / SIZE;
+        let (first, count) = ((before + skipped) / SIZE, count as u64);
+        let first = u64::try_from(first).ok()?;
+        let end = first.checked_add(count)?;
+        (count > 0 && end <= self.count).then_some((first, skipped, count))
+    }
+
     /// One of them, counted from the first.
     pub(crate) fn page(&self, index: u64) -> Option<Page<'_>> {
         if index >= self.count {

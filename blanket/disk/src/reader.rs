@@ -14,9 +14,9 @@ pub(crate) trait Source: Send + Sync + Debug {
     /// Fills `into` from `offset` on. The range lies within [`Source::size`].
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
 
-    /// Whether it stands on another.
-    fn has_backing(&self) -> bool {
-        false
+    /// What it stands on, if it does: all that is below its own file.
+    fn below(&self) -> Option<&Arc<dyn Source>> {
+        None
     }
 
     /// Whether any byte of a range, which lies within [`Source::size`], is its own and not of
@@ -76,7 +76,16 @@ impl Reader {
     /// Whether the image stands on another one, and has of its own only what differs.
     #[must_use]
     pub fn has_backing(&self) -> bool {
-        self.source.has_backing()
+        self.source.below().is_some()
+    }
+
+    /// Reads what the image stands on, and nothing of its own: what never changes, whatever its
+    /// guest writes. Its size may be another one.
+    #[must_use]
+    pub fn below(&self) -> Option<Self> {
+        self.source
+            .below()
+            .map(|below| Self::new(Arc::clone(below)))
     }
 
     /// Whether any byte of a range is the image's own, and not of what it stands on. Bytes

@@ -227,11 +227,21 @@ fn an_overlay_owns_what_was_written_to_it() {
     assert_eq!(own, [5, 9]);
     assert!(reader.is_own(0, reader.size()).unwrap());
     assert!(!reader.is_own(reader.size(), 1).unwrap(), "beyond the end");
+    // What it stands on is as it was, and read alone.
+    let place = 9 * cluster;
+    write(queue.as_mut(), place, &[0x5a; 4096]).unwrap();
+    let below = reader.below().unwrap();
+    assert_eq!((below.size(), below.has_backing()), (SIZE as u64, false));
+    let (mut over, mut under) = ([0; 4096], [0; 4096]);
+    reader.read_exact_at(place, &mut over).unwrap();
+    below.read_exact_at(place, &mut under).unwrap();
+    assert!(over == [0x5a; 4096] && under == bytes[9 << 16..][..4096]);
     // An image that stands on nothing owns all.
     let alone = open(at("from.raw"), &Options::read_only())
         .unwrap()
         .reader();
     assert!(!alone.has_backing() && alone.is_own(0, 1).unwrap());
+    assert!(alone.below().is_none());
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! between the disk and the guest's own pages, without a copy where the image's format
 //! has none.
 
+mod origins;
 pub mod protocol;
 mod queue;
 mod worker;
@@ -24,6 +25,7 @@ use crate::running::{Running, stop_all};
 use protocol::{MAX_SEGMENTS, SLOT};
 use written::Blocks;
 
+pub use origins::Origins;
 pub use written::BLOCK;
 
 /// Most queues of a disk.
@@ -59,6 +61,9 @@ pub struct Config {
     pub when_full: WhenFull,
     /// Bytes and requests for each second.
     pub limits: crate::Limits,
+    /// Remember from which of its blocks each page was read ([`Vbd::origins`]): it stands on what
+    /// others have too.
+    pub origins: bool,
 }
 
 /// What a disk has done.
@@ -91,6 +96,7 @@ pub struct Vbd {
     counters: Arc<Counters>,
     limiter: Arc<Mutex<crate::Limiter>>,
     written: Arc<Blocks>,
+    origins: Option<Arc<Origins>>,
     /// vCPUs of the VM.
     vcpus: u32,
 }
@@ -101,6 +107,7 @@ impl Vbd {
     pub fn new(disk: Arc<dyn Disk>, config: Config, vcpus: u32) -> Self {
         Self {
             limiter: Arc::new(Mutex::new(crate::Limiter::new(config.limits))),
+            origins: config.origins.then(Arc::default),
             config,
             disk,
             counters: Arc::default(),
@@ -130,6 +137,12 @@ impl Vbd {
     #[must_use]
     pub fn take_log(&self) -> Vec<u64> {
         self.written.take()
+    }
+
+    /// From which of its blocks its guest's pages were read, if that is remembered.
+    #[must_use]
+    pub fn origins(&self) -> Option<&Arc<Origins>> {
+        self.origins.as_ref()
     }
 
     /// How it is given to the guest.
@@ -264,6 +277,8 @@ impl Device for Vbd {
                 queue::Setup {
                     name: device_name(self.config.index),
                     written: Arc::clone(&self.written),
+                    // What is read by way of pages that stay granted is copied to others.
+                    origins: self.origins.clone().filter(|_| !persistent),
                     persistent,
                     read_only: self.disk.read_only(),
                     when_full: self.config.when_full,

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use blanket_abi::PAGE_SIZE;
 use blanket_disk::{Buffer, Completion, Failure, Operation};
 
+use super::origins::Origins;
 use super::protocol::{self, Ask, Bad, Request, SECTOR, SLOT, Segment, Segments, Status};
 use super::written::Blocks;
 use super::{Counters, WhenFull, count};
@@ -30,6 +31,7 @@ pub(super) struct Setup {
     pub read_only: bool,
     pub when_full: WhenFull,
     pub written: Arc<Blocks>,
+    pub origins: Option<Arc<Origins>>,
 }
 
 /// A ring and a queue of the disk.
@@ -393,6 +395,7 @@ impl Queue {
         match request.operation {
             Operation::Write => self.setup.written.note(request.offset, request.length),
             Operation::Discard { length } => self.setup.written.note(request.offset, length),
+            Operation::Read if completion.result.is_ok() => self.note_origins(&request),
             Operation::Read | Operation::Flush => {}
         }
         if request.waits_for_space
@@ -427,6 +430,20 @@ impl Queue {
         // Before the guest hears that it is done: it takes its grants back then.
         self.give_back(request.memory);
         self.ring.respond(&Request::response(id, op, status));
+    }
+
+    /// Remembers from where the pages were read that a request has read as a whole.
+    fn note_origins(&self, request: &InFlight) {
+        let Some(origins) = &self.setup.origins else {
+            return;
+        };
+        let mut offset = request.offset;
+        for buffer in &request.memory.buffers {
+            if let Some((gfn, skipped, count)) = self.guest.grants().frames_in(buffer) {
+                origins.note(gfn, offset.saturating_add(skipped as u64), count);
+            }
+            offset = offset.saturating_add(buffer.length() as u64);
+        }
     }
 
     /// The guest asks for what fails as often as it likes, and the log is the host's.

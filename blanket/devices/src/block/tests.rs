@@ -87,6 +87,58 @@ fn written_and_read_again() {
 }
 
 #[test]
+fn whole_pages_that_were_read_are_remembered_by_their_block() {
+    let config = |origins, persistent| Config {
+        origins,
+        persistent,
+        ..Config::default()
+    };
+    let w = world(MemoryDisk::new(SIZE), config(true, false));
+    let mut front = Blkfront::connect(&w.guest, 0, 0);
+    let origins = Arc::clone(w.vbd.origins().expect("it remembers"));
+    let frames: Vec<u64> = (0..5).map(|n| filled(&w.guest, n)).collect();
+    let grants: Vec<u32> = frames.iter().map(|it| w.guest.grant(*it, false)).collect();
+    let of = |n: usize| origins.of(frames[n], 1)[0];
+    let mut does = |op, sector, segments: &[(u32, u8, u8)]| {
+        let id = front.request(op, sector, segments);
+        front.push();
+        front.answer(id).1
+    };
+    let whole = |n: usize| (grants[n], 0, 7);
+    assert_eq!(does(op::READ, 40, &[whole(0), whole(1)]), 0);
+    // A part, one that is no block, one behind a part, and what was written.
+    assert_eq!(does(op::READ, 80, &[(grants[2], 0, 6)]), 0);
+    assert_eq!(does(op::READ, 81, &[whole(2)]), 0);
+    assert_eq!(does(op::READ, 80, &[(grants[4], 7, 7), whole(2)]), 0);
+    assert_eq!(does(op::WRITE, 80, &[whole(3)]), 0);
+    assert_eq!(
+        [0, 1, 2, 3, 4].map(of),
+        [Some(5), Some(6), None, None, None]
+    );
+    // As the disk is read now, and not by one that fails.
+    assert_eq!(does(op::READ, 47, &[(grants[4], 7, 7), whole(3)]), 0);
+    assert_eq!(does(op::READ, 8, &[whole(1)]), 0);
+    assert_eq!(does(op::READ, SIZE as u64 / 512, &[whole(0)]), -1);
+    assert_eq!([0, 1, 3, 4].map(of), [Some(5), Some(1), Some(6), None]);
+
+    let w = world(MemoryDisk::new(SIZE), config(true, true));
+    let node = format!("device/{CLASS}/{}/feature-persistent", device_number(0));
+    w.guest.put(&node, "1");
+    let mut front = Blkfront::connect(&w.guest, 0, 0);
+    let frame = w.guest.frame();
+    let id = front.request(op::READ, 0, &[(w.guest.grant(frame, false), 0, 7)]);
+    front.push();
+    assert_eq!(front.answer(id), (op::READ, 0));
+    let origins = w.vbd.origins().expect("it remembers");
+    assert_eq!(
+        origins.of(frame, 1),
+        [None],
+        "the guest copies it elsewhere"
+    );
+    assert!(plain().vbd.origins().is_none());
+}
+
+#[test]
 fn a_turn_ends_however_fast_the_guest_asks() {
     let guest = FakeGuest::new(1);
     let frame = filled(&guest, 0);
@@ -99,6 +151,7 @@ fn a_turn_ends_however_fast_the_guest_asks() {
     let disk = Shared(MemoryDisk::new(SIZE)).queue(32).expect("a queue");
     let setup = queue::Setup {
         written: Arc::default(),
+        origins: None,
         name: "xvda".into(),
         persistent: false,
         read_only: false,

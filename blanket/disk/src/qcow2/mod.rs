@@ -37,7 +37,7 @@ pub(crate) struct Image {
     size: AtomicU64,
     read_only: bool,
     granularity: u32,
-    has_backing: bool,
+    below: Option<Arc<dyn Source>>,
 }
 
 impl Image {
@@ -63,10 +63,10 @@ impl Image {
                 ),
             ));
         }
-        let has_backing = backing.is_some();
-        let backing = match backing {
+        let below = backing;
+        let backing = match &below {
             Some(source) => {
-                let below: Store = Box::new(Below::new(source));
+                let below: Store = Box::new(Below::new(Arc::clone(source)));
                 Some(FormatAccess::new(Raw::open_image(below, false)?))
             }
             None => None,
@@ -89,7 +89,7 @@ impl Image {
             size: AtomicU64::new(header.size),
             read_only,
             granularity,
-            has_backing,
+            below,
         })
     }
 
@@ -170,12 +170,12 @@ impl Source for Image {
         self.shared(|driver| driver.read(into, offset))
     }
 
-    fn has_backing(&self) -> bool {
-        self.has_backing
+    fn below(&self) -> Option<&Arc<dyn Source>> {
+        self.below.as_ref()
     }
 
     fn is_own(&self, offset: u64, length: u64) -> io::Result<bool> {
-        if !self.has_backing {
+        if self.below.is_none() {
             return Ok(true);
         }
         let end = offset.saturating_add(length);
