@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::Error;
+use crate::base::{self, Base};
 use crate::pages::{self, Run};
 use crate::pieces::{self, Piece};
 
@@ -35,6 +36,9 @@ pub enum Kind {
     Machine,
     /// Pages of its memory. As many as there are.
     Pages,
+    /// Pages that are blocks of what a disk stands on, which whoever reads has too. Among the
+    /// pages of a VM that moves.
+    Base,
     /// A piece of a disk. As many as there are, among the pages.
     Disk,
     /// All before it is to be acknowledged. Among the pages of a VM that moves.
@@ -52,6 +56,7 @@ impl Kind {
         *match self {
             Self::Machine => b"VM  ",
             Self::Pages => b"PAGE",
+            Self::Base => b"BASE",
             Self::Disk => b"DISK",
             Self::Mark => b"MARK",
             Self::Missing => b"MISS",
@@ -66,6 +71,7 @@ impl Kind {
         match self {
             Self::Machine => "machine",
             Self::Pages => "pages",
+            Self::Base => "base",
             Self::Disk => "disk",
             Self::Mark => "mark",
             Self::Missing => "missing",
@@ -78,6 +84,7 @@ impl Kind {
         let all = [
             Self::Machine,
             Self::Pages,
+            Self::Base,
             Self::Disk,
             Self::Mark,
             Self::Missing,
@@ -167,6 +174,16 @@ impl<W: Write> Writer<W> {
         self.chunk(Kind::Pages, &packed)
     }
 
+    /// A run of pages that need not be sent: from `block` on they are blocks of what a disk
+    /// stands on. Only the hash of their `bytes` goes.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn base(&mut self, number: u32, first: u64, block: u64, bytes: &[u8]) -> Result<(), Error> {
+        let packed = base::pack(number, first, block, bytes).map_err(Error::Write)?;
+        self.chunk(Kind::Base, &packed)
+    }
+
     /// A piece of a disk, compressed.
     ///
     /// # Errors
@@ -203,6 +220,8 @@ impl<W: Write> Writer<W> {
 pub enum Part {
     /// Pages of memory.
     Pages(Run),
+    /// Pages of memory that are blocks of what a disk stands on.
+    Base(Base),
     /// A piece of a disk.
     Disk(Piece),
     /// Whoever writes waits for the word that all before this is here.
@@ -369,7 +388,7 @@ impl<R: Read> Reader<R> {
         &mut self.from
     }
 
-    /// The next run of pages, piece of a disk or mark; `None` when something else follows.
+    /// The next run of pages, sent or named, piece of a disk or mark; `None` when something else follows.
     ///
     /// # Errors
     /// It is damaged.
@@ -405,6 +424,7 @@ impl<R: Read> Reader<R> {
         let bytes = &chunk.bytes;
         Ok(Some(match chunk.kind {
             Kind::Pages => Part::Pages(pages::unpack(bytes).ok_or(bad)?),
+            Kind::Base => Part::Base(base::unpack(bytes).ok_or(bad)?),
             Kind::Disk => Part::Disk(pieces::unpack(bytes).ok_or(bad)?),
             Kind::Mark if bytes.is_empty() => Part::Mark,
             Kind::Missing => Part::Missing(chunk.bytes),

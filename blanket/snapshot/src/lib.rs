@@ -3,10 +3,12 @@
 //! A [`Writer`] puts chunks one behind the other, a [`Reader`] takes them in the same
 //! order. Both work on any stream.
 
+mod base;
 mod chunk;
 mod pages;
 mod pieces;
 
+pub use base::{Base, MAX_BLOCKS};
 pub use chunk::{Found, Kind, MAX_CHUNK, Part, Place, Reader, VERSION, Writer};
 pub use pages::{PAGE, Run};
 pub use pieces::{MAX_PIECE, Piece};

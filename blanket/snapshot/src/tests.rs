@@ -225,3 +225,90 @@ fn marks_come_where_they_were_made() {
     assert!(matches!(reader.part(), Ok(Some(Part::Pages(_)))));
     assert!(reader.part().is_err(), "a mark has nothing in it");
 }
+
+/// A chunk of these bytes, as it is read.
+fn base_of(bytes: &[u8]) -> Result<Option<Part>, Error> {
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer.chunk(Kind::Base, bytes).expect("written");
+    let (file, _) = writer.finish().expect("written");
+    let mut reader = Reader::new(&file[..]).expect("one of ours");
+    let part = reader.part();
+    // Where pages stay in their file, these are none of them.
+    let mut reader = Reader::new(&file[..]).expect("one of ours");
+    let found = reader.found().map(|found| {
+        found.map(|found| match found {
+            Found::Part(part) => part,
+            Found::Pages(place) => panic!("{place:?}"),
+        })
+    });
+    assert_eq!(found.ok(), part.as_ref().ok().cloned());
+    part
+}
+
+#[test]
+fn pages_that_are_named_instead_of_sent() {
+    let bytes = [page(1), page(2)].concat();
+    let mut writer = Writer::new(Vec::new()).expect("a writer");
+    writer.base(51712, 7, 90, &bytes).expect("written");
+    for wrong in [0, 100, PAGE + 1, (MAX_BLOCKS + 1) * PAGE] {
+        assert!(writer.base(0, 0, 0, &vec![0; wrong]).is_err(), "{wrong}");
+    }
+    assert!(
+        writer.base(0, u64::MAX, 0, &bytes).is_err(),
+        "beyond the last page"
+    );
+    assert!(
+        writer.base(0, 0, u64::MAX / 4096, &bytes).is_err(),
+        "beyond the last byte"
+    );
+    let (file, _) = writer.finish().expect("written");
+    let mut reader = Reader::new(&file[..]).expect("one of ours");
+    let Ok(Some(Part::Base(base))) = reader.part() else {
+        panic!("it was written");
+    };
+    assert_eq!(
+        (base.number, base.count, base.first, base.block),
+        (51712, 2, 7, 90)
+    );
+    assert_eq!((base.offset(), base.length()), (90 * 4096, 8192));
+    assert!(base.is(&bytes));
+    assert!(!base.is(&bytes[..PAGE]) && !base.is(&[page(1), page(3)].concat()));
+}
+
+proptest! {
+    #[test]
+    fn any_pages_are_named(number: u32, first: u64, block in 0..1u64 << 52, seed: u8, count in 1..5usize) {
+        let bytes: Vec<u8> = (0..count).flat_map(|n| vec![seed ^ u8::try_from(n).unwrap_or(0); PAGE]).collect();
+        let mut writer = Writer::new(Vec::new()).expect("a writer");
+        let written = writer.base(number, first, block, &bytes);
+        let fits = first.checked_add(count as u64).is_some() && block + (count as u64) < 1 << 52;
+        prop_assert_eq!(written.is_ok(), fits);
+        if fits {
+            let (file, _) = writer.finish().expect("written");
+            let part = Reader::new(&file[..]).expect("one of ours").part();
+            let Ok(Some(Part::Base(base))) = part else {
+                panic!("it was written");
+            };
+            prop_assert_eq!((base.number, base.first, base.block), (number, first, block));
+            prop_assert!(base.is(&bytes));
+        }
+    }
+
+    #[test]
+    fn any_bytes_as_named_pages(bytes in prop::collection::vec(any::<u8>(), 50..70), few: bool) {
+        let mut bytes = bytes;
+        if few {
+            bytes.truncate(56);
+            bytes[4..8].copy_from_slice(&7u32.to_le_bytes());
+        }
+        match base_of(&bytes) {
+            Ok(part) => {
+                let Some(Part::Base(base)) = part else { panic!("another kind") };
+                prop_assert!(bytes.len() == 56 && (1..=MAX_BLOCKS).contains(&(base.count as usize)));
+                prop_assert!(base.first.checked_add(base.count.into()).is_some());
+                prop_assert!(base.offset().checked_add(base.length() as u64).is_some());
+            }
+            Err(error) => prop_assert!(matches!(error, Error::Pages(0)), "{error}"),
+        }
+    }
+}

@@ -19,7 +19,9 @@ use blanket_snapshot::{Kind, Reader};
 
 use crate::builder::{self, Domain};
 use crate::instance::Instance;
-use crate::migration::{Arrival, Images, Moving as Disks, PostCopy, Sending, UserFaults, Wishes};
+use crate::migration::{
+    Arrival, Bases, Images, Moving as Disks, PostCopy, Sending, UserFaults, Wishes,
+};
 use crate::sync::lock;
 use crate::vm::{End, StillError, Then, Vm};
 
@@ -62,6 +64,9 @@ pub enum ResumeError {
     /// A disk that was to be copied.
     #[error("disk {0} cannot be copied here: {1}")]
     Disk(u32, String),
+    /// What a disk stands on, in which pages are said to be.
+    #[error("disk {0}: {1}")]
+    Base(u32, String),
     /// Its memory.
     #[error(transparent)]
     Memory(#[from] builder::Error),
@@ -107,6 +112,8 @@ const ROUNDS: Wishes = Wishes {
 pub(crate) struct Moving<'a, R> {
     /// Its disks, of a VM that moves or was saved with them.
     pub(crate) images: &'a mut Images,
+    /// What these stand on, of a VM that moves: pages that are in it may be named only.
+    pub(crate) bases: Option<&'a Bases>,
     /// Tells its source that all up to a mark is here.
     pub(crate) answers: &'a mut dyn FnMut(&mut R) -> std::io::Result<()>,
     /// A part of its memory may follow.
@@ -316,6 +323,7 @@ fn read<R: Read>(
     };
     let own = Moving {
         images: &mut images,
+        bases: None,
         answers: &mut |_: &mut R| Err(std::io::Error::other("a saved VM waits for no answers")),
         may_follow: false,
         missing: &mut None,

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::arrival::{Arrival, Pull};
 use super::disks::Images;
 use super::lanes::{Comes, lanes_of};
-use super::{NotGiven, ReceiveError, UserFaults};
+use super::{Bases, NotGiven, ReceiveError, UserFaults};
 use crate::instance::{Error, Instance};
 use crate::saved::{self, Moving, ResumeError, now_ns};
 use crate::sync::lock;
@@ -204,10 +204,12 @@ impl Instance {
         let mut comes = Comes { link, lanes };
         // Not held while it is received: devices are looked at then, too.
         let images = Images::of(&lock(&self.devices), |_| true);
+        let bases = Bases::of(&lock(&self.devices));
         let mut missing = None;
         let received = images.and_then(|mut images| {
             let moving = Moving {
                 images: &mut images,
+                bases: Some(&bases),
                 answers: &mut |comes: &mut &mut Comes| acknowledge(&mut comes.link, now_ns()),
                 may_follow: incoming.whole().is_empty(),
                 missing: &mut missing,

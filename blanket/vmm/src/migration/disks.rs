@@ -9,6 +9,7 @@ use blanket_devices::bus::Device as _;
 use blanket_disk::{Reader, Writer as DiskWriter};
 use blanket_snapshot::{MAX_PIECE, Piece, Writer};
 
+use super::Bases;
 use crate::devices::{AnyDevice, Devices, DiskFile};
 use crate::saved::{ResumeError, SaveError};
 
@@ -17,14 +18,18 @@ const PAGE: u64 = 4096;
 
 /// The disks that are copied: those that the guest can write. It is noted what it writes
 /// until this is dropped.
-pub(crate) struct Moving(Vec<(Arc<Vbd>, DiskFile)>);
+pub(crate) struct Moving {
+    disks: Vec<(Arc<Vbd>, DiskFile)>,
+    /// In which pages are looked for.
+    bases: Bases,
+}
 
 /// Blocks of each of them.
 pub(crate) struct Blocks(Vec<Vec<u64>>);
 
 impl Drop for Moving {
     fn drop(&mut self) {
-        for (disk, _) in &self.0 {
+        for (disk, _) in &self.disks {
             disk.log(false);
         }
     }
@@ -42,7 +47,10 @@ impl Moving {
 
     /// None of them.
     pub(crate) fn none() -> Self {
-        Self(Vec::new())
+        Self {
+            disks: Vec::new(),
+            bases: Bases::default(),
+        }
     }
 
     pub(crate) fn begin(devices: &Devices) -> Self {
@@ -53,7 +61,21 @@ impl Moving {
             }
             _ => None,
         });
-        Self(disks.collect())
+        Self {
+            disks: disks.collect(),
+            bases: Bases::default(),
+        }
+    }
+
+    /// Whoever gets them has what they stand on, too: pages that are in it need not be sent.
+    pub(crate) fn finding(mut self, devices: &Devices) -> Self {
+        self.bases = Bases::of(devices);
+        self
+    }
+
+    /// What pages are looked for in.
+    pub(crate) fn bases(&self) -> &Bases {
+        &self.bases
     }
 
     /// All blocks, but for those that the destination finds in what its disk stands on.
@@ -69,12 +91,14 @@ impl Moving {
                 .collect::<Result<Vec<u64>, _>>()
                 .map_err(|error| SaveError::Disk(disk.number(), error))
         };
-        Ok(Blocks(self.0.iter().map(blocks).collect::<Result<_, _>>()?))
+        Ok(Blocks(
+            self.disks.iter().map(blocks).collect::<Result<_, _>>()?,
+        ))
     }
 
     /// Those that were written since this was asked last.
     pub(super) fn take_log(&self) -> Blocks {
-        Blocks(self.0.iter().map(|(disk, _)| disk.take_log()).collect())
+        Blocks(self.disks.iter().map(|(disk, _)| disk.take_log()).collect())
     }
 
     /// Sends blocks.
@@ -85,7 +109,7 @@ impl Moving {
     ) -> Result<(), SaveError> {
         let most = MAX_PIECE as u64 / BLOCK;
         let mut bytes = vec![0; MAX_PIECE];
-        for ((disk, file), blocks) in self.0.iter().zip(&blocks.0) {
+        for ((disk, file), blocks) in self.disks.iter().zip(&blocks.0) {
             let size = disk.disk().size();
             let number = disk.number();
             for run in blocks.chunk_by(|a, b| a + 1 == *b && b % most != 0) {

@@ -7,6 +7,7 @@
 //! [`receive_from`]: crate::instance::Instance::receive_from
 
 mod arrival;
+mod bases;
 mod destination;
 mod dirty;
 mod disks;
@@ -38,6 +39,7 @@ pub use faults::UserFaults;
 pub use outgoing::{Moved, Options, Outgoing, Progress, Stage};
 pub use source::mourn;
 
+pub(crate) use bases::Bases;
 pub(crate) use dirty::Dirty;
 pub(crate) use disks::{Images, Moving};
 pub(crate) use sending::Sending;

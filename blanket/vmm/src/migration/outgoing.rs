@@ -56,6 +56,8 @@ pub struct Progress {
     pub rounds: u32,
     /// Pages that were sent.
     pub pages: u64,
+    /// Pages that were named instead: the destination has them in what a disk stands on.
+    pub found: u64,
     /// Bytes that were sent.
     pub bytes: u64,
     /// Pages that the last round left.

@@ -168,7 +168,7 @@ impl<'a, W: Write> Sending<'a, W> {
                 now
             }
         };
-        let pages = memory::write_dirty(&mut self.writer, domain, &now)?;
+        let pages = memory::write_dirty(&mut self.writer, domain, &now, self.disks.bases())?;
         let kept = match apart {
             Memory::Whole => None,
             Memory::Apart => {
@@ -192,7 +192,8 @@ impl<'a, W: Write> Sending<'a, W> {
     }
 }
 
-/// Writes everything, or what is left. How many pages it was.
+/// Writes everything, or what is left. How many pages were sent: by their pace it is estimated how
+/// long the rest takes.
 fn round<W: Write>(
     running: &Running,
     disks: &Moving,
@@ -204,11 +205,14 @@ fn round<W: Write>(
         None => {
             let all = disks.all()?;
             disks.write(writer, &all)?;
-            Ok(memory::write(writer, domain)? + all.pages())
+            Ok(memory::write(writer, domain, disks.bases())? + all.pages())
         }
         Some(rest) => {
             disks.write(writer, &rest.disks)?;
-            Ok(memory::write_dirty(writer, domain, &rest.memory)? + rest.disks.pages())
+            Ok(
+                memory::write_dirty(writer, domain, &rest.memory, disks.bases())?
+                    + rest.disks.pages(),
+            )
         }
     }
 }

@@ -121,7 +121,7 @@ impl Instance {
         let wishes = out.options.wishes;
         offer(&mut link, &out.hello, &machine, wishes.post_copy)?;
         let lanes = joined(more, out)?;
-        let moving = Moving::begin(&devices);
+        let moving = Moving::begin(&devices).finding(&devices);
         let to = BufWriter::with_capacity(BUFFER, Paced::new(link, lanes, out));
         let mut sending = Sending::begin(&running, self.spec().vcpus, to, &machine, &moving)?;
         let mut ahead = Ahead::default();
@@ -145,6 +145,7 @@ impl Instance {
                 out.note(|progress| {
                     progress.rounds += 1;
                     progress.pages += round.sent;
+                    progress.found = moving.bases().found();
                     progress.dirty = round.dirty;
                     progress.share = share;
                 });
@@ -178,7 +179,10 @@ impl Instance {
                     let Done {
                         to, pages, kept, ..
                     } = done;
-                    out.note(|progress| progress.pages += pages);
+                    out.note(|progress| {
+                        progress.pages += pages;
+                        progress.found = moving.bases().found();
+                    });
                     let to = to.into_inner();
                     let to = to.map_err(std::io::IntoInnerError::into_error)?;
                     let (link, _lanes) = to.finish()?;

@@ -5,17 +5,18 @@ use std::io::{Read, Write};
 use blanket_abi::PAGE_SIZE;
 use blanket_migration::pages::Pages;
 use blanket_migration::pull::Piece;
-use blanket_snapshot::{Error, Found, PAGE, Part, Reader, Run, Writer};
+use blanket_snapshot::{Base, Error, Found, MAX_BLOCKS, PAGE, Part, Reader, Run, Writer};
 use rustix::fs::SeekFrom;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Moving, ResumeError, Stored};
 use crate::balloon;
 use crate::builder::{Domain, GuestMemory};
-use crate::migration::Dirty;
+use crate::migration::{Bases, Dirty};
 
 /// Pages that are looked at together.
 const RUN: u64 = 256;
+const _: () = assert!(RUN <= MAX_BLOCKS as u64);
 
 fn is_zero(page: &[u8; PAGE]) -> bool {
     page.iter().all(|byte| *byte == 0)
@@ -38,10 +39,11 @@ fn next_given(memory: &GuestMemory, frame: u64) -> Option<u64> {
     }
 }
 
-/// Writes them; how many.
+/// Writes them; how many were sent, and not found in the `bases`.
 pub(crate) fn write<W: Write>(
     writer: &mut Writer<W>,
     domain: &Domain,
+    bases: &Bases,
 ) -> Result<u64, super::SaveError> {
     let end = domain.boot.state_base;
     let mut bytes = vec![0; usize::try_from(RUN).unwrap_or(1) * PAGE];
@@ -58,8 +60,7 @@ pub(crate) fn write<W: Write>(
         // Runs without a page of zeros.
         for run in pages.split(is_zero) {
             if !run.is_empty() {
-                writer.pages(first + at, run.as_flattened())?;
-                written += run.len() as u64;
+                written += bases.write(writer, first + at, run)?;
             }
             at += run.len() as u64 + 1;
         }
@@ -68,11 +69,13 @@ pub(crate) fn write<W: Write>(
     Ok(written)
 }
 
-/// Writes those that `dirty` has a bit for, zero or not; how many.
+/// Writes those that `dirty` has a bit for, zero or not; how many were sent, and not found in the
+/// `bases`.
 pub(crate) fn write_dirty<W: Write>(
     writer: &mut Writer<W>,
     domain: &Domain,
     dirty: &Dirty,
+    bases: &Bases,
 ) -> Result<u64, super::SaveError> {
     let mut bytes = vec![0; usize::try_from(RUN).unwrap_or(1) * PAGE];
     let mut written = 0;
@@ -81,8 +84,8 @@ pub(crate) fn write_dirty<W: Write>(
         domain
             .memory
             .read_slice(bytes, GuestAddress(first * PAGE_SIZE))?;
-        writer.pages(first, bytes)?;
-        written += count;
+        let (pages, _) = bytes.as_chunks::<PAGE>();
+        written += bases.write(writer, first, pages)?;
     }
     Ok(written)
 }
@@ -152,10 +155,44 @@ fn next<R: Read>(
     }
 }
 
+/// Whether these are pages of the VM.
+fn within(first: u64, count: u64, end: u64) -> Result<(), Error> {
+    if first.saturating_add(count) > end {
+        return Err(Error::Pages(first));
+    }
+    Ok(())
+}
+
+/// Pages that are named come with nobody who has what they are in.
+fn names(named: &Base) -> ResumeError {
+    let why = "a saved VM brings all of its pages, and these are said to be in what it stands on";
+    ResumeError::Base(named.number, why.into())
+}
+
+/// Puts pages where they belong. Those that are zero cost the host nothing.
+fn place(domain: &Domain, run: &Run) -> Result<(), ResumeError> {
+    let impossible = |error: String| ResumeError::Impossible(error);
+    let (pages, _) = run.bytes.as_chunks::<PAGE>();
+    let mut first = run.first;
+    for part in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+        let count = part.len() as u64;
+        if is_zero(&part[0]) {
+            balloon::give_back(&domain.memory, first, count)
+                .map_err(|error| impossible(error.to_string()))?;
+        } else {
+            let at = GuestAddress(first * PAGE_SIZE);
+            let written = domain.memory.write_slice(part.as_flattened(), at);
+            written.map_err(|error| impossible(error.to_string()))?;
+        }
+        first += count;
+    }
+    Ok(())
+}
+
 /// Reads them into memory that is all zero at first. Pages may come again: the last ones
-/// count, and those that are zero then cost the host nothing. Disks come if it is said so, marks
-/// with a VM that moves only. With `stays`, pages are only found.
-pub(super) fn read<R: Read>(
+/// count. Disks come if it is said so, marks and pages that are only named with a VM that moves
+/// only. With `stays`, pages are only found.
+pub(crate) fn read<R: Read>(
     reader: &mut Reader<R>,
     domain: &Domain,
     moving: &mut Option<Moving<'_, R>>,
@@ -166,11 +203,21 @@ pub(super) fn read<R: Read>(
         let run = match (part, &mut *moving) {
             (Part::Pages(run), Some(moving)) if moving.missing.is_none() => run,
             (Part::Pages(run), None) => run,
+            (Part::Base(named), Some(moving)) if moving.missing.is_none() => {
+                let Some(bases) = moving.bases else {
+                    return Err(names(&named));
+                };
+                // Before what is asked for is read.
+                within(named.first, named.count.into(), end)?;
+                let (first, bytes) = (named.first, bases.read(&named)?);
+                Run { first, bytes }
+            }
+            (Part::Base(named), None) => return Err(names(&named)),
             (Part::Missing(packed), Some(moving)) if moving.missing.is_none() => {
                 *moving.missing = Some(forget(&packed, domain, moving.may_follow)?);
                 continue;
             }
-            (Part::Pages(_) | Part::Missing(_), _) => {
+            (Part::Pages(_) | Part::Base(_) | Part::Missing(_), _) => {
                 let why = "there are pages where there must be none".to_owned();
                 return Err(ResumeError::Impossible(why));
             }
@@ -191,25 +238,8 @@ pub(super) fn read<R: Read>(
                 return Err(ResumeError::Disk(piece.number, why));
             }
         };
-        let count = (run.bytes.len() / PAGE) as u64;
-        if run.first.saturating_add(count) > end {
-            return Err(Error::Pages(run.first).into());
-        }
-        let impossible = |error: String| ResumeError::Impossible(error);
-        let (pages, _) = run.bytes.as_chunks::<PAGE>();
-        let mut first = run.first;
-        for part in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-            let count = part.len() as u64;
-            if is_zero(&part[0]) {
-                balloon::give_back(&domain.memory, first, count)
-                    .map_err(|error| impossible(error.to_string()))?;
-            } else {
-                let at = GuestAddress(first * PAGE_SIZE);
-                let written = domain.memory.write_slice(part.as_flattened(), at);
-                written.map_err(|error| impossible(error.to_string()))?;
-            }
-            first += count;
-        }
+        within(run.first, (run.bytes.len() / PAGE) as u64, end)?;
+        place(domain, &run)?;
     }
     Ok(())
 }
@@ -236,6 +266,7 @@ mod tests {
         let mut missing = None;
         let mut moving = Some(Moving {
             images: &mut images,
+            bases: None,
             answers: &mut |_: &mut &[u8]| Ok(()),
             may_follow,
             missing: &mut missing,

@@ -10,6 +10,8 @@ use blanket_abi::device::Boot;
 use blanket_abi::layout::{MAX_FRAMES, MAX_VCPUS};
 use blanket_abi::xen::domid;
 use blanket_abi::{PAGE_SIZE, state};
+use blanket_disk::Reader;
+use blanket_migration::pages::Pages;
 use blanket_snapshot::{Kind, PAGE, Writer};
 use blanket_xenstore::DomainSpec;
 use blanket_xenstore::testing::damaged;
@@ -17,11 +19,12 @@ use serde_json::Value;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::machine::words;
-use super::{Machine, State, Stored, read};
+use super::{Machine, Moving, ResumeError, State, Stored, read};
 use crate::builder::{self, Domain};
 use crate::cpu::Cpu;
+use crate::devices::Devices;
 use crate::hypervisor::{self, Hypervisor as _, Isolation};
-use crate::migration::Dirty;
+use crate::migration::{Bases, Dirty, Images};
 use crate::testing::{Fake, Guest};
 use crate::xenstore::Xenstore;
 
@@ -141,7 +144,13 @@ fn written(data: &mut &[u8]) -> Vec<u8> {
             0 => word(data),
             _ => u64::from(byte(data)),
         };
-        if how & 64 == 0 {
+        if how & 192 == 192 {
+            // Right or wrong, of a disk that is there or not.
+            let (number, block) = (u32::from(byte(data) / 128), u64::from(byte(data) % 10));
+            let bytes = vec![byte(data) % 3; PAGE * (usize::from(how % 3) + 1)];
+            // Beyond the last page there is nothing to name.
+            let _ = writer.base(number, first, block, &bytes);
+        } else if how & 64 == 0 {
             let count = usize::from(how / 4 % 4) + 1;
             writer
                 .pages(first, &vec![how; count * PAGE])
@@ -156,7 +165,8 @@ fn written(data: &mut &[u8]) -> Vec<u8> {
                 Kind::State,
                 Kind::End,
                 Kind::Missing,
-            ][usize::from(byte(data) % 5)];
+                Kind::Base,
+            ][usize::from(byte(data) % 6)];
             writer.chunk(kind, bytes).expect("memory");
         }
     }
@@ -170,6 +180,37 @@ pub(crate) fn unnamed(bytes: &[u8]) -> File {
     let mut file = File::from(file.expect("memory"));
     file.write_all(bytes).expect("memory");
     file
+}
+
+/// What disk 0 stands on: a block of zeros and seven of ones.
+fn bases() -> Bases {
+    let bytes = [vec![0; PAGE], vec![1; 7 * PAGE]].concat();
+    let below = Reader::from_file(unnamed(&bytes)).expect("a file");
+    Bases::on(0, below)
+}
+
+/// What comes of a file that is a VM that moves here.
+fn moves(file: &[u8]) -> Result<(Domain, Option<Pages>), ResumeError> {
+    let mut images = Images::of(&Devices::default(), |_| true)?;
+    let mut missing = None;
+    let moving = Moving {
+        images: &mut images,
+        bases: Some(&bases()),
+        answers: &mut |_: &mut &[u8]| Ok(()),
+        may_follow: true,
+        missing: &mut missing,
+    };
+    let (domain, ..) = read(file, false, Some(moving), None, |_| Ok(None))?;
+    Ok((domain, missing))
+}
+
+/// As much of a VM's memory as the sample has.
+fn ram(domain: &Domain) -> Vec<u8> {
+    let length = domain.frames.min(RAM) * PAGE_SIZE;
+    let mut bytes = vec![0; usize::try_from(length).expect("little")];
+    let read = domain.memory.read_slice(&mut bytes, GuestAddress(0));
+    read.expect("inside");
+    bytes
 }
 
 /// The same memory comes of a file whose pages stay in it until they are needed.
@@ -228,9 +269,12 @@ pub fn saved(mut data: &[u8]) {
         }
         _ => written(&mut data),
     };
+    let moved = moves(&file);
     let Ok((domain, machine, state)) = read(&file[..], false, None, None, |_| Ok(None)) else {
         return;
     };
+    let (moved, missing) = moved.expect("one that moves may bring more, and nothing less");
+    assert!(missing.is_none() && ram(&moved) == ram(&domain));
     stays(&file, &domain);
     assert!(domain.frames <= MAX_FRAMES && (1..=MAX_VCPUS).contains(&machine.vcpus));
     assert!(
@@ -268,6 +312,24 @@ pub fn saved(mut data: &[u8]) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+
+    #[test]
+    fn pages_that_are_named_come_with_a_vm_that_moves_only() {
+        // No damage, and one chunk of two blocks of ones, of disk 0 from its second block on.
+        let how = [0, 0, 1, 193, 40, 0, 1, 1];
+        let file = super::written(&mut &how[..]);
+        let (moved, _) = super::moves(&file).expect("it has the base");
+        let all = super::ram(&moved);
+        let (page, rest) = (40 * super::PAGE, 42 * super::PAGE);
+        assert!(all[page..rest].iter().all(|byte| *byte == 1));
+        assert!(
+            all[..page]
+                .iter()
+                .chain(&all[rest..])
+                .all(|byte| *byte == 0)
+        );
+        assert!(super::read(&file[..], false, None, None, |_| Ok(None)).is_err());
+    }
 
     #[test]
     fn a_saved_vm_that_nobody_damaged() {
