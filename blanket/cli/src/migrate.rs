@@ -72,6 +72,8 @@ pub struct Migration {
     pub rounds: u32,
     /// Pages that were sent.
     pub pages: u64,
+    /// Pages that need not be sent: the destination has them in what a disk stands on.
+    pub found: u64,
     /// Bytes that were sent.
     pub bytes: u64,
     /// Pages that the last round left.
@@ -109,6 +111,7 @@ impl Migration {
             stage: stage.into(),
             rounds: now.rounds,
             pages: now.pages,
+            found: now.found,
             bytes: now.bytes,
             dirty: now.dirty,
             share: now.share,
@@ -506,8 +509,12 @@ fn sentence(now: &Migration) -> String {
         0 | 100.. => String::new(),
         share => format!(", the guest has {share} % of its time"),
     };
+    let found = match now.found {
+        0 => String::new(),
+        found => format!(", {} MiB found there", found >> 8),
+    };
     format!(
-        "{}: round {}, {} MiB sent, {} MiB left{slow}",
+        "{}: round {}, {} MiB sent{found}, {} MiB left{slow}",
         now.stage,
         now.rounds + 1,
         now.bytes >> 20,
@@ -538,8 +545,12 @@ fn done(args: &MigrateArgs, migration: &Migration) -> Result<ExitCode> {
                         it.faults
                     )
                 });
+                let found = match it.found {
+                    0 => String::new(),
+                    found => format!(" and {found} found there"),
+                };
                 format!(
-                    "{name} runs at {to}; {} pages in {} rounds, {} MiB in {:.1} s; it stood still for {} ms{followed}\n",
+                    "{name} runs at {to}; {} pages{found} in {} rounds, {} MiB in {:.1} s; it stood still for {} ms{followed}\n",
                     it.pages,
                     it.rounds,
                     it.bytes.div_ceil(1 << 20),
@@ -650,4 +661,29 @@ pub fn incoming(run: &Run) -> Result<Option<Incoming>> {
         ),
     }
     Ok(Some(incoming))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_found_is_said_where_something_was() {
+        let mut now = Migration {
+            stage: "copying".into(),
+            rounds: 1,
+            bytes: 5 << 20,
+            dirty: 512,
+            share: 100,
+            ..Migration::default()
+        };
+        assert_eq!(sentence(&now), "copying: round 2, 5 MiB sent, 2 MiB left");
+        now.found = 1024;
+        assert_eq!(
+            sentence(&now),
+            "copying: round 2, 5 MiB sent, 4 MiB found there, 2 MiB left"
+        );
+        let text = serde_json::to_string(&now).expect("plain data");
+        assert!(text.contains(r#""found":1024"#), "{text}");
+    }
 }

@@ -56,6 +56,9 @@ pub struct Progress {
     pub rounds: u32,
     /// Pages that were sent.
     pub pages: u64,
+    /// Pages that the other node had already, in what a disk stands on.
+    #[serde(default)]
+    pub found: u64,
     /// Bytes that were sent.
     pub bytes: u64,
     /// Pages that the last round left.
@@ -218,5 +221,15 @@ mod tests {
     fn identities_are_uuids() {
         assert_eq!(new_id([0xff; 16]), "ffffffff-ffff-4fff-bfff-ffffffffffff");
         assert_eq!(new_id([0; 16]), "00000000-0000-4000-8000-000000000000");
+    }
+
+    #[test]
+    fn how_far_a_move_is_by_an_older_program_and_by_a_newer_one() {
+        let plain = r#"{"stage":"copying","rounds":1,"pages":9,"bytes":5,"dirty":1,"share":100}"#;
+        let older: Progress = serde_json::from_str(plain).expect("it is read");
+        assert_eq!((older.pages, older.found), (9, 0));
+        let more = plain.replace("\"bytes\"", "\"found\":7,\"faults\":2,\"bytes\"");
+        let newer: Progress = serde_json::from_str(&more).expect("it is read");
+        assert_eq!((newer.pages, newer.found), (9, 7));
     }
 }

@@ -295,8 +295,12 @@ fn moved(name: &str, to: &str, it: &Progress) -> String {
     let followed = it.pull_ms.map_or_else(String::new, |ms| {
         format!(", and its memory followed it for {ms} ms")
     });
+    let found = match it.found {
+        0 => String::new(),
+        found => format!(" and {found} found there"),
+    };
     format!(
-        "{name} runs on {to}; {} pages in {} rounds, {} MiB in {took:.1} s; it stood still for {} \
+        "{name} runs on {to}; {} pages{found} in {} rounds, {} MiB in {took:.1} s; it stood still for {} \
          ms{followed}\n",
         it.pages,
         it.rounds,
