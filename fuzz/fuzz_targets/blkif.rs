@@ -33,6 +33,7 @@ fuzz_target!(|input: Input| {
     let disk = MemoryDisk::new(1 << 20);
     let config = Config {
         persistent: input.persistent,
+        origins: true,
         ..Config::default()
     };
     let vbd = Vbd::new(Arc::new(Shared(disk)), config, 1);

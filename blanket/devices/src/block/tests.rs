@@ -503,7 +503,11 @@ proptest! {
     fn any_bytes_are_answered(
         slots in proptest::collection::vec((any::<[u8; 32]>(), 0u8..8, any::<bool>()), 1..32),
     ) {
-        let w = plain();
+        let config = Config {
+            origins: true,
+            ..Config::default()
+        };
+        let w = world(MemoryDisk::new(SIZE), config);
         let mut front = Blkfront::connect(&w.guest, 0, 0);
         let page = w.guest.grant(filled(&w.guest, 5), false);
         let mut ids = Vec::new();
