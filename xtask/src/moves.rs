@@ -190,7 +190,9 @@ fn section(rows: &[(&str, Vec<Move>)], moves: u32, release: &str) -> String {
          one process to another on one emulated instance with two CPUs, compressed and by TLS; as a machine of QEMU's own \
          emulator from one process to another on this host, as QEMU does it if nothing else is said but the same \
          {DOWNTIME} ms. Both over the loopback of where they run. Emulated, and not the same: Blanket's source, destination and guest \
-         share the instance's two emulated CPUs, QEMU's copying is native.\n\n\
+         share the instance's two emulated CPUs, QEMU's copying is native. Like with like, QEMU inside the instance, cannot be had here: with the \
+         instance's KVM a stock kernel does not come up in it (it stops where interrupts begin, or PCI does; with the APIC in the \
+         kernel or split), and without, its guest takes minutes for what others do in seconds.\n\n\
          | what moves | rounds | MiB sent | took, s | stood still, ms |\n|---|---:|---:|---:|---:|\n"
     );
     for (what, all) in rows {
