@@ -75,9 +75,9 @@ for move in $(seq ${MOVES:-10}); do
     goes_on
     after=$(clock)
     echo "$before $after" | awk -v move=$move -v to=$to -v down="$(sed -n 's/.*"downtime_ms": \([0-9]*\).*/\1/p' moved)" \
-        -v bytes="$(sed -n 's/.*"bytes": \([0-9]*\).*/\1/p' moved)" '{
-        printf "move %d, to %d: %d MiB, it stood still for %d ms; its clock stepped by %.1f ms, its time of day against that by %.3f ms\n",
-            move, to, bytes / 1048576, down, ($1 - $3) * 1000, ($4 - $2) * 1000 }'
+        -v bytes="$(sed -n 's/.*"bytes": \([0-9]*\).*/\1/p' moved)" -v found="$(sed -n 's/.*"found": \([0-9]*\).*/\1/p' moved)" '{
+        printf "move %d, to %d: %d MiB, and %d MiB were in the base; it stood still for %d ms; its clock stepped by %.1f ms, its time of day against that by %.3f ms\n",
+            move, to, bytes / 1048576, found / 256, down, ($1 - $3) * 1000, ($4 - $2) * 1000 }'
     # An emulator's scheduling is in it; clocks of the instances that differ must not be.
     echo "$before $after" | awk '{ step = ($1 - $3) * 1000; exit step < -100 || step > 100 }' || fail "its clock stepped"
     here=$to

@@ -216,8 +216,10 @@ impl Instance {
             };
             self.receive(&mut comes, Some(moving), None)
         });
-        // Its lanes end here: all that is left is said over the link.
-        let mut link = Some(comes.link);
+        // All that is left is said over the link.
+        let Comes { link, lanes } = comes;
+        drop(lanes);
+        let mut link = Some(link);
         let mut arrival = None;
         let vm = received.map_err(Error::from).and_then(|received| {
             tracing::debug!("all that comes before the VM is here");
