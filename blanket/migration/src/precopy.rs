@@ -75,6 +75,12 @@ const LEAST_SHARE: u32 = 1;
 /// slowed down.
 const PROGRESS: u64 = 75;
 
+/// What is little beside the time that a VM may stand still, percent: it is not worth a round.
+const LITTLE: u128 = 10;
+/// While the rest is more than that, there is one more round as long as each leaves less than this
+/// part of the one before, percent: it takes no longer than the VM may stand still.
+const WORTH: u64 = 50;
+
 /// Decides, round by round.
 #[derive(Clone, Copy, Debug)]
 pub struct Control {
@@ -107,6 +113,15 @@ impl Control {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
+    /// Whether the VM, which may be stopped now, would stand still for much less after one more round.
+    fn is_worth_one_more(&self, round: &Round) -> bool {
+        let rest = Self::rest(round).as_nanos().saturating_mul(100);
+        let much = rest > self.wishes.downtime.as_nanos().saturating_mul(LITTLE);
+        let before = self.before.unwrap_or(round.sent);
+        let less = round.dirty.saturating_mul(100) < before.saturating_mul(WORTH);
+        much && less && self.rounds < self.wishes.rounds
+    }
+
     /// After a round.
     #[must_use]
     pub fn after(&mut self, round: &Round) -> Next {
@@ -116,7 +131,7 @@ impl Control {
         if post_copy == PostCopy::Now && round.dirty > 0 {
             return Next::Switch;
         }
-        if short {
+        if short && !self.is_worth_one_more(round) {
             return Next::Stop;
         }
         if self.rounds >= self.wishes.rounds {
@@ -125,9 +140,10 @@ impl Control {
                 PostCopy::Auto | PostCopy::Now => Next::Switch,
             };
         }
-        let slow = self.before.is_some_and(|before| {
-            round.dirty.saturating_mul(100) > before.saturating_mul(PROGRESS)
-        });
+        let slow = !short
+            && self.before.is_some_and(|before| {
+                round.dirty.saturating_mul(100) > before.saturating_mul(PROGRESS)
+            });
         if slow && post_copy == PostCopy::Auto && self.share / 2 < AUTO_SHARE {
             return Next::Switch;
         }
@@ -157,6 +173,25 @@ mod tests {
     fn a_quiet_guest_is_stopped_at_once() {
         let mut control = Control::new(Wishes::default());
         assert_eq!(control.after(&round(10_000, 1_000, 100)), Next::Stop);
+    }
+
+    #[test]
+    fn rounds_that_are_worth_it_are_added() {
+        let more = Next::Round { share: 100 };
+        let mut control = Control::new(Wishes::default());
+        // The rest would take 200, 80 and 35 ms; then no less.
+        assert_eq!(control.after(&round(10_000, 1_000, 2_000)), more);
+        assert_eq!(control.after(&round(2_000, 200, 800)), more);
+        assert_eq!(control.after(&round(800, 80, 350)), more);
+        assert_eq!(control.after(&round(350, 35, 340)), Next::Stop);
+        // Of one that has to do with a single round, or whose first leaves as much again.
+        let mut control = Control::new(Wishes {
+            rounds: 1,
+            ..Wishes::default()
+        });
+        assert_eq!(control.after(&round(10_000, 1_000, 2_000)), Next::Stop);
+        let mut control = Control::new(Wishes::default());
+        assert_eq!(control.after(&round(2_000, 200, 1_900)), Next::Stop);
     }
 
     #[test]
