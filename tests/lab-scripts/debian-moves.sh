@@ -1,11 +1,25 @@
-# A whole Debian with PostgreSQL under pgbench moves between two instances, one with the module and one with KVM, MOVES times, with
-# an open ssh session, a client that is told of each row that is written, and another that hears a number after the other over
-# TCP. No row that was acknowledged is gone, no session breaks, no number is missing. It stands on the same image at both.
+# A whole Debian with PostgreSQL under pgbench moves between two instances, one with virtio devices and the module, one with NVMe,
+# e1000e and KVM, MOVES times. A third instance has an open ssh session, a client that is told of each row that is written, and
+# another that hears a number after the other over TCP. No row that was acknowledged is gone, no session breaks, no number is
+# missing. It stands on the same image at both.
 bridged vm1
+# The link with the third one.
+brctl addif br0 eth1 && ip link set eth1 up || fail "no third place"
+# third PORT COMMAND: a command there, whose shells listen at these ports.
+third() { port=$1; shift; until echo "cd /root; $*" | nc 10.77.0.3 $port 2>/dev/null; do sleep 0.2; done; }
+third 7001 "base64 -d >key <<'E'
+$(base64 key)
+E
+chmod 600 key
+for port in 7011 7012 7013; do nc -l -p \$port -e /bin/sh >/dev/null 2>&1 & done"
+# The image is the only disk of its kind there.
+other 'ln -s vda /dev/vdb'
 
 MAC=02:00:00:00:77:50
 sed -i 's|addresses: .*|addresses: [10.77.0.50/24]|' network
 in_vm() { ssh $OPTIONS user@10.77.0.50 "$@"; }
+# by_ssh COMMAND: how the third one does it in the VM.
+by_ssh() { echo "ssh $(echo $OPTIONS) user@10.77.0.50 \"\$(echo $(echo "$1" | base64 -w 0) | base64 -d)\""; }
 base=backing=/dev,base=debian
 blanket disk create --backing /dev/vdb --backing-format raw disk0.qcow2 || fail "no overlay"
 blanket run disk0.qcow2,$base --cmdline systemd.default_timeout_start_sec=1500 --name deb --memory 640M --cpus 2 \
@@ -21,9 +35,9 @@ in_vm 'cd / && sudo -u postgres pgbench -i -q -s 1 postgres' || fail "no tables 
 in_vm 'cd / && sudo -u postgres sh -c "pgbench -c 2 -T 36000 -P 5 postgres >/tmp/pgbench.log 2>&1 &"'
 
 # ---- who is connected meanwhile ----
-in_vm 'n=0; while :; do n=$((n + 1)); echo SESSION $n; sleep 1; done' >session 2>session.log &
+third 7011 "$(by_ssh 'n=0; while :; do n=$((n + 1)); echo SESSION $n; sleep 1; done') 2>session.log" >session &
 session=$!
-yes 'insert into acknowledged default values returning id; select pg_sleep(0.2);' | in_vm "$PSQL" >ids 2>ids.log &
+third 7012 "yes 'insert into acknowledged default values returning id; select pg_sleep(0.2);' | $(by_ssh "$PSQL") 2>ids.log" >ids &
 in_vm 'python3 -c "
 import socket, time
 s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((\"\", 7000)); s.listen(1); c = s.accept()[0]
@@ -33,7 +47,8 @@ while True:
 "' 2>numbers.log &
 in_vm 'until ss -ltn | grep -q :7000; do sleep 1; done'
 # Each with the time at which it was heard, and what the guest took it for.
-tail -f /dev/null | nc 10.77.0.50 7000 | while read -r line; do read -r up _ </proc/uptime; echo "$line $up"; done >numbers &
+third 7013 'tail -f /dev/null | nc 10.77.0.50 7000 2>numbers.log |
+    while read -r line; do read -r up _ </proc/uptime; echo "$line $up"; done' >numbers &
 last() { sed -n "s/^$2 \([0-9]*\).*/\1/p" $1 | tail -n 1; }
 goes_on() {
     for what in 'session SESSION' 'numbers NUMBER' 'ids '; do
@@ -42,14 +57,14 @@ goes_on() {
         tries=0
         until [ "$(if [ $1 = ids ]; then grep -c . ids; else last $1 $2; fi)" -ge $((${from:-0} + 3)) ] 2>/dev/null; do
             tries=$((tries + 1))
-            [ $tries -lt 600 ] || fail "$1 goes no further than ${from:-nothing}: $(cat $1.log)"
-            kill -0 $session 2>/dev/null || fail "the session has ended: $(cat session.log)"
+            [ $tries -lt 600 ] || fail "$1 goes no further than ${from:-nothing}: $(third 7001 cat $1.log)"
+            kill -0 $session 2>/dev/null || fail "the session has ended: $(third 7001 cat session.log)"
             sleep 0.2
         done
     done
 }
 goes_on
-# What the least delayed of the last numbers says of the guest's clock: how far it is behind this machine's, and its time of day
+# What the least delayed of the last numbers says of the guest's clock: how far it is behind the third one's, and its time of day
 # behind that; s. It waits until there are enough.
 clock() {
     enough=$(($(last numbers NUMBER) + 25))

@@ -250,10 +250,10 @@ fn single() -> Vec<Case> {
             cpu: "Skylake-Server",
             host: Flavour::Generic,
             memory: "1G",
-            companion: Some(Companion {
+            companions: &[Companion {
                 cpu: "Nehalem",
                 hardware: Hardware::Virtio,
-            }),
+            }],
             ..migrate("migrate-other-cpu", MIGRATE_OTHER_CPU)
         },
         migrate("migrate-post-copy", MIGRATE_POST_COPY),
@@ -295,12 +295,18 @@ fn single() -> Vec<Case> {
             DEBIAN_POSTGRES,
         )),
         long(Case {
-            cpu: "EPYC,-svm",
+            host: Flavour::Generic,
             modules: &["tun", "bridge"],
-            companion: Some(Companion {
-                cpu: "EPYC",
-                hardware: Hardware::Virtio,
-            }),
+            companions: &[
+                Companion {
+                    cpu: "EPYC",
+                    hardware: Hardware::NvmeE1000e,
+                },
+                Companion {
+                    cpu: "EPYC,-svm",
+                    hardware: Hardware::Virtio,
+                },
+            ],
             ..debian("debian-moves", Variant::Full, 7200, DEBIAN_MOVES)
         }),
         long(kvm(debian("kvm-debian", Variant::Base, 3600, DEBIAN))),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::initramfs::Files;
 use crate::kernels::{self, Flavour};
 use crate::measured;
 use crate::project::Project;
@@ -19,7 +20,7 @@ pub fn run(project: &Project, guests: u32) -> Result<()> {
     let kernel = kernels::fetch(project, Flavour::Cloud)?;
     let script = format!("GUESTS={guests}\n{DENSITY}");
     let timeout = Duration::from_secs(120 + 120 * u64::from(guests));
-    let output = measured::in_instance(project, &kernel, "6G", &script, timeout)?;
+    let output = measured::in_instance(project, &kernel, "6G", &script, &Files::new(), timeout)?;
     let text = section(&output, &kernel.release)?;
     println!("{text}");
     crate::page::write_section(project, TITLE, &text)

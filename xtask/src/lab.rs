@@ -124,7 +124,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             append: args.append.clone(),
             node,
             group: group.clone(),
-            pair: false,
+            star: 0,
             extra: extra.clone(),
         })
         .collect();

@@ -15,12 +15,13 @@ use crate::qemu::{self, End, Hardware, Machine};
 /// An instance without virtualization.
 pub const CPU: &str = "EPYC,-svm";
 
-/// Runs a script in an instance with so much memory; what it wrote, which is shown as it comes.
+/// Runs a script in an instance with so much memory and these files; what it wrote, which is shown as it comes.
 pub fn in_instance(
     project: &Project,
     kernel: &Kernel,
     memory: &str,
     script: &str,
+    files: &Files,
     timeout: Duration,
 ) -> Result<String> {
     let mut payload = Payload::new(project, kernel, Hardware::Virtio, CPU)?;
@@ -28,6 +29,7 @@ pub fn in_instance(
     payload.program(&build::command(project)?)?;
     payload.guest_kernel(kernel);
     payload.guest_initrd(&initramfs::guest(project, None, &Files::new())?)?;
+    payload.archive.add(files);
     payload.command(&format!("export BLANKET_HOST=module\n{script}"));
     let machine = Machine::new(CPU, kernel.clone(), memory);
     let mut output = Tee(Vec::new());

@@ -323,7 +323,7 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
         append: String::new(),
         node: 1,
         group: None,
-        pair: false,
+        star: 0,
         extra: vec![
             "-drive".into(),
             format!(

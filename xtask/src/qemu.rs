@@ -21,7 +21,8 @@ use crate::project::{Project, write_if_changed};
 
 pub use outcome::{End, Outcome};
 
-const QEMU: &str = "qemu-system-x86_64";
+/// The emulator's name.
+pub const QEMU: &str = "qemu-system-x86_64";
 
 /// The virtual hardware that a provider gives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -113,9 +114,10 @@ pub struct Machine {
     pub node: u32,
     /// Address of the group's network (`ADDRESS:PORT`, multicast); none alone.
     pub group: Option<String>,
-    /// It is one of two, joined by a link that nobody else is on and that gives nobody its own
-    /// packets back: a group's network does, and a bridge in an instance goes wrong by that.
-    pub pair: bool,
+    /// It is one of so many, each of which has a link with the first one that nobody else is on
+    /// and that gives nobody its own packets back: a group's network does, and a bridge in an
+    /// instance goes wrong by that. None: 0.
+    pub star: u32,
     /// More options for QEMU.
     pub extra: Vec<String>,
 }
@@ -133,7 +135,7 @@ impl Machine {
             append: String::new(),
             node: 1,
             group: None,
-            pair: false,
+            star: 0,
             extra: Vec::new(),
         }
     }
@@ -161,6 +163,18 @@ impl Machine {
             cpu.push_str(",min-xlevel=0x8000000a");
         }
         cpu
+    }
+
+    /// What its network cards are on.
+    fn networks(&self) -> Vec<String> {
+        match (&self.group, self.star, self.node) {
+            (None, 0, _) => vec!["user,restrict=on".into()],
+            (Some(group), 0, _) => vec![format!("socket,mcast={group},localaddr=127.0.0.1")],
+            (_, all, 1) => (2..=all)
+                .map(|other| link(&format!("link{other}"), &format!("node{other}/link")))
+                .collect(),
+            (.., node) => vec![link("link", &format!("../link{node}"))],
+        }
     }
 
     fn options(&self, accelerator: Accelerator) -> Vec<String> {
@@ -200,26 +214,15 @@ impl Machine {
             "none",
             "-no-reboot",
         ]);
-        let netdev = match &self.group {
-            _ if self.pair => {
-                let (own, other) = if self.node == 1 {
-                    ("link", "node2/link")
-                } else {
-                    ("link", "../link")
-                };
-                format!(
-                    "dgram,id=net,local.type=unix,local.path={own},remote.type=unix,remote.path={other}"
-                )
-            }
-            Some(group) => format!("socket,id=net,mcast={group},localaddr=127.0.0.1"),
-            None => "user,id=net,restrict=on".into(),
-        };
-        let card = format!(
-            "{},netdev=net,romfile=,mac=52:54:00:77:00:{:02x}",
-            self.hardware.network_card(),
-            self.node
-        );
-        add(&["-netdev", &netdev, "-device", &card]);
+        for (number, network) in self.networks().iter().enumerate() {
+            let card = format!(
+                "{},netdev=net{number},romfile=,mac=52:54:00:77:{number:02x}:{:02x}",
+                self.hardware.network_card(),
+                self.node
+            );
+            let network = format!("{network},id=net{number}");
+            add(&["-netdev", &network, "-device", &card]);
+        }
         add(&["-drive", "if=none,id=disk,file=disk.img,format=raw"]);
         for device in self.hardware.disk() {
             add(&["-device", device]);
@@ -227,6 +230,11 @@ impl Machine {
         options.extend(self.extra.iter().cloned());
         options
     }
+}
+
+/// A link to another machine's directory, as `-netdev` takes it.
+fn link(own: &str, other: &str) -> String {
+    format!("dgram,local.type=unix,local.path={own},remote.type=unix,remote.path={other}")
 }
 
 /// Whether a CPU model has AMD's virtualization, which QEMU's translator can emulate.
@@ -244,7 +252,7 @@ pub fn has_svm(cpu: &str) -> bool {
 /// `/` of the unpacked emulator, which is that of Debian's backports: 7.2, that
 /// of Debian 12, leaves garbage in the flags after `cmpxchg16b`, so that an
 /// interrupt that comes then takes a Linux 6.12 down, as instance and as VM.
-fn emulator(project: &Project) -> Result<PathBuf> {
+pub fn emulator(project: &Project) -> Result<PathBuf> {
     let _lock = project.lock("qemu")?;
     let dir = project.out_dir("qemu")?;
     let (root, mark) = (dir.join("root"), dir.join("whole"));
@@ -457,26 +465,6 @@ pub fn run_in(
         complaints: reader.complaints,
         dir,
     })
-}
-
-/// A machine that runs until this is dropped: its console goes to `console.log` in `dir`, its
-/// control socket there is `qmp`.
-pub fn alone(
-    project: &Project,
-    machine: &Machine,
-    payload: &Initramfs,
-    dir: &Path,
-) -> Result<impl Drop + use<>> {
-    let accelerator = accelerator(project)?;
-    start(
-        project,
-        machine,
-        accelerator,
-        payload,
-        dir,
-        "-",
-        &Line::Null,
-    )
 }
 
 /// Boots `machine` with the user's terminal on its second serial line.

@@ -77,7 +77,7 @@ pub const MIGRATE_FAILURES_LONG: &str = with_common!(
     "migrate-failures.sh"
 );
 
-pub const MOVE_COST: &str = with_common!("move-cost.sh");
+pub const MOVE_COST: &str = with_common!("", "move-cost.sh", "move-cost-qemu.sh");
 pub const MIGRATE_SLOW: &str = with_common!("POST_COPY=never\n", "migrate-slow.sh");
 pub const MIGRATE_POST_COPY_SLOW: &str = with_common!("POST_COPY=auto\n", "migrate-slow.sh");
 pub const MIGRATE_OTHER_CPU: &str = with_other!("migrate-other-cpu.sh");

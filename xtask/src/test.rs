@@ -530,7 +530,7 @@ impl<'a> Bench<'a> {
         } else if let Some(built) = find_module(project, &kernel, true)? {
             payload.archive.copy("root/blanket.ko", 0o644, &built);
         }
-        if let Some(companion) = case.companion {
+        for companion in case.companions {
             payload.more_modules(project, &kernel, companion.hardware.modules())?;
             if qemu::has_svm(companion.cpu) {
                 payload.more_modules(project, &kernel, &["kvm_amd"])?;
@@ -610,18 +610,23 @@ impl<'a> Bench<'a> {
             append,
             node: 1,
             group: None,
-            pair: case.companion.is_some(),
+            star: match case.companions.len() {
+                0 => 0,
+                others => u32::try_from(1 + others)?,
+            },
             extra: self.options(case)?,
         };
         let timeout = Duration::from_secs(case.timeout);
         let Some(event) = case.inject else {
             let mut machines = vec![machine.clone()];
-            machines.extend(case.companion.map(|companion| Machine {
-                cpu: companion.cpu.into(),
-                hardware: companion.hardware,
-                node: 2,
-                ..machine
-            }));
+            for (companion, node) in case.companions.iter().zip(2..) {
+                machines.push(Machine {
+                    cpu: companion.cpu.into(),
+                    hardware: companion.hardware,
+                    node,
+                    ..machine.clone()
+                });
+            }
             return qemu::run(project, &machines, &payload.archive, timeout, output);
         };
         let dir = qemu::run_dir(project)?;

@@ -53,9 +53,9 @@ pub struct Case {
     pub fabric: bool,
     /// Seconds until the case is a failure.
     pub timeout: u64,
-    /// A second instance on the same network, whose shell the first one's work reaches
+    /// Other instances, each with a link to this one, whose shells the first one's work reaches
     /// (`/lab/companion`).
-    pub companion: Option<Companion>,
+    pub companions: &'static [Companion],
     /// Somebody injects these into it ([`crate::everywhere`]).
     pub inject: Option<Event>,
     /// What runs in it.
@@ -151,7 +151,7 @@ impl Default for Case {
             supercloud: false,
             fabric: false,
             timeout: 180,
-            companion: None,
+            companions: &[],
             inject: None,
             work: Work::Guest(Guest::default()),
             expect: Vec::new(),

@@ -118,10 +118,10 @@ pub(super) fn two_clouds(case: Case) -> Case {
         host: Flavour::Generic,
         drivers: &["xen_blkfront", "xen_netfront"],
         supercloud: true,
-        companion: Some(Companion {
+        companions: &[Companion {
             cpu: "EPYC",
             hardware: Hardware::NvmeE1000e,
-        }),
+        }],
         ..case
     }
 }
@@ -133,10 +133,10 @@ pub(super) fn virtual_network(name: &str, script: &'static str) -> Case {
         memory: "1G",
         drivers: &["xen_netfront"],
         modules: FABRIC_MODULES,
-        companion: Some(Companion {
+        companions: &[Companion {
             cpu: "EPYC,-svm",
             hardware: Hardware::Virtio,
-        }),
+        }],
         ..hard_times(name, 900, script)
     }
 }
