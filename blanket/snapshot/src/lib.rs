@@ -5,6 +5,7 @@
 
 mod base;
 mod chunk;
+mod packing;
 mod pages;
 mod pieces;
 

@@ -2,14 +2,13 @@
 
 use std::io;
 
+use crate::packing;
+
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 
 /// Most pages of a run.
 pub(crate) const MAX_RUN: usize = 4096;
-
-/// How hard to compress: memory changes hands once, and the CPU is the guest's, too.
-const LEVEL: i32 = 1;
 
 /// Pages that follow each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +42,7 @@ pub(crate) fn pack(first: u64, bytes: &[u8]) -> io::Result<Vec<u8>> {
     }
     let mut packed = first.to_le_bytes().to_vec();
     packed.extend((count as u64).to_le_bytes());
-    packed.extend(zstd::bulk::compress(bytes, LEVEL)?);
+    packing::pack(&mut packed, bytes)?;
     Ok(packed)
 }
 
@@ -59,6 +58,6 @@ pub(crate) fn which(packed: &[u8]) -> Option<(u64, u64)> {
 pub(crate) fn unpack(packed: &[u8]) -> Option<Run> {
     let (first, count) = which(packed)?;
     let length = usize::try_from(count).ok()? * PAGE;
-    let bytes = zstd::bulk::decompress(packed.get(16..)?, length).ok()?;
-    (bytes.len() == length).then_some(Run { first, bytes })
+    let bytes = packing::unpack(packed.get(16..)?, length)?;
+    Some(Run { first, bytes })
 }

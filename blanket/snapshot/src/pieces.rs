@@ -2,11 +2,10 @@
 
 use std::io;
 
+use crate::packing;
+
 /// Most bytes of a piece.
 pub const MAX_PIECE: usize = 1 << 20;
-
-/// How hard to compress, as for pages.
-const LEVEL: i32 = 1;
 
 /// Bytes of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +25,7 @@ pub(crate) fn pack(number: u32, offset: u64, bytes: &[u8]) -> io::Result<Vec<u8>
     let mut packed = number.to_le_bytes().to_vec();
     packed.extend(length.to_le_bytes());
     packed.extend(offset.to_le_bytes());
-    packed.extend(zstd::bulk::compress(bytes, LEVEL)?);
+    packing::pack(&mut packed, bytes)?;
     Ok(packed)
 }
 
@@ -38,10 +37,10 @@ pub(crate) fn unpack(packed: &[u8]) -> Option<Piece> {
     if !(1..=MAX_PIECE).contains(&length) {
         return None;
     }
-    let bytes = zstd::bulk::decompress(rest, length).ok()?;
+    let bytes = packing::unpack(rest, length)?;
     let offset = u64::from_le_bytes(*offset);
     offset.checked_add(length as u64)?;
-    (bytes.len() == length).then_some(Piece {
+    Some(Piece {
         number: u32::from_le_bytes(*number),
         offset,
         bytes,
