@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use blanket_devices::block::{BLOCK, Vbd};
 use blanket_devices::bus::Device as _;
-use blanket_disk::{Reader, Writer as DiskWriter};
+use blanket_disk::{Failure, Reader, Writer as DiskWriter};
 use blanket_snapshot::{MAX_PIECE, Piece, Writer};
 
 use super::Bases;
@@ -15,6 +15,9 @@ use crate::saved::{ResumeError, SaveError};
 
 /// Bytes of a page: what is dirty of disks counts with what is of memory.
 const PAGE: u64 = 4096;
+
+/// Bytes after which an image is flushed: the source waits for the link while it is, and not for ever.
+const UNFLUSHED: usize = 64 << 20;
 
 /// The disks that are copied: those that the guest can write. It is noted what it writes
 /// until this is dropped.
@@ -141,7 +144,24 @@ impl Blocks {
 }
 
 /// Images that disks are copied to.
-pub(crate) struct Images(BTreeMap<u32, (Reader, DiskWriter)>);
+pub(crate) struct Images(BTreeMap<u32, Image>);
+
+struct Image {
+    reader: Reader,
+    writer: DiskWriter,
+    /// Bytes that were written and may not be on stable storage.
+    unflushed: usize,
+}
+
+impl Image {
+    fn flush(&mut self) -> Result<(), Failure> {
+        if self.unflushed > 0 {
+            self.writer.flush()?;
+            self.unflushed = 0;
+        }
+        Ok(())
+    }
+}
 
 impl Images {
     /// Those of an instance that waits for a VM, of these numbers.
@@ -165,7 +185,12 @@ impl Images {
                 }
                 let writer = DiskWriter::new(&**disk.disk(), MAX_PIECE)
                     .map_err(|error| ResumeError::Disk(number, error.to_string()))?;
-                all.insert(number, (reader.clone(), writer));
+                let image = Image {
+                    reader: reader.clone(),
+                    writer,
+                    unflushed: 0,
+                };
+                all.insert(number, image);
             }
         }
         Ok(Self(all))
@@ -175,29 +200,118 @@ impl Images {
     pub(crate) fn write(&mut self, piece: &Piece) -> Result<(), ResumeError> {
         let number = piece.number;
         let bad = |error: String| ResumeError::Disk(number, error);
-        let (reader, writer) = self
+        let image = self
             .0
             .get_mut(&number)
             .ok_or_else(|| bad("it is not here, or cannot be written".into()))?;
         // What is zero and has never been written stays a hole.
         if piece.bytes.iter().all(|byte| *byte == 0) {
             let mut here = vec![0; piece.bytes.len()];
-            let same = reader.read_exact_at(piece.offset, &mut here);
+            let same = image.reader.read_exact_at(piece.offset, &mut here);
             if same.is_ok() && here == piece.bytes {
                 return Ok(());
             }
         }
-        writer
-            .write(piece.offset, &piece.bytes)
-            .map_err(|error| bad(error.to_string()))
+        let written = image.writer.write(piece.offset, &piece.bytes);
+        image.unflushed += piece.bytes.len();
+        let done = match written {
+            Ok(()) if image.unflushed >= UNFLUSHED => image.flush(),
+            done => done,
+        };
+        done.map_err(|error| bad(error.to_string()))
     }
 
-    /// All have come: they are on stable storage afterwards.
+    /// What has come is on stable storage afterwards.
     pub(crate) fn flush(&mut self) -> Result<(), ResumeError> {
-        for (number, (_, writer)) in &mut self.0 {
-            let flushed = writer.flush();
+        for (number, image) in &mut self.0 {
+            let flushed = image.flush();
             flushed.map_err(|error| ResumeError::Disk(*number, error.to_string()))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blanket_devices::block::{Config, device_number};
+    use blanket_disk::Options;
+    use blanket_snapshot::Reader as Saved;
+
+    use super::*;
+    use crate::console::Console;
+    use crate::instance::{Instance, Spec};
+    use crate::saved::testing::domain;
+    use crate::saved::{Moving as Comes, memory};
+    use crate::sync::lock;
+    use crate::testing::{Fake, Guest};
+
+    /// Bytes that are not flushed when it comes so.
+    fn unflushed(write: impl FnOnce(&mut Writer<Vec<u8>>)) -> usize {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("disk.raw");
+        std::fs::write(&path, vec![0; MAX_PIECE]).expect("written");
+        let fake = Fake::new(|_, _| Box::new(|_: &Guest| unreachable!("no vCPU runs")));
+        let console = Console::new().expect("a console");
+        let instance = Instance::new(Spec::default(), fake, console).expect("an instance");
+        let image = blanket_disk::open(&path, &Options::default()).expect("it");
+        let file = DiskFile {
+            path,
+            reader: image.reader(),
+            base: None,
+        };
+        let disk = Vbd::new(Arc::new(image), Config::default(), 1);
+        let device = AnyDevice::Disk(Arc::new(disk), file);
+        instance.attach(device).expect("attached");
+
+        let mut images = Images::of(&lock(&instance.devices), |_| true).expect("one");
+        let mut writer = Writer::new(Vec::new()).expect("memory");
+        write(&mut writer);
+        let stream = writer.finish().expect("memory").0;
+        let mut moving = Some(Comes {
+            images: &mut images,
+            bases: None,
+            answers: &mut |_: &mut &[u8]| Ok(()),
+            may_follow: false,
+            missing: &mut None,
+        });
+        let mut reader = Saved::new(&stream[..]).expect("ours");
+        memory::read(&mut reader, &domain(), &mut moving, None).expect("read");
+        let left = |images: &Images| images.0.values().map(|image| image.unflushed).sum();
+        let unflushed = left(&images);
+        images.flush().expect("flushed");
+        assert_eq!(left(&images), 0);
+        unflushed
+    }
+
+    #[test]
+    fn a_disk_is_flushed_at_each_mark_and_not_when_the_vm_stands_still() {
+        let piece = |writer: &mut Writer<Vec<u8>>| {
+            let written = writer.disk(device_number(0), 8192, &[7; 4096]);
+            written.expect("memory");
+        };
+        let mark = |writer: &mut Writer<Vec<u8>>| {
+            writer.mark().expect("memory");
+        };
+        assert_eq!(unflushed(|_| {}), 0);
+        assert_eq!(unflushed(piece), 4096);
+        let marked = unflushed(|writer| {
+            piece(writer);
+            mark(writer);
+            mark(writer);
+        });
+        assert_eq!(marked, 0);
+        let after = unflushed(|writer| {
+            mark(writer);
+            piece(writer);
+        });
+        assert_eq!(after, 4096);
+        let much = unflushed(|writer| {
+            for _ in 0..UNFLUSHED / MAX_PIECE {
+                let written = writer.disk(device_number(0), 0, &[7; MAX_PIECE]);
+                written.expect("memory");
+            }
+            piece(writer);
+        });
+        assert_eq!(much, 4096);
     }
 }

@@ -226,6 +226,8 @@ pub(crate) fn read<R: Read>(
                 continue;
             }
             (Part::Mark, Some(moving)) => {
+                // Else a whole disk would be, when the VM stands still.
+                moving.images.flush()?;
                 (moving.answers)(reader.from_mut()).map_err(Error::Read)?;
                 continue;
             }
