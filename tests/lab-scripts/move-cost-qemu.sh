@@ -1,5 +1,5 @@
 # The same guest as a machine of QEMU's own, which `qemu` is: it goes on from /peer/state, and moves from one process to
-# another as often. What each move cost, as `query-migrate` says it.
+# another as often. What each move cost, as `query-migrate` says it, and when it stood still and ran again, as both tell.
 
 # peer N [options]: the N-th process, in the background. Its console is qemu-N.log, its control socket port 4400 + N.
 peer() {
@@ -30,10 +30,13 @@ while [ $move -lt $MOVES ]; do
     move=$((move + 1))
     peer $move -incoming tcp:127.0.0.1:$((7200 + move))
     listens $((7200 + move))
-    rm -f asked
-    mkfifo asked
+    rm -f asked asked-there
+    mkfifo asked asked-there
     nc 127.0.0.1 $from <asked >said &
     exec 3>asked
+    nc 127.0.0.1 $((4400 + move)) <asked-there >said-there &
+    exec 4>asked-there
+    echo '{"execute":"qmp_capabilities"}' >&4
     for asks in '"qmp_capabilities"' \
         '"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":true}]}' \
         '"migrate-set-parameters","arguments":{"downtime-limit":300}' \
@@ -44,8 +47,11 @@ while [ $move -lt $MOVES ]; do
     echo '{"execute":"query-migrate"}' >&3
     said '"return":.*"status":'
     echo "QEMU-MOVE $(tail -n 1 said)"
+    until_true "QEMU's guest does not run there" "grep -q '\"RESUME\"' said-there"
+    echo "QEMU-STOP $(grep '"STOP"' said)"
+    echo "QEMU-RESUME $(grep '"RESUME"' said-there)"
     echo '{"execute":"quit"}' >&3
-    exec 3>&-
+    exec 3>&- 4>&-
     wait $source
     works $move 1
 done

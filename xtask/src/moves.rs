@@ -50,10 +50,15 @@ pub fn run(project: &Project, moves: u32) -> Result<()> {
     let timeout = PATIENCE * (1 + moves);
     let output = measured::in_instance(project, &kernel, "3G", &script, &peer.files, timeout)?;
     let ours = side(&output, "blanket", "MOVE ", blankets)?;
-    let theirs = side(&output, "qemu", "QEMU-MOVE ", |line| {
+    let mut theirs = side(&output, "qemu", "QEMU-MOVE ", |line| {
         let said: Value = serde_json::from_str(line).context("QEMU")?;
         qemus(&said["return"])
     })?;
+    let stopped = marked(&output, "QEMU-STOP ").map(moment);
+    let resumed = marked(&output, "QEMU-RESUME ").map(moment);
+    for ((it, stopped), resumed) in theirs.moves.iter_mut().zip(stopped).zip(resumed) {
+        it.downtime_ms = resumed?.saturating_sub(stopped?) / 1000;
+    }
     for side in [&ours, &theirs] {
         ensure!(side.moves.len() == moves as usize, "figures are missing");
     }
@@ -68,15 +73,24 @@ pub fn run(project: &Project, moves: u32) -> Result<()> {
 
 /// What the script has said of a side.
 fn side(output: &str, name: &str, mark: &str, read: impl Fn(&str) -> Result<Move>) -> Result<Side> {
-    let marked = |mark| {
-        let lines = output.lines().map(str::trim_end);
-        lines.filter_map(move |line| line.strip_prefix(mark))
-    };
-    let mut paces = marked("PACE ").filter_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    let paces = marked(output, "PACE ");
+    let mut paces = paces.filter_map(|line| line.strip_prefix(name)?.trim().parse().ok());
     Ok(Side {
-        moves: marked(mark).map(read).collect::<Result<_>>()?,
+        moves: marked(output, mark).map(read).collect::<Result<_>>()?,
         pace: paces.next().context("no pace")?,
     })
+}
+
+fn marked<'a>(output: &'a str, mark: &'a str) -> impl Iterator<Item = &'a str> {
+    let lines = output.lines().map(str::trim_end);
+    lines.filter_map(move |line| line.strip_prefix(mark))
+}
+
+/// When something happened that QEMU tells of, microseconds since 1970.
+fn moment(event: &str) -> Result<u64> {
+    let event: Value = serde_json::from_str(event).context("QEMU")?;
+    let seconds = number(&event, "/timestamp/seconds")?;
+    Ok(seconds * 1_000_000 + number(&event, "/timestamp/microseconds")?)
 }
 
 /// What `blanket migrate --json` says.
@@ -90,7 +104,8 @@ fn blankets(line: &str) -> Result<Move> {
     })
 }
 
-/// What `query-migrate` says of one that is over (`qapi/migration.json`).
+/// What `query-migrate` says of one that is over (`qapi/migration.json`). Its downtime is that of the
+/// source alone.
 fn qemus(said: &Value) -> Result<Move> {
     Ok(Move {
         rounds: number(said, "/ram/dirty-sync-count")?,
@@ -113,7 +128,8 @@ fn section(rows: &[(&str, Side)], moves: u32, release: &str) -> String {
          emulated instance with two CPUs, over its loopback. First as a VM of Blanket under the module, compressed and by TLS; then as a \
          machine of QEMU's, as QEMU does it if nothing else is said but the same {DOWNTIME} ms. QEMU has no KVM there, as on any instance \
          without virtualization, and translates: its guest works slower, and so writes less meanwhile (the last column is what either \
-         does when it is not moved). It has booted outside, and goes on from a file. All of it emulated.\n\n\
+         does when it is not moved). It has booted outside, and goes on from a file. Either stood still from when its vCPUs \
+         stopped at the source until they ran at the destination (QEMU: from its event STOP to its event RESUME). All of it emulated.\n\n\
          | what moves | rounds | MiB sent | took, s | stood still, ms | works each second |\n|---|---:|---:|---:|---:|---:|\n"
     );
     for (what, side) in rows {
@@ -151,6 +167,8 @@ mod tests {
         let theirs = r#"{"status":"completed","total-time":1500,"downtime":40,"ram":{"transferred":5242880,"dirty-sync-count":3}}"#;
         let theirs = serde_json::from_str(theirs).expect("JSON");
         assert_eq!(qemus(&theirs).expect("figures"), wanted);
+        let event = r#"{"timestamp":{"seconds":3,"microseconds":250},"event":"STOP"}"#;
+        assert_eq!(moment(event).expect("a time"), 3_000_250);
         let moves = vec![wanted, wanted];
         let rows = [("QEMU", Side { moves, pace: 0.5 })];
         let text = section(&rows, 2, "6.1");
