@@ -5,13 +5,9 @@
 bridged vm1
 # The link with the third one.
 brctl addif br0 eth1 && ip link set eth1 up || fail "no third place"
-# third PORT COMMAND: a command there, whose shells listen at these ports.
-third() { port=$1; shift; until echo "cd /root; $*" | nc 10.77.0.3 $port 2>/dev/null; do sleep 0.2; done; }
-third 7001 "base64 -d >key <<'E'
-$(base64 key)
-E
-chmod 600 key
-for port in 7011 7012 7013; do nc -l -p \$port -e /bin/sh >/dev/null 2>&1 & done"
+put key 3
+# Shells for what goes on there.
+in_node 3 7001 'chmod 600 key; for port in 7011 7012 7013; do nc -l -p $port -e /bin/sh >/dev/null 2>&1 & done'
 # The image is the only disk of its kind there.
 other 'ln -s vda /dev/vdb'
 
@@ -35,9 +31,9 @@ in_vm 'cd / && sudo -u postgres pgbench -i -q -s 1 postgres' || fail "no tables 
 in_vm 'cd / && sudo -u postgres sh -c "pgbench -c 2 -T 36000 -P 5 postgres >/tmp/pgbench.log 2>&1 &"'
 
 # ---- who is connected meanwhile ----
-third 7011 "$(by_ssh 'n=0; while :; do n=$((n + 1)); echo SESSION $n; sleep 1; done') 2>session.log" >session &
+in_node 3 7011 "$(by_ssh 'n=0; while :; do n=$((n + 1)); echo SESSION $n; sleep 1; done') 2>session.log" >session &
 session=$!
-third 7012 "yes 'insert into acknowledged default values returning id; select pg_sleep(0.2);' | $(by_ssh "$PSQL") 2>ids.log" >ids &
+in_node 3 7012 "yes 'insert into acknowledged default values returning id; select pg_sleep(0.2);' | $(by_ssh "$PSQL") 2>ids.log" >ids &
 in_vm 'python3 -c "
 import socket, time
 s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((\"\", 7000)); s.listen(1); c = s.accept()[0]
@@ -47,7 +43,7 @@ while True:
 "' 2>numbers.log &
 in_vm 'until ss -ltn | grep -q :7000; do sleep 1; done'
 # Each with the time at which it was heard, and what the guest took it for.
-third 7013 'tail -f /dev/null | nc 10.77.0.50 7000 2>numbers.log |
+in_node 3 7013 'tail -f /dev/null | nc 10.77.0.50 7000 2>numbers.log |
     while read -r line; do read -r up _ </proc/uptime; echo "$line $up"; done' >numbers &
 last() { sed -n "s/^$2 \([0-9]*\).*/\1/p" $1 | tail -n 1; }
 goes_on() {
@@ -57,8 +53,8 @@ goes_on() {
         tries=0
         until [ "$(if [ $1 = ids ]; then grep -c . ids; else last $1 $2; fi)" -ge $((${from:-0} + 3)) ] 2>/dev/null; do
             tries=$((tries + 1))
-            [ $tries -lt 600 ] || fail "$1 goes no further than ${from:-nothing}: $(third 7001 cat $1.log)"
-            kill -0 $session 2>/dev/null || fail "the session has ended: $(third 7001 cat session.log)"
+            [ $tries -lt 600 ] || fail "$1 goes no further than ${from:-nothing}: $(in_node 3 7001 "cat $1.log")"
+            kill -0 $session 2>/dev/null || fail "the session has ended: $(in_node 3 7001 'cat session.log')"
             sleep 0.2
         done
     done

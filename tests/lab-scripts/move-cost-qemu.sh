@@ -5,19 +5,26 @@
 peer() {
     at=$1
     shift
-    qemu -chardev file,id=console,path=qemu-$at.log -qmp tcp:127.0.0.1:$((4400 + at)),server=on,wait=off "$@" >qemu-$at.err 2>&1 &
+    : >qemu-$at.log
+    qemu -chardev file,id=console,path=qemu-$at.log -qmp tcp:127.0.0.1:$((4400 + at)),server=on,wait=off "$@" >qemu-$at-said.log 2>&1 &
     peer=$!
 }
 # works N COUNT: waits until it has worked so often in the N-th process.
 works() {
-    until [ "$(grep -c TICK qemu-$1.log 2>/dev/null)" -ge $2 ] 2>/dev/null; do
-        kill -0 $peer 2>/dev/null || fail "QEMU has ended: $(cat qemu-$1.err)"
-        ! grep -q BAD qemu-$1.log || fail "QEMU's guest has worked wrong"
-        sleep 0.2
-    done
+    until_true "QEMU's guest does not work" \
+        "kill -0 $peer || fail 'QEMU has ended'; [ \$(grep -c TICK qemu-$1.log) -ge $2 ]"
+    ! grep -q BAD qemu-$1.log || fail "QEMU's guest has worked wrong"
 }
-# said WHAT: waits until QEMU has said it last.
-said() { until_true "QEMU does not say $1" "tail -n 1 said | grep -qE '$1' || { cat said >qemu.log; false; }"; }
+# talk FD N: to the control socket of the N-th process, which is heard in talk-FD.log.
+talk() {
+    rm -f talk-$1
+    mkfifo talk-$1
+    nc 127.0.0.1 $((4400 + $2)) <talk-$1 >talk-$1.log &
+    eval "exec $1>talk-$1"
+    echo '{"execute":"qmp_capabilities"}' >&$1
+}
+# heard FD WHAT: waits for it.
+heard() { until_true "QEMU does not say $2" "grep -qE '$2' talk-$1.log"; }
 
 peer 0 -incoming file:/peer/state
 works 0 1
@@ -26,30 +33,24 @@ works 0 4
 pace qemu 3 $begun
 move=0
 while [ $move -lt $MOVES ]; do
-    from=$((4400 + move)) source=$peer
+    from=$move source=$peer
     move=$((move + 1))
     peer $move -incoming tcp:127.0.0.1:$((7200 + move))
     listens $((7200 + move))
-    rm -f asked asked-there
-    mkfifo asked asked-there
-    nc 127.0.0.1 $from <asked >said &
-    exec 3>asked
-    nc 127.0.0.1 $((4400 + move)) <asked-there >said-there &
-    exec 4>asked-there
-    echo '{"execute":"qmp_capabilities"}' >&4
-    for asks in '"qmp_capabilities"' \
-        '"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":true}]}' \
-        '"migrate-set-parameters","arguments":{"downtime-limit":300}' \
+    talk 3 $from
+    talk 4 $move
+    for asks in '"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":true}]}' \
+        "\"migrate-set-parameters\",\"arguments\":{\"downtime-limit\":$DOWNTIME}" \
         "\"migrate\",\"arguments\":{\"uri\":\"tcp:127.0.0.1:$((7200 + move))\"}"; do
         echo "{\"execute\":$asks}" >&3
     done
-    until_true "QEMU does not move it: $(cat said)" "grep -qE '\"status\": \"(completed|failed)\"' said"
+    heard 3 '"status": "(completed|failed)"'
     echo '{"execute":"query-migrate"}' >&3
-    said '"return":.*"status":'
-    echo "QEMU-MOVE $(tail -n 1 said)"
-    until_true "QEMU's guest does not run there" "grep -q '\"RESUME\"' said-there"
-    echo "QEMU-STOP $(grep '"STOP"' said)"
-    echo "QEMU-RESUME $(grep '"RESUME"' said-there)"
+    heard 3 '"return": .*"status"'
+    echo "QEMU-MOVE $(grep '"return": .*"status"' talk-3.log)"
+    heard 4 '"RESUME"'
+    echo "QEMU-STOP $(grep '"STOP"' talk-3.log)"
+    echo "QEMU-RESUME $(grep '"RESUME"' talk-4.log)"
     echo '{"execute":"quit"}' >&3
     exec 3>&- 4>&-
     wait $source

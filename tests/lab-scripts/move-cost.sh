@@ -14,7 +14,7 @@ while [ $move -lt $MOVES ]; do
     move=$((move + 1))
     blanket run --incoming 127.0.0.1:$((7100 + move)) --token-file token-$move --name vm-$move --memory 128M \
         --console file:vm-$move.log --detach >/dev/null || fail "nobody waits"
-    blanket migrate $now --to 127.0.0.1:$((7100 + move)) --token-file token-$move --json >moved || fail "it does not move"
+    blanket migrate $now --to 127.0.0.1:$((7100 + move)) --token-file token-$move --max-downtime $DOWNTIME --json >moved || fail "it does not move"
     echo "MOVE $(tr -d ' \n' <moved)"
     ticking vm-$move 5
 done

@@ -1,13 +1,15 @@
-# For scripts in the first of two instances, 10.77.0.1: what is done in the other one, 10.77.0.2.
+# For scripts in the first of several instances, 10.77.0.1: what is done in the other one, 10.77.0.2, and in more.
 say() { read -r up _ </proc/uptime; echo "  [$up s] $*"; }
-# A command in the other instance, whose shell listens anew after each.
-other() { until echo "cd /root; $*" | nc 10.77.0.2 7001 2>/dev/null; do sleep 0.2; done; }
+# in_node N PORT COMMAND: in an instance, whose shell listens there, at 7001 anew after each.
+in_node() { until echo "cd /root; $3" | nc 10.77.0.$1 $2 2>/dev/null; do sleep 0.2; done; }
+# A command in the other instance.
+other() { in_node 2 7001 "$*"; }
 other true
 # What the other one says when something fails.
 trap '[ $? = 0 ] || { echo "-- there"; other "tail -n 30 *.log; blanket ps"; }' EXIT
 
-# put FILE: the same file there.
-put() { other "base64 -d >$1 <<'E'
+# put FILE [N]: the same file there, or in another instance.
+put() { in_node ${2:-2} 7001 "base64 -d >$1 <<'E'
 $(base64 $1)
 E"; }
 

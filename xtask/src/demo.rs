@@ -162,7 +162,7 @@ fn moves(project: &Project, guests: &[Kernel], steps: &Steps) -> Result<()> {
     payload.command(DEMO_NODES);
     steps.say("two nodes as of two clouds, and a VM that moves between them while it runs:");
     let here = Machine {
-        star: 2,
+        companions: 1,
         ..Machine::new(WITHOUT, host, "1G")
     };
     let there = Machine {

@@ -2,14 +2,14 @@
 //! scripts of `tests/guest`, Debian's stress-ng with its libraries.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use xshell::cmd;
 
 use crate::apt::{Apt, NEWEST};
 use crate::build;
-use crate::initramfs::Files;
+use crate::initramfs::{Files, file_name};
 use crate::project::Project;
 
 /// The static programs of VMs, in /bin.
@@ -48,11 +48,8 @@ pub fn fabric(project: &Project) -> Result<Files> {
 fn in_bin(programs: Vec<PathBuf>) -> Result<Files> {
     let mut files = Files::new();
     for program in programs {
-        let name = program
-            .file_name()
-            .context("a program without a name")?
-            .to_string_lossy();
-        files.insert(format!("bin/{name}"), program.clone());
+        let name = file_name(&program)?;
+        files.insert(format!("bin/{name}"), program);
     }
     Ok(files)
 }
@@ -228,6 +225,26 @@ pub fn network_tools(project: &Project) -> Result<Files> {
     debian_programs(project, "network-tools", NETWORK_TOOLS, &programs)
 }
 
+/// The libraries that a program loads, by the names that it wants them by, of those in `path` (in the
+/// loader's own places if that is empty).
+pub fn loaded(
+    project: &Project,
+    loader: &Path,
+    path: &str,
+    program: &Path,
+) -> Result<Vec<(String, PathBuf)>> {
+    let sh = project.shell()?;
+    let list = cmd!(sh, "{loader} --library-path {path} --list {program}");
+    let list = list.quiet().read()?;
+    // "libm.so.6 => /path/libm.so.6 (0x...)"
+    let lines = list.lines().filter_map(|line| {
+        let (library, rest) = line.trim().split_once(" => ")?;
+        let from = rest.split_once(" (").map_or(rest, |(from, _)| from);
+        Some((library.to_owned(), from.into()))
+    });
+    Ok(lines.collect())
+}
+
 /// Programs out of packages, in /bin, with the libraries that they load.
 fn debian_programs(
     project: &Project,
@@ -254,7 +271,6 @@ fn debian_programs(
         .each_ref()
         .map(|dir| dir.display().to_string())
         .join(":");
-    let sh = project.shell()?;
     let loader = root.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2");
     let mut files = Files::new();
     for name in programs {
@@ -263,15 +279,7 @@ fn debian_programs(
             .iter()
             .find(|path| path.is_file())
             .with_context(|| format!("{name} is in none of its packages"))?;
-        let list = cmd!(sh, "{loader} --library-path {path} --list {program}")
-            .quiet()
-            .read()?;
-        for line in list.lines() {
-            // "libm.so.6 => /path/libm.so.6 (0x...)"
-            let Some((library, rest)) = line.trim().split_once(" => ") else {
-                continue;
-            };
-            let from = PathBuf::from(rest.split(" (").next().unwrap_or_default());
+        for (library, from) in loaded(project, &loader, &path, program)? {
             ensure!(
                 from.starts_with(&root) && from.is_file(),
                 "{name} wants {library}, which is in none of its packages"

@@ -15,6 +15,13 @@ use crate::project::Project;
 /// Files of the host by their paths in an archive.
 pub type Files = BTreeMap<String, PathBuf>;
 
+/// The last part of a path.
+pub fn file_name(path: &Path) -> Result<String> {
+    let name = path.file_name();
+    let name = name.with_context(|| format!("{} names no file", path.display()))?;
+    Ok(name.to_string_lossy().into_owned())
+}
+
 /// The files of an archive by their path without a leading slash. A parent
 /// sorts before its children, as the kernel's unpacker needs it.
 #[derive(Clone, Default)]

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::build;
 use crate::debian::{self, Variant};
@@ -124,7 +124,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             append: args.append.clone(),
             node,
             group: group.clone(),
-            star: 0,
+            companions: 0,
             extra: extra.clone(),
         })
         .collect();
@@ -214,14 +214,17 @@ pub fn group_address() -> String {
 fn command_text(words: &[String]) -> String {
     match words {
         [text] => text.clone(),
-        words => {
-            let quoted: Vec<String> = words
-                .iter()
-                .map(|word| format!("'{}'", word.replace('\'', r"'\''")))
-                .collect();
-            quoted.join(" ")
-        }
+        words => quoted(words),
     }
+}
+
+/// Words as the shell takes them, each as it is.
+pub fn quoted(words: &[String]) -> String {
+    let quoted: Vec<String> = words
+        .iter()
+        .map(|word| format!("'{}'", word.replace('\'', r"'\''")))
+        .collect();
+    quoted.join(" ")
 }
 
 /// Init of an instance.
@@ -379,10 +382,7 @@ impl Payload {
 
     /// Adds a static program to /bin.
     pub fn program(&mut self, program: &Path) -> Result<()> {
-        let name = program
-            .file_name()
-            .context("a program without a name")?
-            .to_string_lossy();
+        let name = initramfs::file_name(program)?;
         self.archive.copy(&format!("bin/{name}"), 0o755, program);
         Ok(())
     }

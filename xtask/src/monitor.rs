@@ -24,16 +24,26 @@ impl Monitor {
         Ok(this)
     }
 
+    /// Waits for an event that `wanted` is true of.
+    pub fn event(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<()> {
+        while !wanted(&self.read()?) {}
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        ensure!(
+            self.reader.read_line(&mut line)? > 0,
+            "QEMU closed its control socket"
+        );
+        serde_json::from_str(&line).context("QEMU's control socket")
+    }
+
     /// The answer to a request, as QEMU writes it; events are passed over.
     pub fn ask(&mut self, request: &str) -> Result<Value> {
         writeln!(self.stream, "{request}")?;
         loop {
-            let mut line = String::new();
-            ensure!(
-                self.reader.read_line(&mut line)? > 0,
-                "QEMU closed its control socket"
-            );
-            let mut answer: Value = serde_json::from_str(&line).context("QEMU's control socket")?;
+            let mut answer = self.read()?;
             if let Some(error) = answer.get("error") {
                 bail!("QEMU does not do {request}: {error}");
             }

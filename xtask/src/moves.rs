@@ -46,7 +46,8 @@ pub fn run(project: &Project, moves: u32) -> Result<()> {
     ensure!(moves > 0, "at least one move is to be made");
     let kernel = kernels::fetch(project, Flavour::Cloud)?;
     let peer = Peer::boot(project, &kernel, MEMORY)?;
-    let script = format!("MOVES={moves}\n{}{MOVE_COST}", peer::function(MEMORY));
+    let qemu = peer::function(MEMORY)?;
+    let script = format!("MOVES={moves} DOWNTIME={DOWNTIME}\n{qemu}{MOVE_COST}");
     let timeout = PATIENCE * (1 + moves);
     let output = measured::in_instance(project, &kernel, "3G", &script, &peer.files, timeout)?;
     let ours = side(&output, "blanket", "MOVE ", blankets)?;
@@ -54,13 +55,27 @@ pub fn run(project: &Project, moves: u32) -> Result<()> {
         let said: Value = serde_json::from_str(line).context("QEMU")?;
         qemus(&said["return"])
     })?;
-    let stopped = marked(&output, "QEMU-STOP ").map(moment);
-    let resumed = marked(&output, "QEMU-RESUME ").map(moment);
-    for ((it, stopped), resumed) in theirs.moves.iter_mut().zip(stopped).zip(resumed) {
-        it.downtime_ms = resumed?.saturating_sub(stopped?) / 1000;
-    }
-    for side in [&ours, &theirs] {
-        ensure!(side.moves.len() == moves as usize, "figures are missing");
+    let moments = |mark| {
+        marked(&output, mark)
+            .map(moment)
+            .collect::<Result<Vec<_>>>()
+    };
+    let (stopped, resumed) = (moments("QEMU-STOP ")?, moments("QEMU-RESUME ")?);
+    let figures = [
+        ours.moves.len(),
+        theirs.moves.len(),
+        stopped.len(),
+        resumed.len(),
+    ];
+    ensure!(
+        figures == [moves as usize; 4],
+        "figures are missing: {figures:?}"
+    );
+    for (it, (stopped, resumed)) in theirs.moves.iter_mut().zip(stopped.iter().zip(resumed)) {
+        let stood = resumed
+            .checked_sub(*stopped)
+            .context("it ran before it stopped")?;
+        it.downtime_ms = stood / 1000;
     }
     let text = section(
         &[("Blanket", ours), ("QEMU", theirs)],
@@ -107,6 +122,10 @@ fn blankets(line: &str) -> Result<Move> {
 /// What `query-migrate` says of one that is over (`qapi/migration.json`). Its downtime is that of the
 /// source alone.
 fn qemus(said: &Value) -> Result<Move> {
+    ensure!(
+        said["status"] == "completed",
+        "QEMU's guest did not move: {said}"
+    );
     Ok(Move {
         rounds: number(said, "/ram/dirty-sync-count")?,
         bytes: number(said, "/ram/transferred")?,
@@ -167,6 +186,7 @@ mod tests {
         let theirs = r#"{"status":"completed","total-time":1500,"downtime":40,"ram":{"transferred":5242880,"dirty-sync-count":3}}"#;
         let theirs = serde_json::from_str(theirs).expect("JSON");
         assert_eq!(qemus(&theirs).expect("figures"), wanted);
+        assert!(qemus(&serde_json::json!({"status": "failed"})).is_err());
         let event = r#"{"timestamp":{"seconds":3,"microseconds":250},"event":"STOP"}"#;
         assert_eq!(moment(event).expect("a time"), 3_000_250);
         let moves = vec![wanted, wanted];

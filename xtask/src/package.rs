@@ -323,7 +323,7 @@ fn try_out(project: &Project, packages: &[PathBuf]) -> Result<()> {
         append: String::new(),
         node: 1,
         group: None,
-        star: 0,
+        companions: 0,
         extra: vec![
             "-drive".into(),
             format!(

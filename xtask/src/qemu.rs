@@ -114,10 +114,10 @@ pub struct Machine {
     pub node: u32,
     /// Address of the group's network (`ADDRESS:PORT`, multicast); none alone.
     pub group: Option<String>,
-    /// It is one of so many, each of which has a link with the first one that nobody else is on
-    /// and that gives nobody its own packets back: a group's network does, and a bridge in an
-    /// instance goes wrong by that. None: 0.
-    pub star: u32,
+    /// How many companions the first one has. Each has a link with it that nobody else is on and
+    /// that gives nobody its own packets back: a group's network does, and a bridge in an
+    /// instance goes wrong by that.
+    pub companions: u32,
     /// More options for QEMU.
     pub extra: Vec<String>,
 }
@@ -135,7 +135,7 @@ impl Machine {
             append: String::new(),
             node: 1,
             group: None,
-            star: 0,
+            companions: 0,
             extra: Vec::new(),
         }
     }
@@ -167,11 +167,11 @@ impl Machine {
 
     /// What its network cards are on.
     fn networks(&self) -> Vec<String> {
-        match (&self.group, self.star, self.node) {
+        match (&self.group, self.companions, self.node) {
             (None, 0, _) => vec!["user,restrict=on".into()],
             (Some(group), 0, _) => vec![format!("socket,mcast={group},localaddr=127.0.0.1")],
-            (_, all, 1) => (2..=all)
-                .map(|other| link(&format!("link{other}"), &format!("node{other}/link")))
+            (_, companions, 1) => (2..2 + companions)
+                .map(|node| link(&format!("link{node}"), &format!("node{node}/link")))
                 .collect(),
             (.., node) => vec![link("link", &format!("../link{node}"))],
         }
@@ -287,9 +287,10 @@ pub fn run_dir(project: &Project) -> Result<PathBuf> {
     bail!("{} is full: remove it", base.display())
 }
 
-/// A QEMU process with its files in a directory of its own.
-struct Running {
-    child: Child,
+/// A QEMU process with its files in a directory of its own. It ends with this.
+pub struct Running {
+    /// The process.
+    pub child: Child,
     dir: PathBuf,
 }
 
@@ -312,6 +313,45 @@ enum Line {
     Terminal,
     /// Nobody listens; that the process has ended is seen at its standard output.
     Null,
+}
+
+/// The emulator without its options. It does not outlive this process, however that ends.
+pub fn command(project: &Project, icount: bool) -> Result<Command> {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]);
+    if icount {
+        // QEMU 10.0 stops early in the boot when it counts instructions and the
+        // CPU model is `max`; 7.2 is also what the reference figures were made on.
+        command.arg(QEMU);
+        return Ok(command);
+    }
+    let emulator = emulator(project)?;
+    command.arg(emulator.join("usr/bin").join(QEMU));
+    for data in ["usr/share/qemu", "usr/share/seabios"] {
+        command.arg("-L").arg(emulator.join(data));
+    }
+    command.env(
+        "QEMU_MODULE_DIR",
+        emulator.join("usr/lib/x86_64-linux-gnu/qemu"),
+    );
+    Ok(command)
+}
+
+/// Starts it in a directory, where it leaves its command line, its errors and its pid.
+pub fn spawn(mut command: Command, dir: &Path) -> Result<Running> {
+    let text: Vec<OsString> = command.get_args().map(ToOwned::to_owned).collect();
+    fs::write(dir.join("command"), format!("{text:?}\n"))?;
+    let child = command
+        .current_dir(dir)
+        .stderr(File::create(dir.join("qemu.log"))?)
+        .spawn()
+        .context("cannot start QEMU through setpriv")?;
+    // setpriv becomes QEMU.
+    fs::write(dir.join("pid"), child.id().to_string())?;
+    Ok(Running {
+        child,
+        dir: dir.to_path_buf(),
+    })
 }
 
 fn start(
@@ -337,24 +377,7 @@ fn start(
         "console=ttyS0 tsc=reliable no_timer_check panic=-1 oops=panic quiet LAB_NODE={} LAB_NONCE={nonce} {still}{}",
         machine.node, machine.append
     );
-    // QEMU must not outlive us, however we end.
-    let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--"]);
-    if machine.icount {
-        // QEMU 10.0 stops early in the boot when it counts instructions and the
-        // CPU model is `max`; 7.2 is also what the reference figures were made on.
-        command.arg(QEMU);
-    } else {
-        let emulator = emulator(project)?;
-        command.arg(emulator.join("usr/bin").join(QEMU));
-        for data in ["usr/share/qemu", "usr/share/seabios"] {
-            command.arg("-L").arg(emulator.join(data));
-        }
-        command.env(
-            "QEMU_MODULE_DIR",
-            emulator.join("usr/lib/x86_64-linux-gnu/qemu"),
-        );
-    }
+    let mut command = command(project, machine.icount)?;
     command.args(machine.options(accelerator));
     command.args([
         "-chardev",
@@ -378,25 +401,12 @@ fn start(
     command.args(["-qmp", "unix:qmp,server=on,wait=off"]);
     command.arg("-kernel").arg(&machine.kernel.vmlinuz);
     command.args(["-initrd", "initramfs", "-append", &append]);
-    let text: Vec<OsString> = command.get_args().map(ToOwned::to_owned).collect();
-    fs::write(dir.join("command"), format!("{text:?}\n"))?;
-    command
-        .current_dir(dir)
-        .stderr(File::create(dir.join("qemu.log"))?);
     match line {
         Line::Piped => command.stdin(Stdio::null()).stdout(Stdio::piped()),
         Line::Terminal => command.stdin(Stdio::inherit()).stdout(Stdio::inherit()),
         Line::Null => command.stdin(Stdio::null()).stdout(Stdio::piped()),
     };
-    let child = command
-        .spawn()
-        .context("cannot start QEMU through setpriv")?;
-    // setpriv becomes QEMU.
-    fs::write(dir.join("pid"), child.id().to_string())?;
-    Ok(Running {
-        child,
-        dir: dir.to_path_buf(),
-    })
+    spawn(command, dir)
 }
 
 /// Boots `machines` with `payload`; the first runs the command in it. What the

@@ -610,10 +610,7 @@ impl<'a> Bench<'a> {
             append,
             node: 1,
             group: None,
-            star: match case.companions.len() {
-                0 => 0,
-                others => u32::try_from(1 + others)?,
-            },
+            companions: u32::try_from(case.companions.len())?,
             extra: self.options(case)?,
         };
         let timeout = Duration::from_secs(case.timeout);

@@ -78,7 +78,7 @@ const PROGRESS: u64 = 75;
 /// What is little beside the time that a VM may stand still, percent: it is not worth a round.
 const LITTLE: u128 = 10;
 /// While the rest is more than that, there is one more round as long as each leaves less than this
-/// part of the one before, percent: it takes no longer than the VM may stand still.
+/// part of what it has sent, percent: it takes no longer than the VM may stand still.
 const WORTH: u64 = 50;
 
 /// Decides, round by round.
@@ -117,8 +117,7 @@ impl Control {
     fn is_worth_one_more(&self, round: &Round) -> bool {
         let rest = Self::rest(round).as_nanos().saturating_mul(100);
         let much = rest > self.wishes.downtime.as_nanos().saturating_mul(LITTLE);
-        let before = self.before.unwrap_or(round.sent);
-        let less = round.dirty.saturating_mul(100) < before.saturating_mul(WORTH);
+        let less = round.dirty.saturating_mul(100) < round.sent.saturating_mul(WORTH);
         much && less && self.rounds < self.wishes.rounds
     }
 

@@ -52,3 +52,28 @@ pub(crate) fn unpack(packed: &[u8], length: usize) -> Option<Vec<u8>> {
     });
     bytes.ok().filter(|bytes| bytes.len() == length)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_broken_leaves_nothing_behind() {
+        let bytes = [b"page".repeat(500), vec![0; 3000]].concat();
+        let mut packed = b"before".to_vec();
+        pack(&mut packed, &bytes).expect("packed");
+        let packed = packed.strip_prefix(b"before").expect("as it was");
+        let is_whole = || unpack(packed, bytes.len()) == Some(bytes.clone());
+        assert!(is_whole());
+        let mut broken = packed.to_vec();
+        for at in 0..packed.len() {
+            broken[at] ^= 0x55;
+            let _ = unpack(&broken, bytes.len());
+            broken[at] ^= 0x55;
+            assert_eq!(unpack(&packed[..at], bytes.len()), None);
+            assert!(is_whole(), "after {at}");
+        }
+        assert_eq!(unpack(packed, bytes.len() - 1), None);
+        assert_eq!(unpack(packed, bytes.len() + 1), None);
+    }
+}

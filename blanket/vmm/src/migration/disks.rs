@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use blanket_devices::block::{BLOCK, Vbd};
 use blanket_devices::bus::Device as _;
-use blanket_disk::{Failure, Reader, Writer as DiskWriter};
+use blanket_disk::{Disk, Failure, Reader, Writer as DiskWriter};
 use blanket_snapshot::{MAX_PIECE, Piece, Writer};
 
 use super::Bases;
@@ -154,6 +154,14 @@ struct Image {
 }
 
 impl Image {
+    fn of(reader: Reader, disk: &dyn Disk) -> std::io::Result<Self> {
+        Ok(Self {
+            reader,
+            writer: DiskWriter::new(disk, MAX_PIECE)?,
+            unflushed: 0,
+        })
+    }
+
     fn flush(&mut self) -> Result<(), Failure> {
         if self.unflushed > 0 {
             self.writer.flush()?;
@@ -183,13 +191,8 @@ impl Images {
                                new one (blanket disk create --backing)";
                     return Err(ResumeError::Disk(number, why.into()));
                 }
-                let writer = DiskWriter::new(&**disk.disk(), MAX_PIECE)
+                let image = Image::of(reader.clone(), &**disk.disk())
                     .map_err(|error| ResumeError::Disk(number, error.to_string()))?;
-                let image = Image {
-                    reader: reader.clone(),
-                    writer,
-                    unflushed: 0,
-                };
                 all.insert(number, image);
             }
         }
@@ -233,37 +236,23 @@ impl Images {
 
 #[cfg(test)]
 mod tests {
-    use blanket_devices::block::{Config, device_number};
     use blanket_disk::Options;
     use blanket_snapshot::Reader as Saved;
 
     use super::*;
-    use crate::console::Console;
-    use crate::instance::{Instance, Spec};
     use crate::saved::testing::domain;
     use crate::saved::{Moving as Comes, memory};
-    use crate::sync::lock;
-    use crate::testing::{Fake, Guest};
+
+    const NUMBER: u32 = 7;
 
     /// Bytes that are not flushed when it comes so.
     fn unflushed(write: impl FnOnce(&mut Writer<Vec<u8>>)) -> usize {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("disk.raw");
         std::fs::write(&path, vec![0; MAX_PIECE]).expect("written");
-        let fake = Fake::new(|_, _| Box::new(|_: &Guest| unreachable!("no vCPU runs")));
-        let console = Console::new().expect("a console");
-        let instance = Instance::new(Spec::default(), fake, console).expect("an instance");
-        let image = blanket_disk::open(&path, &Options::default()).expect("it");
-        let file = DiskFile {
-            path,
-            reader: image.reader(),
-            base: None,
-        };
-        let disk = Vbd::new(Arc::new(image), Config::default(), 1);
-        let device = AnyDevice::Disk(Arc::new(disk), file);
-        instance.attach(device).expect("attached");
-
-        let mut images = Images::of(&lock(&instance.devices), |_| true).expect("one");
+        let disk = blanket_disk::open(&path, &Options::default()).expect("it");
+        let image = Image::of(disk.reader(), &disk).expect("a writer");
+        let mut images = Images(BTreeMap::from([(NUMBER, image)]));
         let mut writer = Writer::new(Vec::new()).expect("memory");
         write(&mut writer);
         let stream = writer.finish().expect("memory").0;
@@ -286,7 +275,7 @@ mod tests {
     #[test]
     fn a_disk_is_flushed_at_each_mark_and_not_when_the_vm_stands_still() {
         let piece = |writer: &mut Writer<Vec<u8>>| {
-            let written = writer.disk(device_number(0), 8192, &[7; 4096]);
+            let written = writer.disk(NUMBER, 8192, &[7; 4096]);
             written.expect("memory");
         };
         let mark = |writer: &mut Writer<Vec<u8>>| {
@@ -307,7 +296,7 @@ mod tests {
         assert_eq!(after, 4096);
         let much = unflushed(|writer| {
             for _ in 0..UNFLUSHED / MAX_PIECE {
-                let written = writer.disk(device_number(0), 0, &[7; MAX_PIECE]);
+                let written = writer.disk(NUMBER, 0, &[7; MAX_PIECE]);
                 written.expect("memory");
             }
             piece(writer);
