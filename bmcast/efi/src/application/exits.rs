@@ -1,0 +1,223 @@
+//! What has exited, and what is done about it.
+
+use bmcast_svm::{Bus, Control, IoExit, Mode, Segment, emulate, walk};
+use spin::Mutex;
+
+use super::apic;
+use super::cpu::{self, LMA, SVME};
+use super::memory::pointer;
+use super::vcpu::Cpu;
+use crate::say;
+
+/// Physical memory that is the VMM's: from, to.
+static OWN: Mutex<(u64, u64)> = Mutex::new((0, 0));
+
+/// Names the VMM's region.
+pub fn own(from: u64, to: u64) {
+    *OWN.lock() = (from, to);
+}
+
+/// Whether `bytes` bytes at `address` are outside of the VMM's region.
+pub fn is_guests(address: u64, bytes: u64) -> bool {
+    let (from, to) = *OWN.lock();
+    address
+        .checked_add(bytes)
+        .is_some_and(|end| end <= from || address >= to)
+}
+
+/// 8 bytes of guest memory; the VMM's are none.
+fn guest_word(address: u64) -> Option<u64> {
+    let address = address & !7;
+    // SAFETY: aligned, mapped to itself as all physical memory is, and not the VMM's own. Others may write it at any time:
+    // hence volatile.
+    is_guests(address, 8).then(|| unsafe { pointer::<u64>(address).read_volatile() })
+}
+
+/// An access to what is not mapped for the guest.
+pub fn nested_fault(cpu: &mut Cpu) {
+    let address = cpu.vmcb.control.exit_info2;
+    let save = &cpu.vmcb.save;
+    let mode = Mode {
+        cr0: save.cr0,
+        cr3: save.cr3,
+        cr4: save.cr4,
+        efer: save.efer,
+    };
+    let bits = if save.efer & LMA != 0 && save.cs.attributes & Segment::LONG != 0 {
+        64
+    } else if save.cs.attributes & Segment::DEFAULT != 0 {
+        32
+    } else {
+        16
+    };
+    let mut linear = save.cs.base.wrapping_add(save.rip);
+    if bits != 64 {
+        linear &= 0xffff_ffff;
+    }
+    let mut code = [0; 15];
+    let mut fetched = 0;
+    for byte in &mut code {
+        let at = linear.wrapping_add(u64::try_from(fetched).unwrap_or(0));
+        let Some(word) = walk(mode, at, guest_word).and_then(|physical| {
+            Some((guest_word(physical)?, usize::try_from(physical & 7).ok()?))
+        }) else {
+            break;
+        };
+        *byte = word.0.to_le_bytes()[word.1];
+        fetched += 1;
+    }
+    let mut bus = At { address };
+    let mut flags = cpu.vmcb.save.rflags;
+    match emulate(&code[..fetched], bits, &mut cpu.registers, &mut flags, &mut bus) {
+        Ok(length) => {
+            cpu.vmcb.save.rflags = flags;
+            cpu.skip(u64::from(length));
+        }
+        Err(error) => {
+            say!("at {linear:#x}, to {address:#x}: {error} ({:x?})", &code[..fetched]);
+            cpu.vmcb.control.event_injection = Control::INJECT_GP;
+        }
+    }
+}
+
+/// A physical address of a device, or of nothing.
+struct At {
+    address: u64,
+}
+
+impl Bus for At {
+    fn load(&mut self, width: u8) -> u64 {
+        if let Some(offset) = apic::offset(self.address) {
+            return u64::from(apic::read(offset));
+        }
+        if is_guests(self.address, u64::from(width)) {
+            return read_device(self.address, width);
+        }
+        0
+    }
+
+    fn store(&mut self, width: u8, value: u64) {
+        if let Some(offset) = apic::offset(self.address) {
+            let [value, _] = cpu::halves(value);
+            apic::write(offset, value);
+        } else if is_guests(self.address, u64::from(width)) {
+            write_device(self.address, width, value);
+        }
+    }
+}
+
+/// Reads a device's register.
+pub fn read_device(address: u64, width: u8) -> u64 {
+    // SAFETY: the guest itself reads there, with this width: the VMM does it for it.
+    unsafe {
+        match width {
+            1 => u64::from(pointer::<u8>(address).read_volatile()),
+            2 => u64::from(pointer::<u16>(address).read_unaligned()),
+            4 => u64::from(pointer::<u32>(address & !3).read_volatile()),
+            _ => pointer::<u64>(address & !7).read_volatile(),
+        }
+    }
+}
+
+/// Writes a device's register.
+pub fn write_device(address: u64, width: u8, value: u64) {
+    let [low, _] = cpu::halves(value);
+    let [byte, second, ..] = low.to_le_bytes();
+    // SAFETY: the guest itself writes there, with this width: the VMM does it for it.
+    unsafe {
+        match width {
+            1 => pointer::<u8>(address).write_volatile(byte),
+            2 => pointer::<u16>(address).write_unaligned(u16::from_le_bytes([byte, second])),
+            4 => pointer::<u32>(address & !3).write_volatile(low),
+            _ => pointer::<u64>(address & !7).write_volatile(value),
+        }
+    }
+}
+
+/// HLT: time for work, until there is an interrupt.
+pub fn halted(cpu: &mut Cpu) {
+    cpu.skip(1);
+    // At most a millisecond: what comes through the 8259, and NMIs, are not seen here. The guest's HLT ends then as if by
+    // an interrupt that was for nothing, which every idle loop expects.
+    for _ in 0..64 {
+        if apic::pending() {
+            return;
+        }
+        work();
+        for _ in 0..64 {
+            core::hint::spin_loop();
+        }
+    }
+}
+
+/// RDMSR or WRMSR of one that is not the guest's as it is.
+pub fn msr(cpu: &mut Cpu) {
+    let write = cpu.vmcb.control.exit_info1 & 1 != 0;
+    let [msr, _] = cpu::halves(cpu.registers[1]);
+    let [low, _] = cpu::halves(cpu.registers[0]);
+    let [high, _] = cpu::halves(cpu.registers[2]);
+    let value = u64::from(high) << 32 | u64::from(low);
+    let efer = cpu.vmcb.save.efer;
+    let answer = match (msr, write) {
+        (cpu::EFER, false) => Some(efer & !SVME),
+        (cpu::EFER, true) if value & SVME == 0 => {
+            cpu.vmcb.save.efer = value & !LMA | efer & LMA | SVME;
+            Some(0)
+        }
+        // SVM is in use: as if the firmware had switched it off (SVMDIS), and locked that.
+        (cpu::VM_CR, false) => Some(1 << 4 | 1 << 3),
+        (cpu::VM_CR, true) => Some(0),
+        (apic::X2APIC_ICR, true) => {
+            apic::write_x2apic_icr(value);
+            Some(0)
+        }
+        _ => None,
+    };
+    match answer {
+        Some(answer) => {
+            if !write {
+                let [low, high] = cpu::halves(answer);
+                cpu.registers[0] = u64::from(low);
+                cpu.registers[2] = u64::from(high);
+            }
+            cpu.skip(2);
+        }
+        None => cpu.vmcb.control.event_injection = Control::INJECT_GP,
+    }
+}
+
+/// IN or OUT of a port that is watched.
+pub fn port(cpu: &mut Cpu) {
+    let io = IoExit::new(cpu.vmcb.control.exit_info1);
+    // EXITINFO2 is the next instruction (APM 15.10.2).
+    cpu.vmcb.save.rip = cpu.vmcb.control.exit_info2;
+    cpu.vmcb.control.interrupt_shadow = 0;
+    if io.string {
+        return;
+    }
+    let [value, _] = cpu::halves(cpu.registers[0]);
+    // SAFETY: the guest itself does it, with this width: the VMM does it for it.
+    unsafe {
+        if io.input {
+            let read = cpu::port_in(io.port, io.width);
+            cpu.registers[0] = match io.width {
+                1 => cpu.registers[0] & !0xff | u64::from(read & 0xff),
+                2 => cpu.registers[0] & !0xffff | u64::from(read & 0xffff),
+                _ => u64::from(read),
+            };
+        } else {
+            cpu::port_out(io.port, io.width, value);
+        }
+    }
+}
+
+/// A triple fault of the guest: the machine starts again, as it would have.
+pub fn reset() -> ! {
+    say!("the guest has shut down: reset");
+    // SAFETY: the reset control register of chipsets since the PIIX3: full reset.
+    unsafe { cpu::outb(0xcf9, 0x0e) };
+    cpu::stop()
+}
+
+/// What the VMM has to do beside the guest.
+pub fn work() {}

@@ -1,0 +1,222 @@
+//! The copy in reserved memory: sets everything up while the firmware is there, then becomes the host of what called it.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::arch::naked_asm;
+
+use bmcast_svm::paging::{self, PRESENT, USER, WRITABLE};
+use bmcast_svm::{MSR_PAGES, IO_PAGES, Segment, trap_msr};
+use uefi::Handle;
+use uefi::proto::pi::mp::MpServices;
+
+use super::cpu::{self, SVME};
+use super::memory::{self, PAGE, Tables, address};
+use super::vcpu::{COMMON, Common, Cpu};
+use super::{apic, exits, heap, host, log, start, switch};
+use crate::say;
+
+/// What the application gives its copy.
+#[repr(C)]
+pub struct Handover {
+    /// UEFI's system table.
+    pub system_table: u64,
+    /// The application's handle.
+    pub image: u64,
+    /// Begin of the region.
+    pub region: u64,
+    /// Its bytes.
+    pub bytes: u64,
+    /// Bytes at its begin that the copy takes.
+    pub used: u64,
+    /// A page below 1 MiB.
+    pub start_page: u64,
+    /// Why it has failed.
+    pub failure: Failure,
+}
+
+/// A text of bounded length, for the caller in other memory.
+#[repr(C)]
+pub struct Failure {
+    /// Bytes of it.
+    pub length: usize,
+    /// UTF-8.
+    pub text: [u8; 256],
+}
+
+/// Why there is no VMM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The CPU.
+    #[error("this CPU has no AMD-V (SVM)")]
+    NoSvm,
+    /// The firmware.
+    #[error("AMD-V (SVM) is switched off: switch it on in the firmware's setup")]
+    SwitchedOff,
+    /// The CPU.
+    #[error("this CPU's AMD-V has no nested paging")]
+    NoNestedPaging,
+    /// Memory.
+    #[error("the VMM's memory is used up")]
+    Memory,
+    /// The firmware.
+    #[error("the firmware: {0}")]
+    Firmware(uefi::Status),
+}
+
+/// Where the application calls the copy: `handover`, the caller's stack, and where it goes on as the guest.
+///
+/// # Safety
+///
+/// To be called by [`switch::call_resident`] only.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn enter(handover: &mut Handover, stack: u64, resume: u64) -> u64 {
+    naked_asm!("jmp {}", sym resident)
+}
+
+unsafe extern "sysv64" fn resident(handover: &mut Handover, stack: u64, resume: u64) -> u64 {
+    // SAFETY: the region behind the copy is nobody's, and this copy's heap has nothing yet.
+    unsafe {
+        let start = memory::pointer::<u8>(handover.region + handover.used);
+        let bytes = handover.bytes - handover.used;
+        heap::give(start, usize::try_from(bytes).unwrap_or(0));
+    }
+    // SAFETY: both are as the firmware has given them to the application.
+    unsafe {
+        uefi::table::set_system_table(memory::pointer(handover.system_table));
+        if let Some(image) = Handle::from_ptr(memory::pointer(handover.image)) {
+            uefi::boot::set_image_handle(image);
+        }
+    }
+    match prepare(handover) {
+        Ok(cpu) => launch(cpu, stack, resume),
+        Err(error) => {
+            let text = alloc::format!("{error}");
+            let length = text.len().min(handover.failure.text.len());
+            handover.failure.text[..length].copy_from_slice(&text.as_bytes()[..length]);
+            handover.failure.length = length;
+            1
+        }
+    }
+}
+
+/// Everything that can fail.
+fn prepare(handover: &Handover) -> Result<Box<Cpu>, Error> {
+    log::to_serial(true);
+    supported()?;
+    exits::own(handover.region, handover.region + handover.bytes);
+    host::prepare().map_err(|_| Error::Memory)?;
+    let nested = paging::identity(&mut Tables, host::width(), PRESENT | WRITABLE | USER)
+        .map_err(|_| Error::Memory)?;
+    let mut trap = |page: u64| paging::set(&mut Tables, nested, page, 0, 0).map_err(|_| Error::Memory);
+    trap(apic::PAGE)?;
+    for page in (handover.region..handover.region + handover.bytes).step_by(PAGE) {
+        trap(page)?;
+    }
+    trap(handover.start_page)?;
+    let iopm = memory::bytes(IO_PAGES).ok_or(Error::Memory)?;
+    let msrpm = memory::bytes(MSR_PAGES).ok_or(Error::Memory)?;
+    trap_msr(msrpm, cpu::EFER, true, true);
+    trap_msr(msrpm, cpu::HSAVE, true, true);
+    trap_msr(msrpm, cpu::VM_CR, true, true);
+    trap_msr(msrpm, apic::X2APIC_ICR, false, true);
+    COMMON.call_once(|| Common {
+        nested,
+        iopm: address(iopm.as_ptr()),
+        msrpm: address(msrpm.as_ptr()),
+    });
+    let own = cpu::apic_id();
+    let others: Vec<u8> = apic_ids()?.into_iter().filter(|id| *id != own).collect();
+    start::know(&others).ok_or(Error::Memory)?;
+    // SAFETY: the application has reserved this page for it.
+    unsafe { start::prepare(handover.start_page) };
+    let cpu = Cpu::new(own).ok_or(Error::Memory)?;
+    say!("{} CPUs, {} KiB of {} free", others.len() + 1, heap::free() >> 10, handover.bytes >> 10);
+    Ok(cpu)
+}
+
+/// APM 15.4.
+fn supported() -> Result<(), Error> {
+    if cpu::cpuid(0x8000_0001)[2] & 1 << 2 == 0 {
+        return Err(Error::NoSvm);
+    }
+    // SAFETY: a CPU with SVM has it.
+    if unsafe { cpu::rdmsr(cpu::VM_CR) } & 1 << 4 != 0 {
+        return Err(Error::SwitchedOff);
+    }
+    if cpu::cpuid(0x8000_000a)[3] & 1 == 0 {
+        return Err(Error::NoNestedPaging);
+    }
+    Ok(())
+}
+
+/// The CPUs that the firmware knows.
+fn apic_ids() -> Result<Vec<u8>, Error> {
+    let status = |error: uefi::Error| Error::Firmware(error.status());
+    let handle = uefi::boot::get_handle_for_protocol::<MpServices>().map_err(status)?;
+    let services = uefi::boot::open_protocol_exclusive::<MpServices>(handle).map_err(status)?;
+    let count = services.get_number_of_processors().map_err(status)?.total;
+    (0..count)
+        .map(|number| {
+            let id = services.get_processor_info(number).map_err(status)?.processor_id;
+            // Only APIC IDs of 8 bits are used.
+            Ok(id.to_le_bytes()[0])
+        })
+        .collect()
+}
+
+/// This CPU becomes a guest: where it was called from, as if by a return.
+fn launch(cpu: Box<Cpu>, stack: u64, resume: u64) -> ! {
+    let cpu = Box::leak(cpu);
+    let gdtr = cpu::gdtr();
+    let idtr = cpu::idtr();
+    let segment = |selector: u16| {
+        let entry = gdtr.base + u64::from(selector & !7);
+        // SAFETY: the firmware's GDT has what the CPU has loaded from it.
+        let descriptor = unsafe { memory::pointer::<u64>(entry).read_unaligned() };
+        Segment::new(selector, if selector & !7 == 0 { 0 } else { descriptor })
+    };
+    let save = &mut cpu.vmcb.save;
+    save.cs = segment(cpu::cs());
+    save.ss = segment(cpu::ss());
+    save.ds = segment(cpu::ds());
+    save.es = segment(cpu::es());
+    let table = |of: cpu::TablePointer| Segment {
+        selector: 0,
+        attributes: 0,
+        limit: u32::from(of.limit),
+        base: of.base,
+    };
+    save.gdtr = table(gdtr);
+    save.idtr = table(idtr);
+    save.cr0 = cpu::cr0();
+    save.cr2 = cpu::cr2();
+    save.cr3 = cpu::cr3();
+    save.cr4 = cpu::cr4();
+    save.dr6 = cpu::dr6();
+    save.dr7 = cpu::dr7();
+    // SAFETY: every CPU in long mode has these.
+    unsafe {
+        save.efer = cpu::rdmsr(cpu::EFER) | SVME;
+        save.pat = cpu::rdmsr(cpu::PAT);
+    }
+    // Interrupts are on, as in every application at this level.
+    save.rflags = 0x202;
+    save.rip = resume;
+    save.rsp = stack;
+    save.rax = 0;
+    // SAFETY: from here on the VMM's tables are this CPU's; interrupts are off until GIF is 0.
+    unsafe {
+        core::arch::asm!("cli");
+        host::enter();
+        cpu.turn_on();
+        switch::on_stack(
+            cpu.stack,
+            address(on_own_stack as *const ()),
+            address(&raw const *cpu),
+        )
+    }
+}
+
+unsafe extern "sysv64" fn on_own_stack(cpu: &mut Cpu) -> ! {
+    cpu.run()
+}
