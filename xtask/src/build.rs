@@ -31,6 +31,7 @@ const KERNEL_RUSTFLAGS: &[&str] = &[
 ];
 
 const CORE_TARGET: &str = "x86_64-unknown-none";
+const EFI_TARGET: &str = "x86_64-unknown-uefi";
 const HOST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What to build.
@@ -44,6 +45,8 @@ enum Part {
     Command,
     /// The static `supercloud` command.
     Supercloud,
+    /// BMcast's VMM.
+    Efi,
     /// The static programs that tests and benchmarks run in VMs.
     Programs,
 }
@@ -107,6 +110,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     }
     if wants(Part::Supercloud) {
         println!("{}", supercloud(project)?.display());
+    }
+    if wants(Part::Efi) {
+        println!("{}", efi(project)?.display());
     }
     if wants(Part::Programs) {
         for program in [
@@ -201,7 +207,7 @@ fn freestanding(
     if !features.is_empty() {
         build = build.arg("--features").arg(features.join(","));
     }
-    if let CoreToolchain::BuildStd = CoreToolchain::find(project, &sh)? {
+    if let CoreToolchain::BuildStd = CoreToolchain::find(project, &sh, CORE_TARGET)? {
         // Only core and alloc are built; Debian's compiler is a stable one, and
         // comes without the linker that the target asks for.
         build = build
@@ -221,6 +227,32 @@ fn freestanding(
         .join(package))
 }
 
+/// Builds BMcast's VMM, a UEFI application.
+pub fn efi(project: &Project) -> Result<PathBuf> {
+    let _lock = project.lock("core")?;
+    let sh = project.shell()?;
+    let cargo = project.cargo();
+    let mut build = cmd!(
+        sh,
+        "{cargo} build --quiet -p bmcast-efi --profile efi --target {EFI_TARGET}"
+    );
+    if let CoreToolchain::BuildStd = CoreToolchain::find(project, &sh, EFI_TARGET)? {
+        // As for the core; for this target Debian's linker has another name.
+        build = build
+            .arg("-Zbuild-std=core,alloc")
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("CARGO_ENCODED_RUSTFLAGS", "-Clinker=lld-link");
+    }
+    build.quiet().run().context("cannot build bmcast-efi")?;
+    let built = project
+        .cargo_target
+        .join(EFI_TARGET)
+        .join("efi/bmcast-efi.efi");
+    let to = project.out_dir("bin")?.join("bmcast.efi");
+    copy_if_changed(&built, &to)?;
+    Ok(to)
+}
+
 /// How to compile for a target without an operating system.
 enum CoreToolchain {
     /// The target's library is installed.
@@ -230,15 +262,15 @@ enum CoreToolchain {
 }
 
 impl CoreToolchain {
-    fn find(project: &Project, sh: &Shell) -> Result<Self> {
+    fn find(project: &Project, sh: &Shell, for_target: &str) -> Result<Self> {
         let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
         let sysroot = PathBuf::from(cmd!(sh, "{rustc} --print sysroot").quiet().read()?);
-        let target = sysroot.join("lib/rustlib").join(CORE_TARGET).join("lib");
+        let target = sysroot.join("lib/rustlib").join(for_target).join("lib");
         if target.is_dir() {
             return Ok(Self::Target);
         }
         if on_path("rustup")
-            && cmd!(sh, "rustup target add {CORE_TARGET}")
+            && cmd!(sh, "rustup target add {for_target}")
                 .quiet()
                 .ignore_stderr()
                 .run()
@@ -260,8 +292,8 @@ impl CoreToolchain {
         }
         ensure!(
             source.is_dir(),
-            "no {CORE_TARGET} target and no library source under {}: \
-             install one with `rustup target add {CORE_TARGET}` or Debian's rust-web-src",
+            "no {for_target} target and no library source under {}: \
+             install one with `rustup target add {for_target}` or Debian's rust-web-src",
             sysroot.display()
         );
         Ok(Self::BuildStd)

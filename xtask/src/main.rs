@@ -22,6 +22,7 @@ mod io_cost;
 mod kernels;
 mod lab;
 mod measured;
+mod metal;
 mod monitor;
 mod moves;
 mod package;
@@ -64,6 +65,8 @@ enum Verb {
     Build(build::Args),
     /// Boot stock-kernel instances in QEMU and run a command in the first.
     Lab(lab::Args),
+    /// Boot a bare-metal machine, played by QEMU, whose image streams in.
+    LabMetal(metal::Args),
 }
 
 fn main() -> ExitCode {
@@ -87,5 +90,6 @@ fn verb(verb: &Verb) -> anyhow::Result<()> {
         Verb::Image(args) => debian::run(&project, args),
         Verb::Build(args) => build::run(&project, args),
         Verb::Lab(args) => lab::run(&project, args),
+        Verb::LabMetal(args) => metal::run(&project, args),
     }
 }

@@ -16,6 +16,8 @@ pub enum Need {
     Boot,
     /// Make disk images of whole systems, and read them.
     Images,
+    /// Boot machines with UEFI firmware.
+    Metal,
 }
 
 /// Debian packages by need. gcc-12 is what Debian 12's kernels were built with,
@@ -60,11 +62,15 @@ const PACKAGES: &[(Need, &[&str])] = &[
             "debian-archive-keyring",
         ],
     ),
+    (Need::Metal, &["ovmf"]),
 ];
 
 /// The `setup` verb: everything for every verb.
 pub fn run(project: &Project) -> Result<()> {
-    ensure(project, &[Need::Build, Need::Boot, Need::Images])?;
+    ensure(
+        project,
+        &[Need::Build, Need::Boot, Need::Images, Need::Metal],
+    )?;
     println!("setup: everything is here");
     Ok(())
 }

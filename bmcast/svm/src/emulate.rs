@@ -72,7 +72,11 @@ pub fn emulate(
         Mnemonic::Movsx | Mnemonic::Movsxd => {
             let shift = 64 - u32::from(width) * 8;
             let signed = (bus.load(width) << shift).cast_signed() >> shift;
-            assign(registers, instruction.op0_register(), signed.cast_unsigned());
+            assign(
+                registers,
+                instruction.op0_register(),
+                signed.cast_unsigned(),
+            );
         }
         Mnemonic::Xchg => {
             let register = other_register(&instruction, other).ok_or(unknown)?;
@@ -227,7 +231,10 @@ mod tests {
             *register = 0x1111_2222_3333_4400 + number;
         }
         let mut rflags = 2;
-        let mut device = Device { value, ..Device::default() };
+        let mut device = Device {
+            value,
+            ..Device::default()
+        };
         let length = emulate(bytes, 64, &mut registers, &mut rflags, &mut device);
         (registers, rflags, device, length)
     }
@@ -240,7 +247,10 @@ mod tests {
         assert_eq!(device.loads, [4]);
         // movzbl 8(%rsi),%r9d; movsbq (%rdi),%rcx; mov (%rdi),%ah.
         assert_eq!(run(&[0x44, 0x0f, 0xb6, 0x4e, 8], 0xf0).0[9], 0xf0);
-        assert_eq!(run(&[0x48, 0x0f, 0xbe, 0x0f], 0xf0).0[1], 0xffff_ffff_ffff_fff0);
+        assert_eq!(
+            run(&[0x48, 0x0f, 0xbe, 0x0f], 0xf0).0[1],
+            0xffff_ffff_ffff_fff0
+        );
         assert_eq!(run(&[0x8a, 0x27], 0xab).0[0], 0x1111_2222_3333_ab00);
         // mov (%rdi),%ax leaves the rest.
         assert_eq!(run(&[0x66, 0x8b, 0x07], 0xabcd).0[0], 0x1111_2222_3333_abcd);
@@ -254,7 +264,10 @@ mod tests {
         // mov %esi,(%rdi); movl $0x80,0x30(%rcx); mov %sil,(%rdi).
         assert_eq!(run(&[0x89, 0x37], 0).2.stores, [(4, 0x3333_4406)]);
         let immediate = run(&[0xc7, 0x41, 0x30, 0x80, 0, 0, 0], 0);
-        assert_eq!((immediate.2.stores, immediate.3), (std::vec![(4, 0x80)], Ok(7)));
+        assert_eq!(
+            (immediate.2.stores, immediate.3),
+            (std::vec![(4, 0x80)], Ok(7))
+        );
         assert_eq!(run(&[0x40, 0x88, 0x37], 0).2.stores, [(1, 6)]);
     }
 
@@ -269,14 +282,20 @@ mod tests {
         let (_, rflags, ..) = run(&[0x39, 0x07], 0);
         assert!(rflags & CARRY != 0);
         let (registers, _, device, _) = run(&[0x87, 0x07], 5);
-        assert_eq!((registers[0], device.stores), (5, std::vec![(4, 0x3333_4400)]));
+        assert_eq!(
+            (registers[0], device.stores),
+            (5, std::vec![(4, 0x3333_4400)])
+        );
     }
 
     #[test]
     fn what_it_cannot() {
         // rep stosl; movaps; nothing; half an instruction.
         assert!(matches!(run(&[0xf3, 0xab], 0).3, Err(Cannot::Unknown(_))));
-        assert!(matches!(run(&[0x0f, 0x28, 0x07], 0).3, Err(Cannot::Unknown(_))));
+        assert!(matches!(
+            run(&[0x0f, 0x28, 0x07], 0).3,
+            Err(Cannot::Unknown(_))
+        ));
         assert_eq!(run(&[], 0).3, Err(Cannot::Decode));
         assert_eq!(run(&[0x48], 0).3, Err(Cannot::Decode));
     }

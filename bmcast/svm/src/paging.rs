@@ -40,11 +40,7 @@ pub struct Width {
 }
 
 /// Maps each physical address of the CPU's to itself, with `flags`, by four levels; the root.
-pub fn identity(
-    frames: &mut impl Frames,
-    width: Width,
-    flags: u64,
-) -> Result<u64, NoFrames> {
+pub fn identity(frames: &mut impl Frames, width: Width, flags: u64) -> Result<u64, NoFrames> {
     let root = frames.frame().ok_or(NoFrames)?;
     // Four levels reach 48 bits.
     let end = 1u64 << width.bits.clamp(32, 48);
@@ -100,12 +96,7 @@ pub fn set(
 }
 
 /// The table under an entry, which is made when it is not there.
-fn below(
-    frames: &mut impl Frames,
-    table: u64,
-    slot: usize,
-    flags: u64,
-) -> Result<u64, NoFrames> {
+fn below(frames: &mut impl Frames, table: u64, slot: usize, flags: u64) -> Result<u64, NoFrames> {
     let entry = frames.table(table)[slot];
     if entry & PRESENT != 0 {
         return Ok(entry & ADDRESS);
@@ -189,7 +180,10 @@ mod tests {
 
     #[test]
     fn no_frames_is_an_error() {
-        let width = Width { bits: 40, gigabytes: true };
+        let width = Width {
+            bits: 40,
+            gigabytes: true,
+        };
         assert_eq!(identity(&mut Pool(Vec::new(), 3), width, 7), Err(NoFrames));
     }
 }

@@ -113,12 +113,22 @@ mod tests {
     #[test]
     fn without_paging_and_by_32_bits() {
         let none = |_| None;
-        let mode = Mode { cr0: 1, cr3: 0, cr4: 0, efer: 0 };
+        let mode = Mode {
+            cr0: 1,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+        };
         assert_eq!(walk(mode, 0x1_0000_1234, none), Some(0x1234));
         let memory: HashMap<u64, u64> =
             HashMap::from([(0x1000, 0x2003 << 32), (0x2000, 0x5003 << 32)]);
         let read = |at: u64| Some(memory.get(&at).copied().unwrap_or(0));
-        let mode = Mode { cr0: PAGING | 1, cr3: 0x1000, cr4: 0, efer: 0 };
+        let mode = Mode {
+            cr0: PAGING | 1,
+            cr3: 0x1000,
+            cr4: 0,
+            efer: 0,
+        };
         assert_eq!(walk(mode, 0x0040_1abc, read), Some(0x5abc));
         assert_eq!(walk(mode, 0x0080_1abc, read), None);
     }

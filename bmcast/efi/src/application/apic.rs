@@ -1,8 +1,8 @@
 //! The local APIC. Its page is trapped for as long as there is a VMM: a CPU that is started has to start in it. All
 //! else goes to the APIC as it is (APM volume 2, chapter 16).
 
-use super::exits::{read_device, write_device};
 use super::cpu::{self, rdmsr, wrmsr};
+use super::exits::{read_device, write_device};
 use super::start;
 
 /// Where APICs are after a reset.
@@ -21,7 +21,9 @@ const START_UP: u32 = 6 << 8;
 
 /// A register's offset in the APIC's page.
 pub fn offset(address: u64) -> Option<u32> {
-    u32::try_from(address.checked_sub(PAGE)?).ok().filter(|offset| *offset < 4096)
+    u32::try_from(address.checked_sub(PAGE)?)
+        .ok()
+        .filter(|offset| *offset < 4096)
 }
 
 /// Reads a register of this CPU's.

@@ -1,15 +1,22 @@
 //! The application as the firmware has loaded it.
 
 use alloc::string::String;
+use alloc::vec::Vec;
 
-use uefi::boot::{self, AllocateType, MemoryType};
+use uefi::boot::{self, AllocateType, LoadImageSource, MemoryType, SearchType};
+use uefi::proto::BootPolicy;
+use uefi::proto::device_path::DevicePath;
+use uefi::proto::device_path::build::{DevicePathBuilder, media::FilePath};
 use uefi::proto::loaded_image::LoadedImage;
-use uefi::{Status, entry, println};
+use uefi::proto::media::fs::SimpleFileSystem;
+use uefi::{CStr16, Guid, Status, cstr16, entry, guid, println};
 
-use super::memory::{self, PAGE, address};
+use super::memory::{PAGE, address};
 use super::resident::{self, Failure, Handover};
 use super::{cpu, heap, relocate, switch};
 
+/// PCI functions that have a handle (UEFI 2.10, 14.4).
+const PCI_IO: Guid = guid!("4cf5b200-68b8-4ca5-9eec-b23e3f50029a");
 /// Bytes of the VMM's region.
 const REGION: usize = 64 << 20;
 /// Bytes of the application's heap.
@@ -34,6 +41,8 @@ enum Error {
     Malformed(&'static str),
     #[error("{0}")]
     Resident(String),
+    #[error("no disk has a loader ({LOADER})")]
+    NoLoader,
 }
 
 fn start() -> Result<(), Error> {
@@ -55,12 +64,9 @@ fn start() -> Result<(), Error> {
         REGION / PAGE,
     )
     .map_err(at("memory of the VMM"))?;
-    let start_page = boot::allocate_pages(
-        AllocateType::MaxAddress(0xf_ffff),
-        MemoryType::RESERVED,
-        1,
-    )
-    .map_err(at("a page below 1 MiB"))?;
+    let start_page =
+        boot::allocate_pages(AllocateType::MaxAddress(0xf_ffff), MemoryType::RESERVED, 1)
+            .map_err(at("a page below 1 MiB"))?;
     // SAFETY: this application as the firmware has loaded it, and memory that nobody else has.
     unsafe { relocate::copy(base, size, region.as_ptr()) }
         .map_err(|malformed| Error::Malformed(malformed.0))?;
@@ -72,7 +78,10 @@ fn start() -> Result<(), Error> {
         bytes: u64::try_from(REGION).unwrap_or(0),
         used: u64::try_from(used).unwrap_or(0),
         start_page: address(start_page.as_ptr()),
-        failure: Failure { length: 0, text: [0; 256] },
+        failure: Failure {
+            length: 0,
+            text: [0; 256],
+        },
     };
     let offset = address(resident::enter as *const ()) - address(base);
     let entry = handover.region + offset;
@@ -82,9 +91,55 @@ fn start() -> Result<(), Error> {
         let text = &handover.failure.text[..handover.failure.length];
         return Err(Error::Resident(String::from_utf8_lossy(text).into_owned()));
     }
-    let _ = memory::PAGE;
-    println!("bmcast: this machine is a guest now (TSC {})", cpu::tsc());
-    Ok(())
+    start_os()
+}
+
+/// What firmware starts from a disk that it has no boot entry for (UEFI 2.10, 3.5.1.1).
+const LOADER: &CStr16 = cstr16!("\\EFI\\BOOT\\BOOTX64.EFI");
+
+/// Starts the OS from the first disk that has a loader and is not the one that this application came from.
+fn start_os() -> Result<(), Error> {
+    let at = |what| move |error: uefi::Error| Error::Firmware(what, error.status());
+    let own = boot::open_protocol_exclusive::<LoadedImage>(boot::image_handle())
+        .map_err(at("its own image"))?
+        .device();
+    // Firmware that boots quickly has connected no more than it needed.
+    let controllers =
+        boot::locate_handle_buffer(SearchType::ByProtocol(&PCI_IO)).map_err(at("devices"))?;
+    for controller in controllers.iter() {
+        // Those without a driver say so: no matter.
+        let _ = boot::connect_controller(*controller, &[], None, true);
+    }
+    let volumes = boot::find_handles::<SimpleFileSystem>().map_err(at("file systems"))?;
+    for volume in volumes {
+        if Some(volume) == own {
+            continue;
+        }
+        let Ok(path) = boot::open_protocol_exclusive::<DevicePath>(volume) else {
+            continue;
+        };
+        let mut buffer = Vec::new();
+        let builder = path.node_iter().fold(
+            Ok(DevicePathBuilder::with_vec(&mut buffer)),
+            |builder, node| builder.and_then(|builder| builder.push(&node)),
+        );
+        let Ok(whole) = builder
+            .and_then(|builder| builder.push(&FilePath { path_name: LOADER }))
+            .and_then(DevicePathBuilder::finalize)
+        else {
+            continue;
+        };
+        let source = LoadImageSource::FromDevicePath {
+            device_path: whole,
+            boot_policy: BootPolicy::ExactMatch,
+        };
+        match boot::load_image(boot::image_handle(), source) {
+            Ok(loader) => return boot::start_image(loader).map_err(at("the loader on the disk")),
+            Err(error) if error.status() == Status::NOT_FOUND => {}
+            Err(error) => return Err(at("a loader")(error)),
+        }
+    }
+    Err(Error::NoLoader)
 }
 
 #[panic_handler]

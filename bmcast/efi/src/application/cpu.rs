@@ -49,7 +49,10 @@ pub unsafe fn wrmsr(msr: u32, value: u64) {
 /// The lower and the upper half.
 pub fn halves(value: u64) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+    [
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ]
 }
 
 /// Reads a port.
@@ -60,7 +63,9 @@ pub fn halves(value: u64) -> [u32; 2] {
 pub unsafe fn inb(port: u16) -> u8 {
     let value;
     // SAFETY: as the caller says.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags))
+    };
     value
 }
 
@@ -71,7 +76,9 @@ pub unsafe fn inb(port: u16) -> u8 {
 /// Writing must have no effect that others do not expect.
 pub unsafe fn outb(port: u16, value: u8) {
     // SAFETY: as the caller says.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+    };
 }
 
 /// Reads `width` (1, 2 or 4) bytes of a port.
@@ -90,7 +97,9 @@ pub unsafe fn port_in(port: u16, width: u8) -> u32 {
                 asm!("in ax, dx", in("dx") port, out("ax") word, options(nomem, nostack, preserves_flags));
                 value = u32::from(word);
             }
-            _ => asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags)),
+            _ => {
+                asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags))
+            }
         }
     }
     value
@@ -111,7 +120,9 @@ pub unsafe fn port_out(port: u16, width: u8, value: u32) {
                 let word = u16::from_le_bytes([low, second]);
                 asm!("out dx, ax", in("dx") port, in("ax") word, options(nomem, nostack, preserves_flags));
             }
-            _ => asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)),
+            _ => {
+                asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags))
+            }
         }
     }
 }

@@ -68,13 +68,22 @@ pub fn nested_fault(cpu: &mut Cpu) {
     }
     let mut bus = At { address };
     let mut flags = cpu.vmcb.save.rflags;
-    match emulate(&code[..fetched], bits, &mut cpu.registers, &mut flags, &mut bus) {
+    match emulate(
+        &code[..fetched],
+        bits,
+        &mut cpu.registers,
+        &mut flags,
+        &mut bus,
+    ) {
         Ok(length) => {
             cpu.vmcb.save.rflags = flags;
             cpu.skip(u64::from(length));
         }
         Err(error) => {
-            say!("at {linear:#x}, to {address:#x}: {error} ({:x?})", &code[..fetched]);
+            say!(
+                "at {linear:#x}, to {address:#x}: {error} ({:x?})",
+                &code[..fetched]
+            );
             cpu.vmcb.control.event_injection = Control::INJECT_GP;
         }
     }
@@ -220,4 +229,11 @@ pub fn reset() -> ! {
 }
 
 /// What the VMM has to do beside the guest.
-pub fn work() {}
+pub fn work() {
+    use core::sync::atomic::Ordering;
+    if super::vcpu::EXITS.load(Ordering::Relaxed) > 9000
+        && !super::vcpu::LEAVE.swap(true, Ordering::AcqRel)
+    {
+        say!("leaving");
+    }
+}

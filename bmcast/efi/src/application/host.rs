@@ -137,6 +137,9 @@ unsafe extern "sysv64" fn faulted() {
 unsafe extern "sysv64" fn report(frame: *const u64) -> ! {
     // SAFETY: the CPU has pushed at least five words there.
     let words = unsafe { core::slice::from_raw_parts(frame, 6) };
-    say!("the VMM has faulted: cr2 {:#x}, stack {words:#x?}", cpu::cr2());
+    say!(
+        "the VMM has faulted: cr2 {:#x}, stack {words:#x?}",
+        cpu::cr2()
+    );
     cpu::stop()
 }

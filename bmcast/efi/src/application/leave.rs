@@ -13,7 +13,7 @@
 use core::arch::{asm, global_asm};
 use core::mem::offset_of;
 use core::ptr;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use super::cpu::{self, LMA, SVME, TablePointer};
 use super::host;
@@ -181,7 +181,6 @@ pub fn leave(cpu: &mut Cpu) {
         return;
     };
     let base = 0xffff_0000_0000_0000 | u64::try_from(slot).unwrap_or(0) << 39;
-    let own: *mut u64 = pointer::<u64>(host::cr3()).wrapping_add(slot);
     let last = Last {
         registers: cpu.registers,
         cr0: save.cr0,
@@ -219,8 +218,7 @@ pub fn leave(cpu: &mut Cpu) {
     let hole = (&raw const bmcast_leave_slot).addr() - code.addr();
     // From behind the instruction, 8 bytes behind the hole's begin, to the entry in the next page.
     let displacement = PAGE + slot * 8 - (hole + 8);
-    // SAFETY: the page is ours, and code, data and frame lie in it apart from each other. The VMM's tables have an unused
-    // entry where the guest's have, since both map nothing of the VMM's there; this CPU alone uses that one.
+    // SAFETY: the page is ours, and code, data and frame lie in it apart from each other.
     unsafe {
         ptr::copy_nonoverlapping(code, page(3), code_end.addr() - code.addr());
         page(3)
@@ -229,7 +227,6 @@ pub fn leave(cpu: &mut Cpu) {
             .write_unaligned(u32::try_from(displacement).unwrap_or(0));
         page(3).wrapping_add(DATA).cast::<Last>().write(last);
         page(3).wrapping_add(FRAME).cast::<[u64; 5]>().write(frame);
-        own.write(entry(0));
     }
     LEFT.fetch_add(1, Ordering::AcqRel);
     // SAFETY: the page is mapped at `base` by the VMM's tables and by the guest's; from there on everything is as the
@@ -257,16 +254,17 @@ fn table(of: bmcast_svm::DescriptorTable) -> TablePointer {
     }
 }
 
-/// Puts `entry` into an unused entry of the table at `root`. Linux leaves 256 to 271 to hypervisors
-/// (`Documentation/x86/x86_64/mm.rst`), so they are first.
+/// Puts `entry` into an entry that is unused in the table at `root` and in the VMM's own, by which other CPUs may be leaving
+/// just now. Linux leaves 256 to 271 to hypervisors (`Documentation/x86/x86_64/mm.rst`), so they are first.
 fn take_slot(root: u64, entry: u64) -> Option<usize> {
-    (256..511).find(|slot| {
-        let place: *mut u64 = pointer::<u64>(root).wrapping_add(*slot);
-        // SAFETY: the guest's top-level table, which its CPU uses now: aligned, mapped to itself. Other CPUs may
-        // change it, hence atomic.
-        let place = unsafe { core::sync::atomic::AtomicU64::from_ptr(place) };
+    let take = |table: u64, slot: usize| {
+        let place: *mut u64 = pointer::<u64>(table).wrapping_add(slot);
+        // SAFETY: a top-level table that is in use: aligned, mapped to itself. Other CPUs may change it, hence atomic.
+        let place = unsafe { AtomicU64::from_ptr(place) };
         place
             .compare_exchange(0, entry, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
-    })
+    };
+    // What is taken of the VMM's own stays so: nobody needs it any more.
+    (256..511).find(|slot| take(host::cr3(), *slot) && take(root, *slot))
 }

@@ -53,7 +53,9 @@ pub unsafe fn copy(from: *const u8, size: usize, to: *mut u8) -> Result<(), Malf
                     .get_mut(place..place + 8)
                     .and_then(|bytes| <&mut [u8; 8]>::try_from(bytes).ok())
                     .ok_or(Malformed("relocation"))?;
-                *bytes = usize::from_le_bytes(*bytes).wrapping_add(delta).to_le_bytes();
+                *bytes = usize::from_le_bytes(*bytes)
+                    .wrapping_add(delta)
+                    .to_le_bytes();
             }
         }
         at += block;
@@ -62,11 +64,15 @@ pub unsafe fn copy(from: *const u8, size: usize, to: *mut u8) -> Result<(), Malf
 }
 
 fn word(image: &[u8], at: usize) -> Result<u16, Malformed> {
-    let bytes = image.get(at..at + 2).and_then(|bytes| bytes.try_into().ok());
+    let bytes = image
+        .get(at..at + 2)
+        .and_then(|bytes| bytes.try_into().ok());
     bytes.map(u16::from_le_bytes).ok_or(Malformed("size"))
 }
 
 fn dword(image: &[u8], at: usize) -> Result<u32, Malformed> {
-    let bytes = image.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+    let bytes = image
+        .get(at..at + 4)
+        .and_then(|bytes| bytes.try_into().ok());
     bytes.map(u32::from_le_bytes).ok_or(Malformed("size"))
 }

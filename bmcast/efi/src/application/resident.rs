@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use core::arch::naked_asm;
 
 use bmcast_svm::paging::{self, PRESENT, USER, WRITABLE};
-use bmcast_svm::{MSR_PAGES, IO_PAGES, Segment, trap_msr};
+use bmcast_svm::{IO_PAGES, MSR_PAGES, Segment, trap_msr};
 use uefi::Handle;
 use uefi::proto::pi::mp::MpServices;
 
@@ -107,7 +107,7 @@ fn prepare(handover: &Handover) -> Result<Box<Cpu>, Error> {
     host::prepare().map_err(|_| Error::Memory)?;
     let nested = paging::identity(&mut Tables, host::width(), PRESENT | WRITABLE | USER)
         .map_err(|_| Error::Memory)?;
-    let mut trap = |page: u64| paging::set(&mut Tables, nested, page, 0, 0).map_err(|_| Error::Memory);
+    let trap = |page: u64| paging::set(&mut Tables, nested, page, 0, 0).map_err(|_| Error::Memory);
     trap(apic::PAGE)?;
     for page in (handover.region..handover.region + handover.bytes).step_by(PAGE) {
         trap(page)?;
@@ -130,7 +130,12 @@ fn prepare(handover: &Handover) -> Result<Box<Cpu>, Error> {
     // SAFETY: the application has reserved this page for it.
     unsafe { start::prepare(handover.start_page) };
     let cpu = Cpu::new(own).ok_or(Error::Memory)?;
-    say!("{} CPUs, {} KiB of {} free", others.len() + 1, heap::free() >> 10, handover.bytes >> 10);
+    say!(
+        "{} CPUs, {} KiB of {} free",
+        others.len() + 1,
+        heap::free() >> 10,
+        handover.bytes >> 10
+    );
     Ok(cpu)
 }
 
@@ -157,7 +162,10 @@ fn apic_ids() -> Result<Vec<u8>, Error> {
     let count = services.get_number_of_processors().map_err(status)?.total;
     (0..count)
         .map(|number| {
-            let id = services.get_processor_info(number).map_err(status)?.processor_id;
+            let id = services
+                .get_processor_info(number)
+                .map_err(status)?
+                .processor_id;
             // Only APIC IDs of 8 bits are used.
             Ok(id.to_le_bytes()[0])
         })

@@ -112,7 +112,8 @@ pub unsafe fn prepare(at: u64) {
         ptr::copy_nonoverlapping(start, page, bytes);
         slice::from_raw_parts_mut(page, bytes)
     };
-    let mut put = |place: usize, value: &[u8]| page[place..place + value.len()].copy_from_slice(value);
+    let mut put =
+        |place: usize, value: &[u8]| page[place..place + value.len()].copy_from_slice(value);
     let gdt = host::gdt();
     let [base, _] = cpu::halves(gdt.base);
     let place = offset(&raw const bmcast_start_gdt);
@@ -185,7 +186,12 @@ unsafe extern "sysv64" fn started(id: u32) -> ! {
 
 /// A CPU as it is after INIT and start-up (APM volume 2, table 14-1 and 15.27).
 fn reset_state(cpu: &mut Cpu, vector: u8) {
-    let data = Segment { selector: 0, attributes: 0x93, limit: 0xffff, base: 0 };
+    let data = Segment {
+        selector: 0,
+        attributes: 0x93,
+        limit: 0xffff,
+        base: 0,
+    };
     let save = &mut cpu.vmcb.save;
     save.es = data;
     save.ss = data;
@@ -198,11 +204,22 @@ fn reset_state(cpu: &mut Cpu, vector: u8) {
         limit: 0xffff,
         base: u64::from(vector) << 12,
     };
-    let table = Segment { selector: 0, attributes: 0, limit: 0xffff, base: 0 };
+    let table = Segment {
+        selector: 0,
+        attributes: 0,
+        limit: 0xffff,
+        base: 0,
+    };
     save.gdtr = table;
     save.idtr = table;
-    save.ldtr = Segment { attributes: 0x82, ..table };
-    save.tr = Segment { attributes: 0x8b, ..table };
+    save.ldtr = Segment {
+        attributes: 0x82,
+        ..table
+    };
+    save.tr = Segment {
+        attributes: 0x8b,
+        ..table
+    };
     save.cpl = 0;
     save.efer = cpu::SVME;
     save.cr0 = 0x6000_0010;

@@ -114,10 +114,5 @@ pub unsafe extern "sysv64" fn call_resident(entry: u64, handover: u64) -> u64 {
 /// `stack` is the end of memory that is a stack and nobody else's.
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn on_stack(stack: u64, function: u64, argument: u64) -> ! {
-    naked_asm!(
-        "mov rsp, rdi",
-        "mov rdi, rdx",
-        "call rsi",
-        "ud2",
-    )
+    naked_asm!("mov rsp, rdi", "mov rdi, rdx", "call rsi", "ud2",)
 }

@@ -112,7 +112,13 @@ impl Cpu {
     pub fn run(&mut self) -> ! {
         loop {
             // SAFETY: `turn_on` has been called on this CPU, and the VMCB is by `new`.
-            unsafe { switch::run(address(&raw const *self.vmcb), &mut self.registers, &mut self.fx) };
+            unsafe {
+                switch::run(
+                    address(&raw const *self.vmcb),
+                    &mut self.registers,
+                    &mut self.fx,
+                )
+            };
             EXITS.fetch_add(1, Ordering::Relaxed);
             self.registers[0] = self.vmcb.save.rax;
             self.registers[4] = self.vmcb.save.rsp;
