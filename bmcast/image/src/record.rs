@@ -92,6 +92,19 @@ impl Layout {
         u32::try_from(sector / COVERS).unwrap_or(u32::MAX)
     }
 
+    /// The sectors whose bits are in a block.
+    #[must_use]
+    pub fn sectors_of(&self, block: u32) -> Sectors {
+        let all = Sectors {
+            start: u64::from(block) * COVERS,
+            count: COVERS,
+        };
+        all.and(Sectors {
+            start: 0,
+            count: self.image,
+        })
+    }
+
     fn header(&self, slot: u8) -> Sectors {
         Sectors {
             start: self.start + (self.blocks * 2 + u64::from(slot)) * BLOCK_SECTORS,
