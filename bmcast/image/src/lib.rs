@@ -4,6 +4,18 @@
 
 extern crate alloc;
 
+mod config;
+mod hash;
+mod manifest;
+mod record;
 mod sectors;
+mod set;
 
+pub use config::{BootConfig, ConfigError, Disk, Network, Server};
+pub use hash::{Hash, NoHash};
+pub use manifest::{
+    Chunks, DEFAULT_CHUNK, MAX_CHUNK, MAX_CHUNKS, MAX_MANIFEST, MIN_CHUNK, Manifest, ManifestError,
+};
+pub use record::{Commit, Found, Header, Layout, Piece, Record, RecordError, TooSmall};
 pub use sectors::{SECTOR, Sectors};
+pub use set::SectorSet;

@@ -1,0 +1,715 @@
+//! The record of what is on a disk, at the disk's end.
+//!
+//! Each piece of it has two places and its own sum and generation, and is written to them in turn: a
+//! write that is cut leaves the piece before it, and pieces may reach the disk in any order. A bit
+//! is set when its sector's data is durable, and never taken back within an installation.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use crate::manifest::{u32_at, u64_at};
+use crate::set::PAGE;
+use crate::{Hash, SECTOR, SectorSet, Sectors};
+
+const HEADER_MAGIC: &[u8; 8] = b"BMCASTRH";
+const BLOCK_MAGIC: &[u8; 8] = b"BMCASTRB";
+const VERSION: u32 = 1;
+const COMPLETE: u32 = 1;
+
+/// Bytes of a header and of a block, which disks with sectors of 4 KiB write as one.
+const BLOCK: usize = 4096;
+const BLOCK_SECTORS: u64 = BLOCK as u64 / SECTOR;
+/// Bytes of a block before its bits.
+const HEAD: usize = 512;
+/// Pages of a set in a block.
+const PAGES: usize = (BLOCK - HEAD) / 512;
+/// Sectors whose bits are in a block.
+const COVERS: u64 = PAGES as u64 * PAGE;
+
+/// The disk has not the room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the disk has {disk} sectors, and the image ({image}) with the record of what is installed \
+     ({record}) needs {}", image.saturating_add(*record)
+)]
+pub struct TooSmall {
+    /// Sectors of the disk.
+    pub disk: u64,
+    /// Sectors of the image.
+    pub image: u64,
+    /// Sectors of the record.
+    pub record: u64,
+}
+
+/// Where what is on a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    disk: u64,
+    image: u64,
+    start: u64,
+    blocks: u64,
+}
+
+impl Layout {
+    /// Of a disk and an image of so many sectors.
+    ///
+    /// # Errors
+    /// The disk is too small.
+    pub fn new(disk: u64, image: u64) -> Result<Self, TooSmall> {
+        let blocks = image.div_ceil(COVERS);
+        let record = (blocks + 1) * 2 * BLOCK_SECTORS;
+        let end = disk - disk % BLOCK_SECTORS;
+        match end.checked_sub(record) {
+            Some(start) if start >= image => Ok(Self {
+                disk,
+                image,
+                start,
+                blocks,
+            }),
+            _ => Err(TooSmall {
+                disk,
+                image,
+                record: record + disk % BLOCK_SECTORS,
+            }),
+        }
+    }
+
+    /// Sectors before the record: those of the guest.
+    #[must_use]
+    pub fn visible(&self) -> u64 {
+        self.start
+    }
+
+    /// Sectors of the image.
+    #[must_use]
+    pub fn image(&self) -> u64 {
+        self.image
+    }
+
+    /// The block that a sector's bit is in.
+    #[must_use]
+    pub fn block_of(&self, sector: u64) -> u32 {
+        u32::try_from(sector / COVERS).unwrap_or(u32::MAX)
+    }
+
+    /// The sectors whose bits are in a block.
+    #[must_use]
+    pub fn sectors_of(&self, block: u32) -> Sectors {
+        let all = Sectors {
+            start: u64::from(block) * COVERS,
+            count: COVERS,
+        };
+        all.and(Sectors {
+            start: 0,
+            count: self.image,
+        })
+    }
+
+    fn header(&self, slot: u8) -> Sectors {
+        Sectors {
+            start: self.start + (self.blocks * 2 + u64::from(slot)) * BLOCK_SECTORS,
+            count: BLOCK_SECTORS,
+        }
+    }
+
+    fn block(&self, block: u64, slot: u8) -> Sectors {
+        Sectors {
+            start: self.start + (self.blocks * u64::from(slot) + block) * BLOCK_SECTORS,
+            count: BLOCK_SECTORS,
+        }
+    }
+}
+
+/// Why a record cannot be used, and must not be written over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError<E> {
+    /// The disk cannot be read.
+    #[error("reading the record of what is installed (sectors {} to {})", .at.start, .at.end())]
+    Read {
+        /// Where.
+        at: Sectors,
+        /// Why.
+        source: E,
+    },
+    /// A version that is not known.
+    #[error(
+        "the disk has a record of version {0}, and this program knows version {VERSION}: boot it by the \
+         program that began to install it"
+    )]
+    Version(u32),
+    /// A record of another disk.
+    #[error(
+        "the record on the disk is of a disk of {disk} sectors with an image of {image}: this disk was \
+         copied, or has another size now"
+    )]
+    Geometry {
+        /// Sectors of that disk.
+        disk: u64,
+        /// Sectors of that image.
+        image: u64,
+    },
+}
+
+/// Head of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The manifest of what is installed.
+    pub manifest: Hash,
+    /// Whether all of it is there.
+    pub complete: bool,
+    /// Sectors of the disk.
+    pub disk: u64,
+    /// Sectors of the image.
+    pub image: u64,
+    installation: [u8; 16],
+    generation: u64,
+    slot: u8,
+}
+
+/// What is at the end of a disk.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// No record.
+    Nothing,
+    /// That of another image.
+    Other(Header),
+    /// That of this image: the installation may go on.
+    This(Box<Record>),
+}
+
+/// Where a block is, and how often it was written.
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    generation: u64,
+    slot: u8,
+}
+
+/// What the disk says of itself: sectors whose data is durably on it.
+#[derive(Clone, Debug)]
+pub struct Record {
+    layout: Layout,
+    header: Header,
+    /// Whether the header is on the disk.
+    begun: bool,
+    places: Vec<Place>,
+    durable: SectorSet,
+}
+
+/// A piece of the record that is to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where.
+    pub to: Sectors,
+    /// What.
+    pub data: Vec<u8>,
+}
+
+/// A step of the record. It holds once all its pieces were written, after what it says was made
+/// durable, and were made durable themselves.
+#[derive(Clone, Debug)]
+pub struct Commit {
+    pieces: Vec<Piece>,
+    blocks: Vec<u32>,
+    header: Option<Header>,
+}
+
+impl Commit {
+    /// What is to be written, in any order.
+    #[must_use]
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+}
+
+impl Record {
+    /// Looks for a record; `read` fills bytes with sectors of the disk.
+    ///
+    /// # Errors
+    /// The disk cannot be read, or its record cannot be understood.
+    pub fn find<E>(
+        layout: Layout,
+        manifest: Hash,
+        mut read: impl FnMut(Sectors, &mut [u8]) -> Result<(), E>,
+    ) -> Result<Found, RecordError<E>> {
+        let mut bytes = alloc::vec![0; BLOCK];
+        let mut get = |at: Sectors, bytes: &mut [u8]| {
+            read(at, bytes).map_err(|source| RecordError::Read { at, source })
+        };
+        let mut header: Option<Header> = None;
+        for slot in [0, 1] {
+            get(layout.header(slot), &mut bytes)?;
+            if let Some(found) = Header::parse(&bytes, slot)?
+                && header.is_none_or(|other| other.generation < found.generation)
+            {
+                header = Some(found);
+            }
+        }
+        let Some(header) = header else {
+            return Ok(Found::Nothing);
+        };
+        if header.manifest != manifest {
+            return Ok(Found::Other(header));
+        }
+        if (header.disk, header.image) != (layout.disk, layout.image) {
+            return Err(RecordError::Geometry {
+                disk: header.disk,
+                image: header.image,
+            });
+        }
+        let mut record = Self::new(layout, header);
+        record.begun = true;
+        if header.complete {
+            record.durable.insert(Sectors {
+                start: 0,
+                count: layout.image,
+            });
+            return Ok(Found::This(Box::new(record)));
+        }
+        for slot in [0, 1] {
+            for block in 0..layout.blocks {
+                get(layout.block(block, slot), &mut bytes)?;
+                record.read_block(block, slot, &bytes);
+            }
+        }
+        Ok(Found::This(Box::new(record)))
+    }
+
+    /// Begins an installation. Nothing of the disk may be written before its first [`Commit`] holds:
+    /// until then the record before it, if there is one (`over`), is true.
+    ///
+    /// `installation` tells it from all others on this disk, whose blocks are not wiped: random bytes.
+    #[must_use]
+    pub fn begin(
+        layout: Layout,
+        manifest: Hash,
+        installation: [u8; 16],
+        over: Option<&Header>,
+    ) -> Self {
+        let header = Header {
+            manifest,
+            complete: false,
+            disk: layout.disk,
+            image: layout.image,
+            installation,
+            generation: over.map_or(0, |over| over.generation),
+            slot: over.map_or(1, |over| over.slot),
+        };
+        Self::new(layout, header)
+    }
+
+    fn new(layout: Layout, header: Header) -> Self {
+        Self {
+            layout,
+            header,
+            begun: false,
+            places: alloc::vec![Place::default(); usize::try_from(layout.blocks).unwrap_or(0)],
+            durable: SectorSet::new(layout.image),
+        }
+    }
+
+    fn read_block(&mut self, number: u64, slot: u8, bytes: &[u8]) {
+        let index = usize::try_from(number).unwrap_or(usize::MAX);
+        let Some(place) = self.places.get_mut(index) else {
+            return;
+        };
+        let is_ours = is_whole(bytes, BLOCK_MAGIC)
+            && bytes[40..56] == self.header.installation
+            && u64_at(bytes, 56) == Some(number);
+        let Some(generation) = u64_at(bytes, 64).filter(|_| is_ours) else {
+            return;
+        };
+        // The newer one says all that the older one does, so both count.
+        if generation > place.generation {
+            *place = Place { generation, slot };
+        }
+        apply(&mut self.durable, index, bytes);
+    }
+
+    /// Where what is.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The manifest of what is installed.
+    #[must_use]
+    pub fn manifest(&self) -> Hash {
+        self.header.manifest
+    }
+
+    /// Whether a commit of it holds, so that the disk may be written.
+    #[must_use]
+    pub fn begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Whether it says that all of the image is there.
+    #[must_use]
+    pub fn complete(&self) -> bool {
+        self.begun && self.header.complete
+    }
+
+    /// Sectors that it says are there.
+    #[must_use]
+    pub fn durable(&self) -> &SectorSet {
+        &self.durable
+    }
+
+    /// The next step: what `local` says in these blocks, in pieces of at most `most` bytes. The
+    /// header is among them if it is not on the disk yet.
+    #[must_use]
+    pub fn commit(&self, local: &SectorSet, blocks: Vec<u32>, most: usize) -> Commit {
+        let mut pieces = Vec::with_capacity(blocks.len());
+        for number in &blocks {
+            let index = usize::try_from(*number).unwrap_or(usize::MAX);
+            let Some(place) = self.places.get(index) else {
+                continue;
+            };
+            let next = place.next();
+            let mut data = alloc::vec![0; BLOCK];
+            data[40..56].copy_from_slice(&self.header.installation);
+            data[56..64].copy_from_slice(&u64::from(*number).to_le_bytes());
+            data[64..72].copy_from_slice(&next.generation.to_le_bytes());
+            for (n, bits) in data[HEAD..].chunks_exact_mut(512).enumerate() {
+                local.page_bits(index * PAGES + n, bits);
+            }
+            seal(&mut data, BLOCK_MAGIC);
+            pieces.push(Piece {
+                to: self.layout.block(u64::from(*number), next.slot),
+                data,
+            });
+        }
+        let header = (!self.begun).then(|| self.header.next(false));
+        pieces.extend(header.map(|header| self.header_piece(&header)));
+        Commit {
+            pieces: joined(pieces, most),
+            blocks,
+            header,
+        }
+    }
+
+    /// The last step: all of the image is there. The blocks are of no use from then on.
+    #[must_use]
+    pub fn completion(&self) -> Commit {
+        let header = self.header.next(true);
+        Commit {
+            pieces: alloc::vec![self.header_piece(&header)],
+            blocks: Vec::new(),
+            header: Some(header),
+        }
+    }
+
+    /// A step holds.
+    pub fn committed(&mut self, commit: &Commit) {
+        for piece in &commit.pieces {
+            for block in piece.data.chunks_exact(BLOCK) {
+                if let Some(index) = u64_at(block, 56).and_then(|n| usize::try_from(n).ok())
+                    && block[32..40] == BLOCK_MAGIC[..]
+                {
+                    apply(&mut self.durable, index, block);
+                }
+            }
+        }
+        for number in &commit.blocks {
+            let index = usize::try_from(*number).unwrap_or(usize::MAX);
+            if let Some(place) = self.places.get_mut(index) {
+                *place = place.next();
+            }
+        }
+        if let Some(header) = commit.header {
+            self.header = header;
+            self.begun = true;
+            if header.complete {
+                self.durable.insert(Sectors {
+                    start: 0,
+                    count: self.layout.image,
+                });
+            }
+        }
+    }
+
+    fn header_piece(&self, header: &Header) -> Piece {
+        Piece {
+            to: self.layout.header(header.slot),
+            data: header.bytes(),
+        }
+    }
+}
+
+impl Commit {
+    /// The blocks of the record that it writes.
+    #[must_use]
+    pub fn blocks(&self) -> &[u32] {
+        &self.blocks
+    }
+}
+
+impl Place {
+    fn next(self) -> Self {
+        Self {
+            generation: self.generation + 1,
+            slot: 1 - self.slot.min(1),
+        }
+    }
+}
+
+impl Header {
+    fn next(&self, complete: bool) -> Self {
+        Self {
+            complete,
+            generation: self.generation.saturating_add(1),
+            slot: 1 - self.slot.min(1),
+            ..*self
+        }
+    }
+
+    fn parse<E>(bytes: &[u8], slot: u8) -> Result<Option<Self>, RecordError<E>> {
+        if !is_whole(bytes, HEADER_MAGIC) {
+            return Ok(None);
+        }
+        let word = |at| u64_at(bytes, at).unwrap_or(0);
+        let version = u32_at(bytes, 40).unwrap_or(0);
+        if version != VERSION {
+            return Err(RecordError::Version(version));
+        }
+        let mut manifest = [0; 32];
+        manifest.copy_from_slice(&bytes[48..80]);
+        let mut installation = [0; 16];
+        installation.copy_from_slice(&bytes[80..96]);
+        Ok(Some(Self {
+            manifest: Hash(manifest),
+            complete: u32_at(bytes, 44).unwrap_or(0) & COMPLETE != 0,
+            installation,
+            generation: word(96),
+            image: word(104),
+            disk: word(112),
+            slot,
+        }))
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = alloc::vec![0; BLOCK];
+        let flags = if self.complete { COMPLETE } else { 0 };
+        bytes[40..44].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[44..48].copy_from_slice(&flags.to_le_bytes());
+        bytes[48..80].copy_from_slice(&self.manifest.0);
+        bytes[80..96].copy_from_slice(&self.installation);
+        bytes[96..104].copy_from_slice(&self.generation.to_le_bytes());
+        bytes[104..112].copy_from_slice(&self.image.to_le_bytes());
+        bytes[112..120].copy_from_slice(&self.disk.to_le_bytes());
+        seal(&mut bytes, HEADER_MAGIC);
+        bytes
+    }
+}
+
+/// Adds the magic, and the sum of all that follows it.
+fn seal(bytes: &mut [u8], magic: &[u8; 8]) {
+    bytes[32..40].copy_from_slice(magic);
+    let sum = Hash::of(&bytes[32..]);
+    bytes[..32].copy_from_slice(&sum.0);
+}
+
+fn is_whole(bytes: &[u8], magic: &[u8; 8]) -> bool {
+    bytes.len() == BLOCK && bytes[32..40] == magic[..] && Hash::of(&bytes[32..]).0 == bytes[..32]
+}
+
+/// Adds the bits of a block to a set.
+fn apply(set: &mut SectorSet, block: usize, bytes: &[u8]) {
+    for (n, bits) in bytes[HEAD..].chunks_exact(512).enumerate() {
+        set.insert_bits(block * PAGES + n, bits);
+    }
+}
+
+/// The same pieces, neighbours in one.
+fn joined(mut pieces: Vec<Piece>, most: usize) -> Vec<Piece> {
+    pieces.sort_unstable_by_key(|piece| piece.to.start);
+    let mut joined: Vec<Piece> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        match joined.last_mut() {
+            Some(last)
+                if last.to.end() == piece.to.start
+                    && last.data.len() + piece.data.len() <= most =>
+            {
+                last.to.count += piece.to.count;
+                last.data.extend_from_slice(&piece.data);
+            }
+            _ => joined.push(piece),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use core::convert::Infallible;
+
+    use alloc::vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const IMAGE: u64 = COVERS * 2 + 100;
+    const DISK: u64 = IMAGE + 107;
+    const NAME: Hash = Hash([7; 32]);
+
+    fn layout() -> Layout {
+        Layout::new(DISK, IMAGE).unwrap()
+    }
+
+    struct Medium(Vec<u8>);
+
+    impl Medium {
+        fn new() -> Self {
+            Self(vec![
+                0xa5;
+                usize::try_from((DISK - layout().visible()) * SECTOR)
+                    .unwrap()
+            ])
+        }
+
+        fn range(at: Sectors) -> core::ops::Range<usize> {
+            let start = usize::try_from((at.start - layout().visible()) * SECTOR).unwrap();
+            start..start + usize::try_from(at.count * SECTOR).unwrap()
+        }
+
+        fn write(&mut self, piece: &Piece) {
+            self.0[Self::range(piece.to)].copy_from_slice(&piece.data);
+        }
+
+        fn find(&self, name: Hash) -> Result<Found, RecordError<Infallible>> {
+            Record::find(layout(), name, |at, bytes| {
+                bytes.copy_from_slice(&self.0[Self::range(at)]);
+                Ok(())
+            })
+        }
+
+        fn record(&self) -> Record {
+            match self.find(NAME).unwrap() {
+                Found::This(record) => *record,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        let layout = layout();
+        // Three blocks and a header, twice, on a boundary of 4 KiB.
+        assert_eq!(layout.visible(), DISK / 8 * 8 - 64);
+        assert_eq!(layout.header(1).end(), DISK / 8 * 8);
+        assert_eq!(layout.block(2, 1).end(), layout.header(0).start);
+        let error = Layout::new(IMAGE + 63, IMAGE).unwrap_err();
+        assert_eq!((error.disk, error.image), (IMAGE + 63, IMAGE));
+        assert!(Layout::new(IMAGE + error.record, IMAGE).is_ok() || error.record > 64);
+        assert!(Layout::new(0, 1).is_err());
+    }
+
+    #[test]
+    fn an_old_record_is_another_until_the_new_one_is_there() {
+        let mut medium = Medium::new();
+        assert!(matches!(medium.find(NAME), Ok(Found::Nothing)));
+        let old = Record::begin(layout(), Hash([1; 32]), [1; 16], None);
+        let mut local = SectorSet::new(IMAGE);
+        local.insert(Sectors { start: 0, count: 9 });
+        for piece in old.commit(&local, vec![0, 1], 4096).pieces() {
+            medium.write(piece);
+        }
+        let Ok(Found::Other(header)) = medium.find(NAME) else {
+            panic!("it is there");
+        };
+        assert!(!header.complete);
+        let new = Record::begin(layout(), NAME, [2; 16], Some(&header));
+        for piece in new.commit(&local, vec![], 4096).pieces() {
+            medium.write(piece);
+        }
+        // Blocks of the old one are still there, and say nothing.
+        assert_eq!(medium.record().durable().missing(), IMAGE);
+    }
+
+    #[test]
+    fn complete() {
+        let mut medium = Medium::new();
+        let mut record = Record::begin(layout(), NAME, [2; 16], None);
+        let commit = record.completion();
+        medium.write(&commit.pieces()[0]);
+        record.committed(&commit);
+        for record in [record, medium.record()] {
+            assert!(record.complete());
+            assert_eq!(record.durable().missing(), 0);
+        }
+    }
+
+    #[test]
+    fn other_versions_and_disks_are_refused() {
+        let mut medium = Medium::new();
+        let mut record = Record::begin(layout(), NAME, [2; 16], None);
+        record.header.disk += 8;
+        medium.write(&record.completion().pieces()[0]);
+        let error = medium.find(NAME).unwrap_err();
+        assert!(matches!(error, RecordError::Geometry { .. }), "{error}");
+        let mut piece = record.completion().pieces()[0].clone();
+        piece.data[40] = 9;
+        seal(&mut piece.data, HEADER_MAGIC);
+        medium.write(&piece);
+        assert!(matches!(medium.find(NAME), Err(RecordError::Version(9))));
+    }
+
+    proptest! {
+        /// Steps of which each but the last is written whole, and of the last one some sectors.
+        #[test]
+        fn a_cut_step_loses_and_invents_nothing(
+            steps in prop::collection::vec((0..IMAGE, 1..5000u64), 1..12),
+            cut in any::<u64>(),
+        ) {
+            let mut medium = Medium::new();
+            let mut record = Record::begin(layout(), NAME, [2; 16], None);
+            let begin = record.commit(&SectorSet::new(IMAGE), vec![], 4096);
+            begin.pieces().iter().for_each(|piece| medium.write(piece));
+            record.committed(&begin);
+            let mut local = SectorSet::new(IMAGE);
+            let last = steps.len() - 1;
+            for (n, (start, count)) in steps.into_iter().enumerate() {
+                let before = local.clone();
+                let new = Sectors { start, count };
+                local.insert(new);
+                let touched = layout().block_of(start)..=layout().block_of(new.end().min(IMAGE) - 1);
+                let commit = record.commit(&local, touched.collect(), 8192);
+                prop_assert!(commit.pieces().iter().all(|piece| piece.data.len() <= 8192));
+                if n < last {
+                    commit.pieces().iter().for_each(|piece| medium.write(piece));
+                    record.committed(&commit);
+                    prop_assert_eq!(record.durable(), &local);
+                    let again = medium.record();
+                    prop_assert_eq!(again.durable(), &local);
+                    continue;
+                }
+                let mut bit = 0;
+                for piece in commit.pieces() {
+                    for (sector, data) in (piece.to.start..).zip(piece.data.chunks_exact(512)) {
+                        if cut >> (bit % 64) & 1 == 1 {
+                            let to = Sectors { start: sector, count: 1 };
+                            medium.write(&Piece { to, data: data.to_vec() });
+                        }
+                        bit += 1;
+                    }
+                }
+                let after = medium.record();
+                let (mut union, all) = (before.clone(), Sectors { start: 0, count: IMAGE });
+                let mut at = all;
+                while let Some(run) = before.next_missing(at) {
+                    // What was not there before may be there if the step says so.
+                    for sector in run.start..run.end() {
+                        let one = Sectors { start: sector, count: 1 };
+                        if after.durable().contains(one) {
+                            prop_assert!(local.contains(one));
+                            union.insert(one);
+                        }
+                    }
+                    at = Sectors { start: run.end(), count: IMAGE - run.end() };
+                }
+                prop_assert_eq!(after.durable(), &union);
+            }
+        }
+    }
+}
