@@ -398,6 +398,13 @@ pub fn supercloud(project: &Project) -> Result<PathBuf> {
     built.into_iter().next().context("no command was built")
 }
 
+/// Builds the static `bmcast` command.
+pub fn bmcast(project: &Project) -> Result<PathBuf> {
+    let (select, names) = (["--bin", "bmcast"], ["bmcast"]);
+    let built = static_binaries(project, &select, &names, STATIC, None)?;
+    built.into_iter().next().context("no command was built")
+}
+
 /// Builds the static programs that run in VMs and, unchanged, in instances.
 pub fn guest_programs(project: &Project) -> Result<Vec<PathBuf>> {
     static_binaries(

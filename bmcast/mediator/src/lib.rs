@@ -11,6 +11,11 @@
 
 extern crate alloc;
 
+mod ahci;
+pub mod ata;
+
+pub use ahci::Ahci;
+
 use alloc::vec::Vec;
 
 use bmcast_image::Sectors;

@@ -3,20 +3,18 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use uefi::boot::{self, AllocateType, LoadImageSource, MemoryType, SearchType};
+use uefi::boot::{self, AllocateType, LoadImageSource, MemoryType};
 use uefi::proto::BootPolicy;
 use uefi::proto::device_path::DevicePath;
 use uefi::proto::device_path::build::{DevicePathBuilder, media::FilePath};
 use uefi::proto::loaded_image::LoadedImage;
 use uefi::proto::media::fs::SimpleFileSystem;
-use uefi::{CStr16, Guid, Status, cstr16, entry, guid, println};
+use uefi::{CStr16, Handle, Status, cstr16, entry, println};
 
-use super::memory::{PAGE, address};
+use super::memory::{self, PAGE, address};
 use super::resident::{self, Failure, Handover};
 use super::{cpu, heap, relocate, switch};
 
-/// PCI functions that have a handle (UEFI 2.10, 14.4).
-const PCI_IO: Guid = guid!("4cf5b200-68b8-4ca5-9eec-b23e3f50029a");
 /// Bytes of the VMM's region.
 const REGION: usize = 64 << 20;
 /// Bytes of the application's heap.
@@ -78,6 +76,7 @@ fn start() -> Result<(), Error> {
         bytes: u64::try_from(REGION).unwrap_or(0),
         used: u64::try_from(used).unwrap_or(0),
         start_page: address(start_page.as_ptr()),
+        disk: 0,
         failure: Failure {
             length: 0,
             text: [0; 256],
@@ -91,24 +90,25 @@ fn start() -> Result<(), Error> {
         let text = &handover.failure.text[..handover.failure.length];
         return Err(Error::Resident(String::from_utf8_lossy(text).into_owned()));
     }
-    start_os()
+    // SAFETY: the handle is one that the firmware has given to the copy.
+    let disk = unsafe { Handle::from_ptr(memory::pointer(handover.disk)) };
+    start_os(disk)
 }
 
 /// What firmware starts from a disk that it has no boot entry for (UEFI 2.10, 3.5.1.1).
 const LOADER: &CStr16 = cstr16!("\\EFI\\BOOT\\BOOTX64.EFI");
 
-/// Starts the OS from the first disk that has a loader and is not the one that this application came from.
-fn start_os() -> Result<(), Error> {
+/// Starts the OS from the first volume that has a loader and is not the one that this application came from.
+///
+/// What the firmware has read of the disk before it was mediated is forgotten.
+fn start_os(disk: Option<Handle>) -> Result<(), Error> {
     let at = |what| move |error: uefi::Error| Error::Firmware(what, error.status());
     let own = boot::open_protocol_exclusive::<LoadedImage>(boot::image_handle())
         .map_err(at("its own image"))?
         .device();
-    // Firmware that boots quickly has connected no more than it needed.
-    let controllers =
-        boot::locate_handle_buffer(SearchType::ByProtocol(&PCI_IO)).map_err(at("devices"))?;
-    for controller in controllers.iter() {
-        // Those without a driver say so: no matter.
-        let _ = boot::connect_controller(*controller, &[], None, true);
+    if let Some(disk) = disk {
+        boot::disconnect_controller(disk, None, None).map_err(at("letting go of the disk"))?;
+        boot::connect_controller(disk, &[], None, true).map_err(at("finding the disk again"))?;
     }
     let volumes = boot::find_handles::<SimpleFileSystem>().map_err(at("file systems"))?;
     for volume in volumes {

@@ -200,6 +200,12 @@ pub fn cpuid(leaf: u32) -> [u32; 4] {
     [found.eax, found.ebx, found.ecx, found.edx]
 }
 
+/// The same of a leaf and a subleaf.
+pub fn cpuid_at(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let found = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+    [found.eax, found.ebx, found.ecx, found.edx]
+}
+
 /// This CPU's APIC ID of 8 bits.
 pub fn apic_id() -> u8 {
     cpuid(1)[1].to_le_bytes()[3]

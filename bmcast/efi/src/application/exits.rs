@@ -1,29 +1,13 @@
 //! What has exited, and what is done about it.
 
 use bmcast_svm::{Bus, Control, IoExit, Mode, Segment, emulate, walk};
-use spin::Mutex;
 
-use super::apic;
 use super::cpu::{self, LMA, SVME};
 use super::memory::pointer;
 use super::vcpu::Cpu;
+use super::windows::{self, Window, is_guests};
+use super::{apic, machine, pci};
 use crate::say;
-
-/// Physical memory that is the VMM's: from, to.
-static OWN: Mutex<(u64, u64)> = Mutex::new((0, 0));
-
-/// Names the VMM's region.
-pub fn own(from: u64, to: u64) {
-    *OWN.lock() = (from, to);
-}
-
-/// Whether `bytes` bytes at `address` are outside of the VMM's region.
-pub fn is_guests(address: u64, bytes: u64) -> bool {
-    let (from, to) = *OWN.lock();
-    address
-        .checked_add(bytes)
-        .is_some_and(|end| end <= from || address >= to)
-}
 
 /// 8 bytes of guest memory; the VMM's are none.
 fn guest_word(address: u64) -> Option<u64> {
@@ -96,21 +80,28 @@ struct At {
 
 impl Bus for At {
     fn load(&mut self, width: u8) -> u64 {
-        if let Some(offset) = apic::offset(self.address) {
-            return u64::from(apic::read(offset));
+        match windows::at(self.address) {
+            Some(Window::Apic(offset)) => u64::from(apic::read(offset)),
+            Some(Window::Own) => 0,
+            Some(Window::Hidden) => u64::MAX,
+            Some(Window::Device(offset)) => machine::read(offset, width),
+            Some(Window::Controller) | None => read_device(self.address, width),
         }
-        if is_guests(self.address, u64::from(width)) {
-            return read_device(self.address, width);
-        }
-        0
     }
 
     fn store(&mut self, width: u8, value: u64) {
-        if let Some(offset) = apic::offset(self.address) {
-            let [value, _] = cpu::halves(value);
-            apic::write(offset, value);
-        } else if is_guests(self.address, u64::from(width)) {
-            write_device(self.address, width, value);
+        match windows::at(self.address) {
+            Some(Window::Apic(offset)) => {
+                let [value, _] = cpu::halves(value);
+                apic::write(offset, value);
+            }
+            Some(Window::Own | Window::Hidden) => {}
+            Some(Window::Device(offset)) => machine::write(offset, width, value),
+            Some(Window::Controller) => {
+                write_device(self.address, width, value);
+                machine::follow();
+            }
+            None => write_device(self.address, width, value),
         }
     }
 }
@@ -152,7 +143,7 @@ pub fn halted(cpu: &mut Cpu) {
         if apic::pending() {
             return;
         }
-        work();
+        machine::turn();
         for _ in 0..64 {
             core::hint::spin_loop();
         }
@@ -205,19 +196,56 @@ pub fn port(cpu: &mut Cpu) {
         return;
     }
     let [value, _] = cpu::halves(cpu.registers[0]);
+    // Nobody but the guest uses these ports now, so that the address is the one that it has written.
+    // SAFETY: reading it has no effect.
+    let named = unsafe { cpu::port_in(pci::ADDRESS, 4) };
+    let is_data = io.port >= pci::DATA;
+    let hidden = is_data && machine::is_hidden(named);
     // SAFETY: the guest itself does it, with this width: the VMM does it for it.
     unsafe {
         if io.input {
-            let read = cpu::port_in(io.port, io.width);
+            let read = if hidden {
+                u32::MAX
+            } else {
+                cpu::port_in(io.port, io.width)
+            };
             cpu.registers[0] = match io.width {
                 1 => cpu.registers[0] & !0xff | u64::from(read & 0xff),
                 2 => cpu.registers[0] & !0xffff | u64::from(read & 0xffff),
                 _ => u64::from(read),
             };
-        } else {
+        } else if !hidden {
             cpu::port_out(io.port, io.width, value);
         }
     }
+    if is_data && !io.input && machine::is_controller(named) {
+        machine::follow();
+    }
+}
+
+/// CPUID, which exits only where a CPU has five levels of paging: a guest that used them could not be left.
+pub fn cpuid(cpu: &mut Cpu) {
+    let [leaf, _] = cpu::halves(cpu.registers[0]);
+    let [subleaf, _] = cpu::halves(cpu.registers[1]);
+    let mut found = cpu::cpuid_at(leaf, subleaf);
+    let cr4 = cpu.vmcb.save.cr4;
+    let mut follow = |register: usize, bit: u32, on: bool| {
+        found[register] = found[register] & !(1 << bit) | u32::from(on) << bit;
+    };
+    match (leaf, subleaf) {
+        // OSXSAVE and OSPKE are the guest's CR4; LA57 is not there.
+        (1, _) => follow(2, 27, cr4 & 1 << 18 != 0),
+        (7, 0) => {
+            follow(2, 4, cr4 & 1 << 22 != 0);
+            follow(2, 16, false);
+        }
+        _ => {}
+    }
+    let [eax, ebx, ecx, edx] = found.map(u64::from);
+    for (register, value) in [(0, eax), (3, ebx), (1, ecx), (2, edx)] {
+        cpu.registers[register] = value;
+    }
+    cpu.skip(2);
 }
 
 /// A triple fault of the guest: the machine starts again, as it would have.
@@ -226,14 +254,4 @@ pub fn reset() -> ! {
     // SAFETY: the reset control register of chipsets since the PIIX3: full reset.
     unsafe { cpu::outb(0xcf9, 0x0e) };
     cpu::stop()
-}
-
-/// What the VMM has to do beside the guest.
-pub fn work() {
-    use core::sync::atomic::Ordering;
-    if super::vcpu::EXITS.load(Ordering::Relaxed) > 9000
-        && !super::vcpu::LEAVE.swap(true, Ordering::AcqRel)
-    {
-        say!("leaving");
-    }
 }

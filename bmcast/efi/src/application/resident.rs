@@ -1,18 +1,25 @@
 //! The copy in reserved memory: sets everything up while the firmware is there, then becomes the host of what called it.
 
 use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::arch::naked_asm;
 
+use bmcast_image::{BootConfig, ConfigError};
+use bmcast_install::{Install, Options};
+use bmcast_mediator::Ahci;
 use bmcast_svm::paging::{self, PRESENT, USER, WRITABLE};
-use bmcast_svm::{IO_PAGES, MSR_PAGES, Segment, trap_msr};
-use uefi::Handle;
-use uefi::proto::pi::mp::MpServices;
+use bmcast_svm::{IO_PAGES, MSR_PAGES, Segment, trap_msr, trap_port};
+use uefi::{Handle, cstr16};
 
 use super::cpu::{self, SVME};
-use super::memory::{self, PAGE, Tables, address};
+use super::firmware::{self, Port, Refused};
+use super::machine::{self, Controller, Machine};
+use super::memory::{self, Tables, address};
+use super::network::{Network, NetworkError};
 use super::vcpu::{COMMON, Common, Cpu};
-use super::{apic, exits, heap, host, log, start, switch};
+use super::{apic, clock, heap, host, log, pci, start, switch, windows};
 use crate::say;
 
 /// What the application gives its copy.
@@ -30,6 +37,8 @@ pub struct Handover {
     pub used: u64,
     /// A page below 1 MiB.
     pub start_page: u64,
+    /// Answer: the handle of the disk's controller.
+    pub disk: u64,
     /// Why it has failed.
     pub failure: Failure,
 }
@@ -59,8 +68,23 @@ pub enum Error {
     #[error("the VMM's memory is used up")]
     Memory,
     /// The firmware.
-    #[error("the firmware: {0}")]
-    Firmware(uefi::Status),
+    #[error(transparent)]
+    Firmware(#[from] Refused),
+    /// The boot medium.
+    #[error("{0}: it belongs beside BMcast on the boot medium (`bmcast image` puts it there)")]
+    Config(String),
+    /// Its content.
+    #[error(transparent)]
+    BadConfig(#[from] ConfigError),
+    /// No disk.
+    #[error("there is no disk that can be mediated: a SATA disk by AHCI")]
+    NoDisk,
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The image and the disk.
+    #[error("{0}")]
+    Install(String),
 }
 
 /// Where the application calls the copy: `handover`, the caller's stack, and where it goes on as the guest.
@@ -88,7 +112,8 @@ unsafe extern "sysv64" fn resident(handover: &mut Handover, stack: u64, resume: 
         }
     }
     match prepare(handover) {
-        Ok(cpu) => launch(cpu, stack, resume),
+        Ok(Ready::Guest(cpu)) => launch(cpu, stack, resume),
+        Ok(Ready::Installed) => 0,
         Err(error) => {
             let text = alloc::format!("{error}");
             let length = text.len().min(handover.failure.text.len());
@@ -99,33 +124,93 @@ unsafe extern "sysv64" fn resident(handover: &mut Handover, stack: u64, resume: 
     }
 }
 
-/// Everything that can fail.
-fn prepare(handover: &Handover) -> Result<Box<Cpu>, Error> {
-    log::to_serial(true);
+/// Everything that can fail: nothing of the machine's is changed before it has gone well, but that its network card is
+/// the VMM's.
+fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
+    let config = firmware::file(cstr16!("\\bmcast.conf")).map_err(Error::Config)?;
+    let config = BootConfig::parse(&config)?;
+    log::to_serial(config.serial);
     supported()?;
-    exits::own(handover.region, handover.region + handover.bytes);
+    clock::measure();
     host::prepare().map_err(|_| Error::Memory)?;
-    let nested = paging::identity(&mut Tables, host::width(), PRESENT | WRITABLE | USER)
-        .map_err(|_| Error::Memory)?;
-    let trap = |page: u64| paging::set(&mut Tables, nested, page, 0, 0).map_err(|_| Error::Memory);
-    trap(apic::PAGE)?;
-    for page in (handover.region..handover.region + handover.bytes).step_by(PAGE) {
-        trap(page)?;
+    firmware::connect_all();
+    let mut disk = firmware::disk()?.ok_or(Error::NoDisk)?;
+    let mut network = Network::start(&config)?;
+    let manifest = network.manifest(config.manifest)?;
+    let installation = network.random(manifest.id());
+    let options = Options {
+        rate: config.rate,
+        ..Options::default()
+    };
+    let install = Install::open(disk.sectors, manifest, installation, options, |sectors, into| {
+        disk.read(sectors, into)
+    })
+    .map_err(|error| Error::Install(format!("{error}")))?;
+    handover.disk = address(disk.handle.as_ptr());
+    if install.complete() {
+        network.stop();
+        return Ok(Ready::Installed);
     }
-    trap(handover.start_page)?;
+    let hidden = network.function();
+    let cpu = guest(handover)?;
+    let (mediator, register, length): (Box<machine::Disk>, u8, u64) = match disk.port {
+        Port::Ahci(port) => (Box::new(Ahci::new(u8::try_from(port).unwrap_or(0))), 5, 0x1000),
+        Port::Nvme(_) => return Err(Error::NoDisk),
+    };
+    let base = disk.controller.bar(register).ok_or(Error::NoDisk)?;
+    windows::device(base, length, register).map_err(|_| Error::Memory)?;
+    if let Some(base) = firmware::configuration() {
+        windows::configuration(base, hidden, disk.controller).map_err(|_| Error::Memory)?;
+    }
+    let controller = Controller::new().ok_or(Error::Memory)?;
+    let machine = Machine {
+        disk: mediator,
+        controller,
+        install,
+        network,
+    };
+    let function = disk.controller;
+    machine::begin(machine, function, hidden);
+    Ok(Ready::Guest(cpu))
+}
+
+/// What is to be done with the machine.
+enum Ready {
+    /// All of the image is on its disk.
+    Installed,
+    /// It becomes a guest, this CPU first.
+    Guest(Box<Cpu>),
+}
+
+/// What guests need: nested page tables, permission maps, CPUs.
+fn guest(handover: &Handover) -> Result<Box<Cpu>, Error> {
+    let root = paging::identity(&mut Tables, host::width(), PRESENT | WRITABLE | USER)
+        .map_err(|_| Error::Memory)?;
+    windows::open(&windows::Layout {
+        root,
+        region: (handover.region, handover.region + handover.bytes),
+        start: handover.start_page,
+    })
+    .map_err(|_| Error::Memory)?;
     let iopm = memory::bytes(IO_PAGES).ok_or(Error::Memory)?;
     let msrpm = memory::bytes(MSR_PAGES).ok_or(Error::Memory)?;
+    for port in pci::DATA..pci::DATA + 4 {
+        trap_port(iopm, port);
+    }
     trap_msr(msrpm, cpu::EFER, true, true);
     trap_msr(msrpm, cpu::HSAVE, true, true);
     trap_msr(msrpm, cpu::VM_CR, true, true);
     trap_msr(msrpm, apic::X2APIC_ICR, false, true);
     COMMON.call_once(|| Common {
-        nested,
+        nested: root,
         iopm: address(iopm.as_ptr()),
         msrpm: address(msrpm.as_ptr()),
     });
     let own = cpu::apic_id();
-    let others: Vec<u8> = apic_ids()?.into_iter().filter(|id| *id != own).collect();
+    let others: Vec<u8> = firmware::apic_ids()?
+        .into_iter()
+        .filter(|id| *id != own)
+        .collect();
     start::know(&others).ok_or(Error::Memory)?;
     // SAFETY: the application has reserved this page for it.
     unsafe { start::prepare(handover.start_page) };
@@ -152,24 +237,6 @@ fn supported() -> Result<(), Error> {
         return Err(Error::NoNestedPaging);
     }
     Ok(())
-}
-
-/// The CPUs that the firmware knows.
-fn apic_ids() -> Result<Vec<u8>, Error> {
-    let status = |error: uefi::Error| Error::Firmware(error.status());
-    let handle = uefi::boot::get_handle_for_protocol::<MpServices>().map_err(status)?;
-    let services = uefi::boot::open_protocol_exclusive::<MpServices>(handle).map_err(status)?;
-    let count = services.get_number_of_processors().map_err(status)?.total;
-    (0..count)
-        .map(|number| {
-            let id = services
-                .get_processor_info(number)
-                .map_err(status)?
-                .processor_id;
-            // Only APIC IDs of 8 bits are used.
-            Ok(id.to_le_bytes()[0])
-        })
-        .collect()
 }
 
 /// This CPU becomes a guest: where it was called from, as if by a return.

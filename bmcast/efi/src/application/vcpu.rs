@@ -7,10 +7,10 @@ use bmcast_svm::{Control, Intercepts1, Intercepts2, Registers, Vmcb, exit};
 use spin::Once;
 
 use super::cpu::{self, SVME};
-use super::exits;
 use super::leave;
 use super::memory::{address, pages};
 use super::switch::{self, Fx};
+use super::{exits, machine, windows};
 use crate::say;
 
 /// Bytes of a CPU's stack in the VMM.
@@ -32,6 +32,8 @@ pub struct Cpu {
     pub stack: u64,
     /// A window for interrupts has been asked for, to leave through.
     pub leaving: bool,
+    /// Changes of the nested tables that its TLB knows.
+    changes: u64,
 }
 
 /// What all VMCBs have in common.
@@ -74,11 +76,16 @@ impl Cpu {
             save_area: address(pages(1)?.as_ptr()),
             stack: address(stack.as_ptr().wrapping_add(bytes)),
             leaving: false,
+            changes: 0,
         };
         let common = COMMON.get()?;
         let control = &mut cpu.vmcb.control;
         control.intercepts1 =
             Intercepts1::HLT | Intercepts1::IOIO | Intercepts1::MSR | Intercepts1::SHUTDOWN;
+        // Five levels of paging: leaf 7, ECX, bit 16.
+        if cpu::cpuid(0)[0] >= 7 && cpu::cpuid_at(7, 0)[2] & 1 << 16 != 0 {
+            control.intercepts1 |= Intercepts1::CPUID;
+        }
         control.intercepts2 = Intercepts2::VMRUN
             | Intercepts2::VMLOAD
             | Intercepts2::VMSAVE
@@ -123,8 +130,10 @@ impl Cpu {
             self.registers[0] = self.vmcb.save.rax;
             self.registers[4] = self.vmcb.save.rsp;
             let control = &mut self.vmcb.control;
-            control.tlb_control = 0;
             control.clean = 0;
+            let changes = windows::CHANGES.load(Ordering::Acquire);
+            control.tlb_control = u32::from(changes != self.changes);
+            self.changes = changes;
             // What was being delivered is delivered again (APM 15.7.2); bits of old events stay there, so the valid bit
             // decides.
             control.event_injection = match control.exit_int_info {
@@ -136,6 +145,7 @@ impl Cpu {
                 exit::HLT => exits::halted(self),
                 exit::MSR => exits::msr(self),
                 exit::IOIO => exits::port(self),
+                exit::CPUID => exits::cpuid(self),
                 exit::VINTR => {
                     control.vintr &= !(Control::V_IRQ | Control::V_IGN_TPR);
                     control.intercepts1 &= !Intercepts1::VINTR;
@@ -156,7 +166,7 @@ impl Cpu {
                     cpu::stop();
                 }
             }
-            exits::work();
+            machine::turn();
             if LEAVE.load(Ordering::Acquire) && !self.leaving && leave::possible(self) {
                 // The next moment in which the guest would take an interrupt: none is half delivered then, no NMI
                 // is being handled, and there is no interrupt shadow.

@@ -1,0 +1,231 @@
+//! What the firmware knows of the machine: CPUs, disks, where PCI configuration is in memory.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::ffi::c_void;
+
+use bmcast_image::{SECTOR, Sectors};
+use uefi::boot::{self, OpenProtocolAttributes, OpenProtocolParams, ScopedProtocol, SearchType};
+use uefi::proto::device_path::DevicePath;
+use uefi::proto::device_path::DevicePathNodeEnum;
+use uefi::proto::media::block::BlockIO;
+use uefi::proto::pi::mp::MpServices;
+use uefi::proto::unsafe_protocol;
+use uefi::{Handle, Identify as _, Status};
+
+use super::memory::pointer;
+use super::pci::Function;
+
+/// What the firmware refuses.
+#[derive(Debug, thiserror::Error)]
+#[error("the firmware, {what}: {status}")]
+pub struct Refused {
+    what: &'static str,
+    status: Status,
+}
+
+fn at(what: &'static str) -> impl Fn(uefi::Error) -> Refused {
+    move |error| Refused {
+        what,
+        status: error.status(),
+    }
+}
+
+/// EFI_PCI_IO_PROTOCOL (UEFI 2.10, 14.4), as much of it as is used.
+#[repr(C)]
+#[unsafe_protocol("4cf5b200-68b8-4ca5-9eec-b23e3f50029a")]
+pub struct PciIo {
+    others: [*const c_void; 14],
+    get_location: unsafe extern "efiapi" fn(
+        *const PciIo,
+        *mut usize,
+        *mut usize,
+        *mut usize,
+        *mut usize,
+    ) -> Status,
+}
+
+/// A protocol that somebody else may have open too.
+fn open<P: uefi::proto::ProtocolPointer + ?Sized>(
+    handle: Handle,
+) -> Result<ScopedProtocol<P>, uefi::Error> {
+    let params = OpenProtocolParams {
+        handle,
+        agent: boot::image_handle(),
+        controller: None,
+    };
+    // SAFETY: only read, by the one CPU that runs, while nothing else does.
+    unsafe { boot::open_protocol(params, OpenProtocolAttributes::GetProtocol) }
+}
+
+/// The function that a handle stands for.
+fn location(handle: Handle) -> Option<Function> {
+    let pci = open::<PciIo>(handle).ok()?;
+    let (mut segment, mut bus, mut device, mut function) = (0, 0, 0, 0);
+    // SAFETY: the protocol's own function, with room for its four numbers.
+    let status = unsafe {
+        (pci.get_location)(&raw const *pci, &mut segment, &mut bus, &mut device, &mut function)
+    };
+    if status != Status::SUCCESS || segment != 0 {
+        return None;
+    }
+    Some(Function {
+        bus: u8::try_from(bus).ok()?,
+        device: u8::try_from(device).ok()?,
+        function: u8::try_from(function).ok()?,
+    })
+}
+
+/// Handles of all PCI functions, with these.
+pub fn functions() -> Vec<(Handle, Function)> {
+    let handles = boot::locate_handle_buffer(SearchType::ByProtocol(&PciIo::GUID));
+    let handles = handles.map(|handles| handles.to_vec()).unwrap_or_default();
+    let located = handles
+        .into_iter()
+        .filter_map(|handle| Some((handle, location(handle)?)));
+    located.collect()
+}
+
+/// How a disk is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// A port of an AHCI controller.
+    Ahci(u16),
+    /// A namespace of an NVMe controller.
+    Nvme(u32),
+}
+
+/// A disk that the firmware has found.
+pub struct Disk {
+    block: ScopedProtocol<BlockIO>,
+    /// Its controller's handle.
+    pub handle: Handle,
+    /// Its controller.
+    pub controller: Function,
+    /// How it is reached there.
+    pub port: Port,
+    /// Its sectors of 512 bytes.
+    pub sectors: u64,
+}
+
+/// Has the drivers of all devices started: firmware that boots quickly starts those that it needs.
+pub fn connect_all() {
+    for (handle, _) in functions() {
+        // Those without a driver say so: no matter.
+        let _ = boot::connect_controller(handle, &[], None, true);
+    }
+}
+
+/// The first disk that can be mediated.
+pub fn disk() -> Result<Option<Disk>, Refused> {
+    let controllers = functions();
+    for handle in boot::find_handles::<BlockIO>().map_err(at("disks"))? {
+        let Ok(block) = open::<BlockIO>(handle) else {
+            continue;
+        };
+        let media = block.media();
+        if media.is_logical_partition() || !media.is_media_present() || media.is_read_only() {
+            continue;
+        }
+        let Ok(path) = open::<DevicePath>(handle) else {
+            continue;
+        };
+        let port = path.node_iter().find_map(|node| match node.as_enum() {
+            Ok(DevicePathNodeEnum::MessagingSata(sata)) => Some(Port::Ahci(sata.hba_port_number())),
+            Ok(DevicePathNodeEnum::MessagingNvmeNamespace(nvme)) => {
+                Some(Port::Nvme(nvme.namespace_identifier()))
+            }
+            _ => None,
+        });
+        let Some(port) = port else { continue };
+        // Its controller's handle is the nearest one above that is a PCI function.
+        let mut above: &DevicePath = &path;
+        let Ok(parent) = boot::locate_device_path::<PciIo>(&mut above) else {
+            continue;
+        };
+        let Some((_, controller)) = controllers.iter().find(|(handle, _)| *handle == parent) else {
+            continue;
+        };
+        let size = u64::from(media.block_size());
+        let sectors = media.last_block().saturating_add(1).saturating_mul(size) / SECTOR;
+        return Ok(Some(Disk {
+            handle: parent,
+            controller: *controller,
+            port,
+            sectors,
+            block,
+        }));
+    }
+    Ok(None)
+}
+
+impl Disk {
+    /// Reads sectors through the firmware.
+    pub fn read(&mut self, sectors: Sectors, into: &mut [u8]) -> Result<(), Refused> {
+        let media = self.block.media();
+        let (id, size) = (media.media_id(), u64::from(media.block_size()).max(1));
+        let lba = sectors.start * SECTOR / size;
+        let read = self.block.read_blocks(id, lba, into);
+        read.map_err(at("reading the disk"))
+    }
+}
+
+/// The CPUs' APIC IDs.
+pub fn apic_ids() -> Result<Vec<u8>, Refused> {
+    let handle = boot::get_handle_for_protocol::<MpServices>().map_err(at("CPUs"))?;
+    let services = open::<MpServices>(handle).map_err(at("CPUs"))?;
+    let count = services
+        .get_number_of_processors()
+        .map_err(at("CPUs"))?
+        .total;
+    (0..count)
+        .map(|number| {
+            let info = services.get_processor_info(number).map_err(at("CPUs"))?;
+            // Only APIC IDs of 8 bits are used.
+            Ok(info.processor_id.to_le_bytes()[0])
+        })
+        .collect()
+}
+
+/// Where the PCI configuration of bus 0 is in memory, if it is (MCFG).
+pub fn configuration() -> Option<u64> {
+    let root = uefi::system::with_config_table(|tables| {
+        let wanted = [
+            uefi::table::cfg::ConfigTableEntry::ACPI2_GUID,
+            uefi::table::cfg::ConfigTableEntry::ACPI_GUID,
+        ];
+        wanted.iter().find_map(|guid| {
+            let entry = tables.iter().find(|table| table.guid == *guid)?;
+            Some(super::memory::address(entry.address))
+        })
+    })?;
+    // ACPI 6.4, 5.2.5.3: XSDT at 24.
+    let xsdt = word(root + 24);
+    let length = u64::from(dword(xsdt + 4)).min(1 << 16);
+    (36..length)
+        .step_by(8)
+        .map(|at| word(xsdt + at))
+        .find(|table| dword(*table) == u32::from_le_bytes(*b"MCFG"))
+        .map(|table| word(table + 44))
+}
+
+/// The firmware's tables are where it says.
+fn word(address: u64) -> u64 {
+    // SAFETY: all physical memory is mapped to itself, and reading memory has no effect.
+    unsafe { pointer::<u64>(address).read_unaligned() }
+}
+
+fn dword(address: u64) -> u32 {
+    // SAFETY: as in `word`.
+    unsafe { pointer::<u32>(address).read_unaligned() }
+}
+
+/// The file `name` beside the application, from the volume that it came from.
+pub fn file(name: &uefi::CStr16) -> Result<Vec<u8>, String> {
+    let volume = boot::get_image_file_system(boot::image_handle())
+        .map_err(|error| alloc::format!("the boot medium: {}", error.status()))?;
+    let mut volume = uefi::fs::FileSystem::new(volume);
+    volume
+        .read(name)
+        .map_err(|error| alloc::format!("{name}: {error}"))
+}

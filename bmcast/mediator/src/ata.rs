@@ -1,0 +1,207 @@
+//! What an ATA command asks of the disk (ACS-4).
+
+use bmcast_image::Sectors;
+
+/// A register FIS, host to device (Serial ATA 3.x, 10.5.5): its 20 bytes.
+pub type Fis = [u8; 20];
+
+/// What a command does, as far as a mediator is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Reads sectors, or has the device look at them.
+    Read(Sectors),
+    /// Writes sectors; `true`: past the device's cache.
+    Write(Sectors, bool),
+    /// Has the cache written.
+    Flush,
+    /// Says that sectors are not needed, in a list of so many blocks of 512 bytes.
+    Trim(u16),
+    /// Asks for the identity, which has the capacity.
+    Identify,
+    /// Touches no sector.
+    Other,
+    /// Would change the disk past the mediator, or is not known: the device is not to see it.
+    Refused,
+}
+
+/// IDENTIFY DEVICE.
+pub const IDENTIFY: u8 = 0xec;
+/// WRITE DMA EXT.
+pub const WRITE_DMA_EXT: u8 = 0x35;
+/// FLUSH CACHE EXT.
+pub const FLUSH_CACHE_EXT: u8 = 0xea;
+/// A code that ACS reserves: devices abort it.
+pub const ABORTED: u8 = 0x7f;
+
+/// In the device register: sectors are counted, not cylinders and heads.
+const LBA: u8 = 1 << 6;
+/// In the device register of queued writes: past the cache.
+const FUA: u8 = 1 << 7;
+/// In DATA SET MANAGEMENT's features.
+const TRIM: u8 = 1;
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
+
+/// Decodes a command.
+pub fn decode(fis: &Fis) -> Command {
+    let [_, _, code, features, lba0, lba1, lba2, device, lba3, lba4, lba5, features_high, count, count_high, ..] =
+        *fis;
+    let long = || {
+        let lba = number(&[lba0, lba1, lba2, lba3, lba4, lba5]);
+        let count = match number(&[count, count_high]) {
+            0 => 65536,
+            count => count,
+        };
+        (device & LBA != 0).then(|| Sectors::new(lba, count))?
+    };
+    let short = || {
+        let lba = number(&[lba0, lba1, lba2, device & 0xf]);
+        let count = if count == 0 { 256 } else { u64::from(count) };
+        (device & LBA != 0).then(|| Sectors::new(lba, count))?
+    };
+    let queued = || {
+        let lba = number(&[lba0, lba1, lba2, lba3, lba4, lba5]);
+        let count = match number(&[features, features_high]) {
+            0 => 65536,
+            count => count,
+        };
+        (device & LBA != 0).then(|| Sectors::new(lba, count))?
+    };
+    let read = |sectors: Option<Sectors>| sectors.map_or(Command::Refused, Command::Read);
+    let write = |sectors: Option<Sectors>, fua| {
+        sectors.map_or(Command::Refused, |sectors| Command::Write(sectors, fua))
+    };
+    match code {
+        // READ SECTOR(S), READ MULTIPLE, READ DMA, READ VERIFY.
+        0x20 | 0x21 | 0xc4 | 0xc8 | 0x40 | 0x41 => read(short()),
+        // The same of 48 bits, and READ STREAM.
+        0x24 | 0x25 | 0x29 | 0x2a | 0x2b | 0x42 => read(long()),
+        // READ FPDMA QUEUED.
+        0x60 => read(queued()),
+        // WRITE SECTOR(S), WRITE MULTIPLE, WRITE DMA.
+        0x30 | 0x31 | 0xc5 | 0xca => write(short(), false),
+        // The same of 48 bits, and WRITE STREAM.
+        0x34 | 0x35 | 0x39 | 0x3a | 0x3b => write(long(), false),
+        // WRITE DMA FUA EXT, WRITE MULTIPLE FUA EXT.
+        0x3d | 0xce => write(long(), true),
+        // WRITE FPDMA QUEUED.
+        0x61 => write(queued(), device & FUA != 0),
+        // FLUSH CACHE.
+        0xe7 | FLUSH_CACHE_EXT => Command::Flush,
+        0x06 if features & TRIM != 0 => {
+            Command::Trim(u16::from_le_bytes([count, count_high]))
+        }
+        IDENTIFY => Command::Identify,
+        // NOP, RECALIBRATE, READ LOG, INITIALIZE, NCQ NON-DATA, RECEIVE FPDMA, DIAGNOSTIC, IDENTIFY PACKET, SMART, SET
+        // MULTIPLE, power management, SET FEATURES.
+        0x00 | 0x10 | 0x2f | 0x47 | 0x63 | 0x65 | 0x90 | 0x91 | 0xa1 | 0xb0 | 0xc6
+        | 0xe0..=0xe3 | 0xe5 | 0xe6 | 0xef => Command::Other,
+        _ => Command::Refused,
+    }
+}
+
+/// The FIS of a command on sectors in 48 bits.
+pub fn long(code: u8, sectors: Sectors) -> Fis {
+    let [a, b, c, d, e, f, ..] = sectors.start.to_le_bytes();
+    let [low, high, ..] = sectors.count.to_le_bytes();
+    let mut fis = [0; 20];
+    fis[..14].copy_from_slice(&[0x27, 0x80, code, 0, a, b, c, LBA, d, e, f, 0, low, high]);
+    fis
+}
+
+/// Makes an identity that of a disk of `sectors` sectors, without what is [`Command::Refused`] anyway.
+pub fn shrink(identity: &mut [u8; 512], sectors: u64) {
+    let mut set = |word: usize, value: u16| {
+        identity[word * 2..word * 2 + 2].copy_from_slice(&value.to_le_bytes());
+    };
+    let short = u32::try_from(sectors.min(0x0fff_ffff)).unwrap_or(0).to_le_bytes();
+    set(60, u16::from_le_bytes([short[0], short[1]]));
+    set(61, u16::from_le_bytes([short[2], short[3]]));
+    for (word, pair) in (100..104).zip(sectors.to_le_bytes().chunks_exact(2)) {
+        set(word, u16::from_le_bytes([pair[0], pair[1]]));
+    }
+    let mut clear = |word: usize, bits: u16| {
+        let at = word * 2;
+        let value = u16::from_le_bytes([identity[at], identity[at + 1]]) & !bits;
+        identity[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    };
+    // Host protected area, security; configuration overlay, microcode, sanitizing, security's state.
+    for word in [82, 85] {
+        clear(word, 1 << 10 | 1 << 1);
+    }
+    for word in [83, 86] {
+        clear(word, 1 << 11 | 1);
+    }
+    clear(59, 0xff00);
+    clear(128, 0xffff);
+    // The sum of all bytes is 0, where the signature says that there is a sum (ACS-4, 7.13.6.80).
+    if identity[510] == 0xa5 {
+        let sum = identity[..511].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        identity[511] = sum.wrapping_neg();
+    }
+}
+
+/// The sectors of one entry of a TRIM's list: 48 bits of address, 16 of count.
+pub fn trimmed(entry: [u8; 8]) -> Option<Sectors> {
+    Sectors::new(number(&entry[..6]), number(&entry[6..]))
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sectors(start: u64, count: u64) -> Sectors {
+        Sectors { start, count }
+    }
+
+    #[test]
+    fn what_linux_and_firmware_send() {
+        let mut queued = long(0x60, sectors(0x12_3456_789a, 0));
+        queued[3] = 8;
+        assert_eq!(decode(&queued), Command::Read(sectors(0x12_3456_789a, 8)));
+        queued[2] = 0x61;
+        assert_eq!(decode(&queued), Command::Write(sectors(0x12_3456_789a, 8), false));
+        queued[7] |= FUA;
+        assert_eq!(decode(&queued), Command::Write(sectors(0x12_3456_789a, 8), true));
+        let mut short = [0; 20];
+        short[..13].copy_from_slice(&[0x27, 0x80, 0xc8, 0, 1, 2, 3, 0xe4, 0, 0, 0, 0, 0]);
+        assert_eq!(decode(&short), Command::Read(sectors(0x0403_0201, 256)));
+        short[7] = 0xa0;
+        assert_eq!(decode(&short), Command::Refused);
+        assert_eq!(
+            decode(&long(WRITE_DMA_EXT, sectors(7, 0))),
+            Command::Write(sectors(7, 65536), false)
+        );
+        assert_eq!(decode(&long(0xf9, sectors(7, 1))), Command::Refused);
+    }
+
+    #[test]
+    fn a_smaller_disk() {
+        let mut identity = [0x5a; 512];
+        identity[510] = 0xa5;
+        shrink(&mut identity, 0x12_3456_7890);
+        assert_eq!(identity[120..124], 0x0fff_ffffu32.to_le_bytes());
+        assert_eq!(identity[200..208], 0x12_3456_7890u64.to_le_bytes());
+        let sum = identity.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        assert_eq!(sum, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn any_command(fis: [u8; 20]) {
+            if let Command::Read(sectors) | Command::Write(sectors, _) = decode(&fis) {
+                prop_assert!((1..=65536).contains(&sectors.count));
+                prop_assert!(sectors.start < 1 << 48);
+            }
+        }
+    }
+}
