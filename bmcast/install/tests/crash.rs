@@ -63,14 +63,20 @@ impl Disk {
         self.cache.retain(|_, all| !all.is_empty());
     }
 
-    /// The power goes: of each sector, any of what was written since it was stable, or nothing.
-    fn cut(&mut self, dice: &mut Dice) {
+    /// The power goes: of each sector, any of what was written since it was stable, or nothing. Of the
+    /// record, whose pieces are made for disks that have sectors of 4 KiB, such a sector may be lost.
+    fn cut(&mut self, record: u64, dice: &mut Dice) {
         let mut cache: Vec<_> = self.cache.drain().collect();
         cache.sort_unstable_by_key(|(sector, _)| *sector);
         for (sector, all) in cache {
             let which = dice.roll(all.len() + 1);
             if let Some((_, data)) = all.get(which) {
                 self.stable.insert(sector, *data);
+            }
+            if sector >= record && sector % 8 == 0 && dice.roll(4) == 0 {
+                for sector in sector..sector + 8 {
+                    self.stable.insert(sector, [0xbd; 512]);
+                }
             }
         }
     }
@@ -375,7 +381,7 @@ impl World {
         for (sector, data) in on_device {
             self.disk.put(sector, data);
         }
-        self.disk.cut(dice);
+        self.disk.cut(self.install.visible(), dice);
         self.guest.clear();
         self.held.clear();
         self.fetching.clear();
