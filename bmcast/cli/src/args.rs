@@ -28,6 +28,8 @@ pub enum Command {
     /// Write the manifest of an image, for another HTTP server
     #[command(long_about = MANIFEST)]
     Manifest(ManifestArgs),
+    /// Get the order in which a machine wanted its image, for `bmcast manifest --profile`
+    Profile(ProfileArgs),
     /// Make a medium that a machine boots from
     Image(Box<ImageArgs>),
     /// Show how far the machines are
@@ -67,8 +69,25 @@ pub struct ManifestArgs {
     /// The file to write, instead of IMAGE.manifest
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// The order in which a boot wanted the image, from `bmcast profile`: machines fetch it first
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     #[command(flatten)]
     pub cut: CutArgs,
+}
+
+/// `profile`.
+#[derive(Debug, Args)]
+pub struct ProfileArgs {
+    /// The machine
+    #[arg(value_parser = machine)]
+    pub machine: String,
+    /// The server that it reported to
+    #[arg(long, value_name = "URL", env = "BMCAST_SERVER", value_parser = server)]
+    pub server: Server,
+    /// The file to write
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 /// `image`.

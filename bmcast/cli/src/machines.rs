@@ -1,16 +1,19 @@
 //! What machines have said of themselves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use bmcast_image::is_machine_name;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 /// Machines that are remembered; a new one takes the place of the one that was silent for longest.
 const MOST: usize = 4096;
 /// Most bytes of what one says.
 pub const MOST_BYTES: usize = 4096;
+/// Profiles that are kept, the newest ones.
+const MOST_PROFILES: usize = 16;
 /// Most bytes of an error in it.
 const MOST_ERROR: usize = 1024;
 
@@ -80,6 +83,7 @@ pub struct Machine {
 #[derive(Debug, Default)]
 pub struct Machines {
     known: Mutex<BTreeMap<String, (Report, Instant)>>,
+    profiles: Mutex<VecDeque<(String, Bytes)>>,
 }
 
 impl Machines {
@@ -113,6 +117,28 @@ impl Machines {
         }
         known.insert(name.to_owned(), (report, Instant::now()));
         Ok(())
+    }
+
+    /// A machine that is known says in which order it wanted its image.
+    pub fn put_profile(&self, name: &str, body: Bytes) -> Result<(), String> {
+        if self.get(name).is_none() {
+            return Err(format!("{name:?} has not reported"));
+        }
+        if !body.len().is_multiple_of(4) {
+            return Err("a profile is numbers of 4 bytes".into());
+        }
+        let mut profiles = self.profiles.lock().unwrap_or_else(PoisonError::into_inner);
+        profiles.retain(|(other, _)| other != name);
+        profiles.truncate(MOST_PROFILES - 1);
+        profiles.push_front((name.to_owned(), body));
+        Ok(())
+    }
+
+    /// In which order a machine wanted its image.
+    pub fn profile(&self, name: &str) -> Option<Bytes> {
+        let profiles = self.profiles.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = profiles.iter().find(|(other, _)| other == name);
+        found.map(|(_, profile)| profile.clone())
     }
 
     /// A machine.
@@ -218,5 +244,14 @@ pub mod tests {
         }
         assert_eq!(machines.list().len(), MOST);
         assert!(machines.get("m0").is_none() && machines.get("m2").is_some());
+        for n in 10..30 {
+            let profile = Bytes::from_static(&[1, 0, 0, 0]);
+            machines.put_profile(&format!("m{n}"), profile).unwrap();
+        }
+        assert!(machines.profile("m13").is_none() && machines.profile("m14").is_some());
+        let none = Bytes::new();
+        assert!(machines.put_profile("m0", none).is_err());
+        let odd = Bytes::from_static(&[1]);
+        assert!(machines.put_profile("m2", odd).is_err());
     }
 }

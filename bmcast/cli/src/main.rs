@@ -6,6 +6,7 @@ mod client;
 mod exit;
 mod machines;
 mod media;
+mod profile;
 mod range;
 mod serve;
 mod source;
@@ -40,6 +41,7 @@ fn run(arguments: Arguments) -> Result<(), Error> {
         match arguments.command {
             Command::Serve(arguments) => serve::command(arguments).await,
             Command::Manifest(arguments) => source::command(arguments, json),
+            Command::Profile(arguments) => profile::command(arguments).await,
             Command::Image(arguments) => media::command(arguments, json).await,
             Command::Status(arguments) => status::command(arguments, json).await,
         }

@@ -23,6 +23,7 @@ use tokio::sync::Semaphore;
 use crate::args::ServeArgs;
 use crate::exit::{Code, Error, output};
 use crate::machines::{MOST_BYTES, Machines};
+use crate::profile;
 use crate::range::{Answer, asked};
 use crate::source::Source;
 
@@ -93,6 +94,12 @@ fn router(server: Arc<Server>) -> Router {
         .route("/machines", get(list))
         .route("/machines/{name}", get(show).put(put))
         .layer(DefaultBodyLimit::max(MOST_BYTES))
+        .route(
+            "/machines/{name}/profile",
+            get(show_profile)
+                .put(put_profile)
+                .layer(DefaultBodyLimit::max(profile::MOST)),
+        )
         .with_state(server)
 }
 
@@ -233,8 +240,27 @@ async fn show(State(server): State<Arc<Server>>, Path(name): Path<String>) -> Re
     }
 }
 
+async fn show_profile(State(server): State<Arc<Server>>, Path(name): Path<String>) -> Response {
+    match server.machines.profile(&name) {
+        Some(profile) => profile.into_response(),
+        None => (StatusCode::NOT_FOUND, "no such profile\n").into_response(),
+    }
+}
+
+async fn put_profile(
+    State(server): State<Arc<Server>>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Response {
+    done(server.machines.put_profile(&name, body))
+}
+
 async fn put(State(server): State<Arc<Server>>, Path(name): Path<String>, body: Bytes) -> Response {
-    match server.machines.put(&name, &body) {
+    done(server.machines.put(&name, &body))
+}
+
+fn done(result: Result<(), String>) -> Response {
+    match result {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
         Err(error) => (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
     }

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use blanket_disk::{Options, Reader};
-use bmcast_image::{Chunks, Hash, MAX_MANIFEST, Manifest, SECTOR};
+use bmcast_image::{Chunks, Hash, MAX_MANIFEST, Manifest, ManifestError, SECTOR};
 use serde::Serialize;
 
 use crate::args::ManifestArgs;
 use crate::exit::{self, Code, Error};
+use crate::profile;
 
 /// An image and its manifest.
 #[derive(Debug)]
@@ -32,7 +33,12 @@ impl Source {
         {
             return Ok(Self { reader, manifest });
         }
-        let manifest = make(image, &reader, chunk.unwrap_or(bmcast_image::DEFAULT_CHUNK))?;
+        let manifest = make(
+            image,
+            &reader,
+            chunk.unwrap_or(bmcast_image::DEFAULT_CHUNK),
+            Vec::new(),
+        )?;
         if let Err(error) = write(&beside, manifest.as_bytes()) {
             tracing::warn!("the manifest is made again next time: {error}");
         }
@@ -75,8 +81,9 @@ fn kept(file: &Path, image_changed: Option<SystemTime>) -> Option<Manifest> {
 }
 
 /// Sums all chunks.
-fn make(image: &Path, reader: &Reader, chunk: u32) -> Result<Manifest, Error> {
-    let wrong = |error: bmcast_image::ManifestError| {
+fn make(image: &Path, reader: &Reader, chunk: u32, profile: Vec<u32>) -> Result<Manifest, Error> {
+    tracing::info!("{}: its chunks are summed", image.display());
+    let wrong = |error: ManifestError| {
         let hint = "larger chunks make room for larger images: --chunk 1M";
         Error::new(
             Code::BadRequest,
@@ -94,7 +101,7 @@ fn make(image: &Path, reader: &Reader, chunk: u32) -> Result<Manifest, Error> {
             .map_err(|error| Error::file(image, &error))?;
         sums.push(Hash::of(&data));
     }
-    Manifest::new(chunks, &sums, Vec::new()).map_err(wrong)
+    Manifest::new(chunks, &sums, profile).map_err(wrong)
 }
 
 /// Writes a file all at once.
@@ -131,8 +138,12 @@ struct Made {
 
 /// Carries out `manifest`.
 pub fn command(arguments: ManifestArgs, json: bool) -> Result<(), Error> {
+    let profile = match &arguments.profile {
+        Some(file) => profile::read(file)?,
+        None => Vec::new(),
+    };
     let (reader, _) = open(&arguments.image)?;
-    let manifest = make(&arguments.image, &reader, arguments.cut.chunk())?;
+    let manifest = make(&arguments.image, &reader, arguments.cut.chunk(), profile)?;
     let file = arguments.out.unwrap_or_else(|| beside(&arguments.image));
     write(&file, manifest.as_bytes())?;
     let chunks = manifest.chunks();

@@ -164,6 +164,78 @@ async fn machines_report_and_are_shown() {
     assert_eq!(json[0]["demand_chunks"], 3);
 }
 
+#[tokio::test]
+async fn what_one_boot_wanted_the_next_one_fetches_first() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    let image = directory.path().join("a.raw");
+    std::fs::write(&image, content(700 * 512)).expect("written");
+    let server = Serve::start(&image, &[]);
+    let url = server.url();
+    let mut client = Client::new(server.address).await;
+    let ask = ["profile", "m", "--server", &url, "--out", &at("profile")];
+    assert_eq!(bmcast(&ask).status.code(), Some(3));
+    let profile = "\u{3}\0\0\0\u{1}\0\0\0";
+    let to = "/machines/m/profile";
+    assert_eq!(client.ask("PUT", to, &[], profile).await.0, 400);
+    let report = format!(
+        r#"{{"machine":"m","manifest":"{}","state":"installing","sectors":1,"sectors_left":1,"fetched_bytes":0,
+        "written_bytes":0,"demand_chunks":0,"background_chunks":0,"wrong_chunks":0,"rate":0,"error":null}}"#,
+        server.id
+    );
+    assert_eq!(client.ask("PUT", "/machines/m", &[], &report).await.0, 204);
+    assert_eq!(client.ask("PUT", to, &[], profile).await.0, 204);
+    assert_eq!(
+        client.ask("PUT", to, &[], &"x".repeat(300_000)).await.0,
+        413
+    );
+    assert!(bmcast(&ask).status.success());
+    let image = image.display().to_string();
+    let made = bmcast(&["manifest", &image, "--profile", &at("profile")]);
+    assert_eq!(text(&made.stdout).trim_end(), server.id);
+    // The next server has it from the file beside the image.
+    let server = Serve::start(&directory.path().join("a.raw"), &[]);
+    let mut client = Client::new(server.address).await;
+    let (_, _, body) = client.ask("GET", "/manifest", &[], "").await;
+    let manifest = Manifest::parse(body.to_vec()).expect("a manifest");
+    assert_eq!(manifest.profile(), [3, 1]);
+    let other = bmcast(&[
+        "manifest",
+        &image,
+        "--profile",
+        &at("profile"),
+        "--chunk",
+        "1M",
+    ]);
+    assert_eq!(other.status.code(), Some(2));
+    assert!(text(&other.stderr).contains("--chunk"));
+}
+
+#[tokio::test]
+async fn an_overlay_is_served_as_its_guest_would_see_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let base = directory.path().join("base.raw");
+    let overlay = directory.path().join("a.qcow2");
+    let mut bytes = content(1 << 20);
+    std::fs::write(&base, &bytes).expect("written");
+    let backing = blanket_disk::Backing {
+        path: &base,
+        format: Some(blanket_disk::Format::Raw),
+    };
+    let format = blanket_disk::Format::Qcow2;
+    blanket_disk::create(&overlay, format, Some(2 << 20), Some(backing)).expect("made");
+    bytes.resize(2 << 20, 0);
+    let server = Serve::start(&overlay, &["--chunk", "256K"]);
+    let mut client = Client::new(server.address).await;
+    let (_, headers, body) = client.ask("GET", "/image", &[], "").await;
+    assert_eq!(headers["content-length"], "2097152");
+    assert_eq!(body, bytes);
+    let raw = directory.path().join("flat.raw");
+    std::fs::write(&raw, &bytes).expect("written");
+    let flat = bmcast(&["manifest", &raw.display().to_string(), "--chunk", "256K"]);
+    assert_eq!(text(&flat.stdout).trim_end(), server.id);
+}
+
 #[test]
 fn a_server_that_is_not_there_is_said() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");

@@ -123,6 +123,11 @@ fn all_of_it_is_installed() {
         (State::Complete, 0)
     );
     assert_eq!(machine.disk[..machine.image.len()], machine.image[..]);
+    let told = machine.install.status("a", true);
+    assert_eq!(
+        (told.state.name(), told.sectors_left),
+        ("de-virtualized", 0)
+    );
     // Once more: there is nothing to do.
     let again = machine.restart();
     assert!(again.complete());
@@ -247,6 +252,8 @@ fn a_disk_that_fails_is_tried_again() {
     }
     assert_eq!(tries, 5);
     assert_eq!(machine.install.progress().failed, Some(failed));
+    let told = machine.install.status("a", false);
+    assert!(told.error.is_some_and(|error| error.contains("0x51")));
     assert!(!machine.fetch());
     machine.install.tick(500_000);
     assert_eq!(machine.install.next(true), None);
