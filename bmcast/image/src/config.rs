@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::net::Ipv4Addr;
 
-use crate::{Hash, NoHash};
+use crate::{Hash, NoHash, is_machine_name};
 
 /// Most bytes of the file.
 const MOST: usize = 16 << 10;
@@ -223,7 +223,7 @@ impl<'a> Values<'a> {
             rate: self.get("rate", parse_rate)?,
             machine: self.get("machine", |name| match is_machine_name(name) {
                 true => Ok(name.into()),
-                false => Err("a name has 1 to 64 letters, digits, `-`, `_` and `.`"),
+                false => Err("a name has 1 to 64 letters, digits, `-`, `_`, `.` and `:`"),
             })?,
         })
     }
@@ -270,14 +270,11 @@ impl<'a> Values<'a> {
     }
 }
 
-/// Whether a machine can have this name, which is part of a URL.
-pub(crate) fn is_machine_name(name: &str) -> bool {
-    let letters = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
-    (1..=64).contains(&name.len()) && name.bytes().all(letters) && !name.starts_with('.')
-}
-
-/// Bytes, with K, M or G.
-fn parse_rate(text: &str) -> Result<u64, &'static str> {
+/// Bytes per second, with K, M or G behind the number.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_rate(text: &str) -> Result<u64, &'static str> {
     let (digits, shift) = match text.as_bytes().last() {
         Some(b'K') => (&text[..text.len() - 1], 10),
         Some(b'M') => (&text[..text.len() - 1], 20),

@@ -10,8 +10,9 @@ mod manifest;
 mod record;
 mod sectors;
 mod set;
+mod status;
 
-pub use config::{BootConfig, ConfigError, Disk, Network, Server};
+pub use config::{BootConfig, ConfigError, Disk, Network, Server, parse_rate};
 pub use hash::{Hash, NoHash};
 pub use manifest::{
     Chunks, DEFAULT_CHUNK, MAX_CHUNK, MAX_CHUNKS, MAX_MANIFEST, MIN_CHUNK, Manifest, ManifestError,
@@ -19,3 +20,4 @@ pub use manifest::{
 pub use record::{Commit, Found, Header, Layout, Piece, Record, RecordError, TooSmall};
 pub use sectors::{SECTOR, Sectors};
 pub use set::SectorSet;
+pub use status::{MachineState, MachineStatus, is_machine_name, machine_name_of_mac};

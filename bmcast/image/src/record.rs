@@ -19,6 +19,8 @@ const COMPLETE: u32 = 1;
 /// Bytes of a header and of a block, which disks with sectors of 4 KiB write as one.
 const BLOCK: usize = 4096;
 const BLOCK_SECTORS: u64 = BLOCK as u64 / SECTOR;
+/// Blocks that are read at once.
+const AT_ONCE: usize = 64;
 /// Bytes of a block before its bits.
 const HEAD: usize = 512;
 /// Pages of a set in a block.
@@ -265,10 +267,19 @@ impl Record {
             });
             return Ok(Found::This(Box::new(record)));
         }
+        bytes.resize(BLOCK * AT_ONCE, 0);
         for slot in [0, 1] {
-            for block in 0..layout.blocks {
-                get(layout.block(block, slot), &mut bytes)?;
-                record.read_block(block, slot, &bytes);
+            for first in (0..layout.blocks).step_by(AT_ONCE) {
+                let count = (layout.blocks - first).min(AT_ONCE as u64);
+                let at = Sectors {
+                    count: count * BLOCK_SECTORS,
+                    ..layout.block(first, slot)
+                };
+                let bytes = &mut bytes[..usize::try_from(count).unwrap_or(AT_ONCE) * BLOCK];
+                get(at, bytes)?;
+                for (block, bytes) in (first..).zip(bytes.chunks_exact(BLOCK)) {
+                    record.read_block(block, slot, bytes);
+                }
             }
         }
         Ok(Found::This(Box::new(record)))

@@ -20,13 +20,14 @@ mod write;
 
 use alloc::vec::Vec;
 
-use bmcast_image::{Chunks, Found, Layout, Manifest, Record, RecordError, Sectors, TooSmall};
+use bmcast_image::{
+    Chunks, Found, Hash, Layout, Manifest, Record, RecordError, SectorSet, Sectors, TooSmall,
+};
 use bmcast_mediator::{Blocks, Failed, Verdict, Work};
 
 pub use fetch::{Fetch, Fetched};
 pub use progress::{Progress, State};
 
-use bmcast_image::SectorSet;
 use commits::Commits;
 use fetch::Pipeline;
 use progress::Counters;
@@ -72,6 +73,12 @@ pub enum OpenError<E> {
     /// Its record cannot be used.
     #[error("the record on the disk cannot be used")]
     Record(#[from] RecordError<E>),
+    /// It has none, and none may be begun.
+    #[error("the disk has no record of what is installed, and is not to be written over")]
+    NoRecord,
+    /// It has that of another image, and none may be begun.
+    #[error("image {0} is installed on the disk, which is not to be written over")]
+    OtherImage(Hash),
 }
 
 /// The image, the disk, and what of the one is on the other.
@@ -97,23 +104,29 @@ impl Install {
     /// Goes on with the installation of an image that is on a disk of `disk` sectors, or begins one over
     /// whatever is there. `read` fills bytes with sectors of the disk.
     ///
-    /// `installation` tells this installation from all others that this disk has seen: random bytes.
+    /// To begin one, there must be an `installation`: random bytes that tell it from all others that this
+    /// disk has seen. Without it, a disk whose record says nothing of this image stays as it is. That is
+    /// for a disk that may have been installed and have lost its record: once the VMM is gone, an OS that
+    /// grows to the end of its disk writes over it.
     ///
     /// # Errors
     /// The disk is too small, cannot be read, or has a record that must not be written over.
     pub fn open<E>(
         disk: u64,
         manifest: Manifest,
-        installation: [u8; 16],
+        installation: Option<[u8; 16]>,
         options: Options,
         read: impl FnMut(Sectors, &mut [u8]) -> Result<(), E>,
     ) -> Result<Self, OpenError<E>> {
         let layout = Layout::new(disk, manifest.chunks().image_sectors())?;
         let id = manifest.id();
-        let record = match Record::find(layout, id, read)? {
-            Found::This(record) => *record,
-            Found::Other(header) => Record::begin(layout, id, installation, Some(&header)),
-            Found::Nothing => Record::begin(layout, id, installation, None),
+        let found = Record::find(layout, id, read)?;
+        let record = match (found, installation) {
+            (Found::This(record), _) => *record,
+            (Found::Other(other), None) => return Err(OpenError::OtherImage(other.manifest)),
+            (Found::Nothing, None) => return Err(OpenError::NoRecord),
+            (Found::Other(other), Some(new)) => Record::begin(layout, id, new, Some(&other)),
+            (Found::Nothing, Some(new)) => Record::begin(layout, id, new, None),
         };
         Ok(Self::new(manifest, record, options))
     }

@@ -1,5 +1,8 @@
 //! How far it is.
 
+use alloc::string::ToString as _;
+
+use bmcast_image::{MachineState, MachineStatus};
 use bmcast_mediator::Failed;
 
 use crate::Install;
@@ -98,6 +101,30 @@ impl Install {
             wrong_chunks: counters.wrong,
             rate: counters.rate,
             failed: self.device.failed,
+        }
+    }
+
+    /// What the server is told of it. `gone`: the VMM is, or is about to be.
+    #[must_use]
+    pub fn status(&self, machine: &str, gone: bool) -> MachineStatus {
+        let progress = self.progress();
+        MachineStatus {
+            machine: machine.into(),
+            manifest: self.manifest.id(),
+            state: match progress.state {
+                State::Streaming => MachineState::Streaming,
+                State::Complete if gone => MachineState::DeVirtualized,
+                State::Installing | State::Complete => MachineState::Installing,
+            },
+            sectors: progress.sectors,
+            sectors_left: progress.sectors_left,
+            fetched_bytes: progress.fetched_bytes,
+            written_bytes: progress.written_bytes,
+            demand_chunks: progress.demand_chunks,
+            background_chunks: progress.background_chunks,
+            wrong_chunks: progress.wrong_chunks,
+            rate: progress.rate,
+            error: progress.failed.map(|failed| failed.to_string()),
         }
     }
 

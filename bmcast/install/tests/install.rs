@@ -2,9 +2,84 @@
 
 mod common;
 
-use bmcast_install::{Fetched, Options, State};
-use bmcast_mediator::{Blocks as _, Verdict, Work};
-use common::{Machine, image, sectors};
+use std::convert::Infallible;
+
+use bmcast_image::{Manifest, SECTOR, Sectors};
+use bmcast_install::{Fetched, Install, OpenError, Options, State};
+use bmcast_mediator::{Blocks as _, Failed, MAX_WORK, Verdict, Work};
+use common::{CHUNK, bytes, image, manifest, sectors};
+
+fn open(disk: &[u8], manifest: Manifest, number: u8, options: Options) -> Install {
+    let read = |at: Sectors, into: &mut [u8]| {
+        into.copy_from_slice(&disk[bytes(at)]);
+        Ok::<(), Infallible>(())
+    };
+    let size = disk.len() as u64 / SECTOR;
+    Install::open(size, manifest, Some([number; 16]), options, read).unwrap()
+}
+
+/// One whose disk does at once, and durably, what it is told.
+struct Machine {
+    image: Vec<u8>,
+    disk: Vec<u8>,
+    install: Install,
+    options: Options,
+}
+
+impl Machine {
+    fn new(image: Vec<u8>, options: Options) -> Self {
+        let disk = vec![0x5a; image.len() + 200 * 512];
+        let install = open(&disk, manifest(&image, Vec::new()), 1, options);
+        Self {
+            image,
+            disk,
+            install,
+            options,
+        }
+    }
+
+    fn chunk(&self, chunk: u32) -> Vec<u8> {
+        let chunks = self.install.manifest().chunks();
+        self.image[bytes(chunks.sectors(chunk))].to_vec()
+    }
+
+    /// Does one work; false if there is none.
+    fn work(&mut self, quiet: bool) -> bool {
+        match self.install.next(quiet) {
+            None => return false,
+            Some(Work::Flush) => {}
+            Some(Work::Write { to, data }) => self.disk[bytes(to)].copy_from_slice(&data),
+        }
+        self.install.done(Ok(()));
+        true
+    }
+
+    /// Fetches one chunk; false if there is none to be fetched.
+    fn fetch(&mut self) -> bool {
+        let Some(fetch) = self.install.next_fetch() else {
+            return false;
+        };
+        let data = self.chunk(fetch.chunk);
+        assert_eq!(data.len(), fetch.length as usize);
+        assert_eq!(self.install.fetched(fetch.chunk, data), Fetched::Taken);
+        true
+    }
+
+    /// The record's first write.
+    fn begin(&mut self) {
+        while self.work(false) {}
+    }
+
+    /// Until nothing is left to do.
+    fn run_quiet(&mut self) {
+        while self.fetch() || self.work(true) {}
+    }
+
+    fn restart(&self) -> Install {
+        let manifest = self.install.manifest().clone();
+        open(&self.disk, manifest, 2, self.options)
+    }
+}
 
 #[test]
 fn reads_wait_for_their_chunks() {
@@ -48,7 +123,207 @@ fn all_of_it_is_installed() {
         (State::Complete, 0)
     );
     assert_eq!(machine.disk[..machine.image.len()], machine.image[..]);
+    let told = machine.install.status("a", true);
+    assert_eq!(
+        (told.state.name(), told.sectors_left),
+        ("de-virtualized", 0)
+    );
     // Once more: there is nothing to do.
     let again = machine.restart();
     assert!(again.complete());
+}
+
+#[test]
+fn zeros_are_not_fetched() {
+    let mut machine = Machine::new(vec![0; 4 << 20], Options::default());
+    machine.begin();
+    assert_eq!(machine.install.next_fetch(), None);
+    assert_eq!(machine.install.read(sectors(8000, 1)), Verdict::Hold);
+    assert!(machine.work(false));
+    assert_eq!(machine.install.read(sectors(8000, 1)), Verdict::Pass);
+    assert_eq!(machine.install.progress().state, State::Installing);
+    machine.run_quiet();
+    assert!(machine.install.complete());
+    assert_eq!(machine.install.progress().fetched_bytes, 0);
+}
+
+#[test]
+fn neighbours_are_written_together() {
+    let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
+    machine.begin();
+    while machine.fetch() {}
+    // Of the first chunk the guest has written a part.
+    assert_eq!(machine.install.write(sectors(3, 2), false), Verdict::Pass);
+    let mut written = Vec::new();
+    while let Some(work) = machine.install.next(true) {
+        let Work::Write { to, data } = work else {
+            break;
+        };
+        assert!(data.len() <= MAX_WORK);
+        written.push(to);
+        machine.install.done(Ok(()));
+    }
+    // The guest's two sectors are not among them, nor waited for.
+    let expected = [(0, 3), (5, 512), (517, 512), (1029, 512), (1541, 507)];
+    assert_eq!(
+        written,
+        expected.map(|(start, count)| sectors(start, count))
+    );
+    assert_eq!(machine.install.read(sectors(3, 1)), Verdict::Hold);
+    machine.install.written(sectors(3, 2));
+    assert_eq!(machine.install.read(sectors(3, 1)), Verdict::Pass);
+}
+
+#[test]
+fn memory_is_bounded() {
+    let options = Options {
+        memory: 4 * CHUNK as usize,
+        in_flight: 100,
+        ..Options::default()
+    };
+    let mut machine = Machine::new(vec![7; 1 << 20], options);
+    machine.begin();
+    let mut fetches = 0;
+    while machine.fetch() {
+        fetches += 1;
+    }
+    assert_eq!(fetches, 4);
+    // The guest waits, and is not quiet: as much again.
+    assert_eq!(machine.install.read(sectors(1024, 1024)), Verdict::Hold);
+    while machine.fetch() {
+        fetches += 1;
+    }
+    assert_eq!(fetches, 8);
+    while machine.work(false) || machine.fetch() {}
+    assert_eq!(machine.install.read(sectors(1024, 1024)), Verdict::Pass);
+    // What nobody waits for is where it was.
+    assert_eq!(machine.install.read(sectors(0, 1)), Verdict::Hold);
+    assert_eq!(machine.install.progress().demand_chunks, 32);
+}
+
+#[test]
+fn the_profile_comes_first_and_the_guest_before_it() {
+    let content = vec![7; 20 * CHUNK as usize];
+    let disk = vec![0; content.len() + 200 * 512];
+    let mut install = open(&disk, manifest(&content, vec![9, 4]), 1, Options::default());
+    assert_eq!(install.read(sectors(17 * 32, 1)), Verdict::Hold);
+    let order: Vec<u32> = std::iter::from_fn(|| install.next_fetch())
+        .map(|fetch| fetch.chunk)
+        .take(5)
+        .collect();
+    assert_eq!(order, [17, 9, 4, 0, 1]);
+}
+
+#[test]
+fn what_nobody_waits_for_is_fetched_at_a_rate() {
+    let options = Options {
+        rate: Some(1 << 20),
+        ..Options::default()
+    };
+    let mut machine = Machine::new(vec![7; 16 << 20], options);
+    machine.begin();
+    assert!(!machine.fetch());
+    // A microsecond at a time.
+    for now in 0..1_000_000 {
+        machine.install.tick(now);
+        while machine.fetch() {}
+        while machine.work(true) {}
+    }
+    let fetched = machine.install.progress().fetched_bytes;
+    assert!(
+        fetched.abs_diff(1 << 20) <= 2 * u64::from(CHUNK),
+        "{fetched}"
+    );
+    assert_eq!(machine.install.read(sectors(30_000, 1)), Verdict::Hold);
+    assert!(machine.fetch());
+}
+
+#[test]
+fn a_disk_that_fails_is_tried_again() {
+    let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
+    machine.begin();
+    let failed = Failed { status: 0x51 };
+    assert_eq!(machine.install.read(sectors(100, 1)), Verdict::Hold);
+    assert!(machine.fetch());
+    let mut tries = 0;
+    while machine.install.next(true).is_some() {
+        machine.install.done(Err(failed));
+        tries += 1;
+    }
+    assert_eq!(tries, 5);
+    assert_eq!(machine.install.progress().failed, Some(failed));
+    let told = machine.install.status("a", false);
+    assert!(told.error.is_some_and(|error| error.contains("0x51")));
+    assert!(!machine.fetch());
+    machine.install.tick(500_000);
+    assert_eq!(machine.install.next(true), None);
+    machine.install.tick(1_000_000);
+    assert!(machine.work(true));
+    assert_eq!(machine.install.progress().failed, None);
+    machine.run_quiet();
+    assert!(machine.install.complete());
+    assert_eq!(machine.disk[..machine.image.len()], machine.image[..]);
+}
+
+#[test]
+fn durable_writes_wait_until_there_is_something_to_fall_back_to() {
+    let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
+    machine.begin();
+    let to = sectors(10, 4);
+    assert_eq!(machine.install.write(to, true), Verdict::Hold);
+    assert!(machine.fetch() && machine.work(false));
+    assert_eq!(machine.install.write(to, true), Verdict::Hold);
+    while machine.work(false) {}
+    assert_eq!(machine.install.write(to, true), Verdict::Pass);
+    // The record says so, whatever becomes of the write.
+    assert_eq!(machine.restart().read(to), Verdict::Pass);
+}
+
+#[test]
+fn all_of_a_disk_may_be_discarded() {
+    let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
+    machine.begin();
+    let all = sectors(0, machine.install.visible());
+    assert_eq!(machine.install.write(all, false), Verdict::Pass);
+    assert_eq!(machine.install.read(sectors(5, 1)), Verdict::Hold);
+    assert!(machine.install.next_fetch().is_none());
+    machine.install.written(all);
+    machine.run_quiet();
+    assert!(machine.install.complete());
+    assert_eq!(machine.install.progress().fetched_bytes, 0);
+}
+
+#[test]
+fn disks_that_are_not_written_over() {
+    let content = image(100);
+    let disk = vec![0; 100 * 512];
+    let open = |disk: &[u8], content: &[u8], installation| {
+        let size = disk.len() as u64 / SECTOR;
+        let manifest = manifest(content, Vec::new());
+        Install::open(
+            size,
+            manifest,
+            installation,
+            Options::default(),
+            |at, into| {
+                into.copy_from_slice(&disk[bytes(at)]);
+                Ok::<(), Infallible>(())
+            },
+        )
+    };
+    let error = open(&disk, &content, Some([1; 16])).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the disk has 100 sectors, and the image (100) with the record of what is installed (36) needs 136"
+    );
+    let mut machine = Machine::new(content.clone(), Options::default());
+    assert_eq!(
+        open(&machine.disk, &content, None).unwrap_err(),
+        OpenError::NoRecord
+    );
+    machine.begin();
+    assert!(open(&machine.disk, &content, None).is_ok());
+    let id = machine.install.manifest().id();
+    let other = open(&machine.disk, &image(99), None).unwrap_err();
+    assert_eq!(other, OpenError::OtherImage(id));
 }

@@ -86,9 +86,10 @@ pub trait Blocks {
     /// The guest reads these sectors.
     fn read(&mut self, sectors: Sectors) -> Verdict;
     /// The guest writes these sectors (`fua`: and they are to be durable when it is told so). From `Pass` on they
-    /// are the guest's. `discard`: it says that it needs them no more, or wants zeros there.
+    /// are the guest's. So it is with sectors that it discards, or wants zeros in.
     fn write(&mut self, sectors: Sectors, fua: bool) -> Verdict;
-    /// A write that had passed is done, as the device says.
+    /// A write that had passed is not on the device any more: it is done, as the device says, or has failed,
+    /// or was aborted by a reset. What its sectors have then is the device's affair, as without a VMM.
     fn written(&mut self, sectors: Sectors);
     /// The guest wants what it has written to be durable.
     fn flush(&mut self) -> Verdict;
