@@ -175,7 +175,11 @@ impl Server {
 
     fn status(&self) -> Result<String> {
         let output = Command::new(&self.command)
-            .args(["status", "--server", &format!("http://127.0.0.1:{}", self.port)])
+            .args([
+                "status",
+                "--server",
+                &format!("http://127.0.0.1:{}", self.port),
+            ])
             .output()?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
@@ -188,14 +192,23 @@ fn play(project: &Project, args: &Args, dir: &Path) -> Result<String> {
     let words = |command: &mut Command, text: &str| {
         command.args(text.split_whitespace());
     };
-    words(&mut command, "-machine q35 -cpu EPYC,-smap -accel tcg -display none");
+    words(
+        &mut command,
+        "-machine q35 -cpu EPYC,-smap -accel tcg -display none",
+    );
     words(&mut command, "-nodefaults -no-user-config -no-reboot");
-    words(&mut command, "-serial file:console.log -qmp unix:qmp,server=on,wait=off");
+    words(
+        &mut command,
+        "-serial file:console.log -qmp unix:qmp,server=on,wait=off",
+    );
     command.args(["-smp", &smp, "-m", &args.memory]);
     let firmware = format!("if=pflash,format=raw,readonly=on,file={FIRMWARE}");
     command.args(["-drive", &firmware]);
     words(&mut command, "-drive if=pflash,format=raw,file=vars.fd");
-    words(&mut command, "-drive if=none,id=disk,file=disk.raw,format=raw,discard=unmap");
+    words(
+        &mut command,
+        "-drive if=none,id=disk,file=disk.raw,format=raw,discard=unmap",
+    );
     words(
         &mut command,
         match args.disk {
@@ -204,8 +217,14 @@ fn play(project: &Project, args: &Args, dir: &Path) -> Result<String> {
         },
     );
     if !args.native {
-        words(&mut command, "-drive if=none,id=medium,file=medium.img,format=raw,readonly=on");
-        words(&mut command, "-device qemu-xhci -device usb-storage,drive=medium,bootindex=1");
+        words(
+            &mut command,
+            "-drive if=none,id=medium,file=medium.img,format=raw,readonly=on",
+        );
+        words(
+            &mut command,
+            "-device qemu-xhci -device usb-storage,drive=medium,bootindex=1",
+        );
         words(&mut command, "-netdev user,id=vmm");
         let card = match args.card {
             Card::Virtio => "virtio-net-pci",

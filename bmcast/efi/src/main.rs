@@ -12,18 +12,24 @@ extern crate alloc;
 mod application {
     mod apic;
     mod boot;
+    mod clock;
     mod cpu;
     mod exits;
+    mod firmware;
     mod heap;
     mod host;
     mod leave;
     mod log;
+    mod machine;
     mod memory;
+    mod network;
+    mod pci;
     mod relocate;
     mod resident;
     mod start;
     mod switch;
     mod vcpu;
+    mod windows;
 }
 
 #[cfg(not(target_os = "uefi"))]

@@ -49,8 +49,23 @@ fn number(bytes: &[u8]) -> u64 {
 
 /// Decodes a command.
 pub fn decode(fis: &Fis) -> Command {
-    let [_, _, code, features, lba0, lba1, lba2, device, lba3, lba4, lba5, features_high, count, count_high, ..] =
-        *fis;
+    let [
+        _,
+        _,
+        code,
+        features,
+        lba0,
+        lba1,
+        lba2,
+        device,
+        lba3,
+        lba4,
+        lba5,
+        features_high,
+        count,
+        count_high,
+        ..,
+    ] = *fis;
     let long = || {
         let lba = number(&[lba0, lba1, lba2, lba3, lba4, lba5]);
         let count = match number(&[count, count_high]) {
@@ -93,14 +108,25 @@ pub fn decode(fis: &Fis) -> Command {
         0x61 => write(queued(), device & FUA != 0),
         // FLUSH CACHE.
         0xe7 | FLUSH_CACHE_EXT => Command::Flush,
-        0x06 if features & TRIM != 0 => {
-            Command::Trim(u16::from_le_bytes([count, count_high]))
-        }
+        0x06 if features & TRIM != 0 => Command::Trim(u16::from_le_bytes([count, count_high])),
         IDENTIFY => Command::Identify,
         // NOP, RECALIBRATE, READ LOG, INITIALIZE, NCQ NON-DATA, RECEIVE FPDMA, DIAGNOSTIC, IDENTIFY PACKET, SMART, SET
         // MULTIPLE, power management, SET FEATURES.
-        0x00 | 0x10 | 0x2f | 0x47 | 0x63 | 0x65 | 0x90 | 0x91 | 0xa1 | 0xb0 | 0xc6
-        | 0xe0..=0xe3 | 0xe5 | 0xe6 | 0xef => Command::Other,
+        0x00
+        | 0x10
+        | 0x2f
+        | 0x47
+        | 0x63
+        | 0x65
+        | 0x90
+        | 0x91
+        | 0xa1
+        | 0xb0
+        | 0xc6
+        | 0xe0..=0xe3
+        | 0xe5
+        | 0xe6
+        | 0xef => Command::Other,
         _ => Command::Refused,
     }
 }
@@ -119,7 +145,9 @@ pub fn shrink(identity: &mut [u8; 512], sectors: u64) {
     let mut set = |word: usize, value: u16| {
         identity[word * 2..word * 2 + 2].copy_from_slice(&value.to_le_bytes());
     };
-    let short = u32::try_from(sectors.min(0x0fff_ffff)).unwrap_or(0).to_le_bytes();
+    let short = u32::try_from(sectors.min(0x0fff_ffff))
+        .unwrap_or(0)
+        .to_le_bytes();
     set(60, u16::from_le_bytes([short[0], short[1]]));
     set(61, u16::from_le_bytes([short[2], short[3]]));
     for (word, pair) in (100..104).zip(sectors.to_le_bytes().chunks_exact(2)) {
@@ -141,7 +169,9 @@ pub fn shrink(identity: &mut [u8; 512], sectors: u64) {
     clear(128, 0xffff);
     // The sum of all bytes is 0, where the signature says that there is a sum (ACS-4, 7.13.6.80).
     if identity[510] == 0xa5 {
-        let sum = identity[..511].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        let sum = identity[..511]
+            .iter()
+            .fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         identity[511] = sum.wrapping_neg();
     }
 }
@@ -169,9 +199,15 @@ mod tests {
         queued[3] = 8;
         assert_eq!(decode(&queued), Command::Read(sectors(0x12_3456_789a, 8)));
         queued[2] = 0x61;
-        assert_eq!(decode(&queued), Command::Write(sectors(0x12_3456_789a, 8), false));
+        assert_eq!(
+            decode(&queued),
+            Command::Write(sectors(0x12_3456_789a, 8), false)
+        );
         queued[7] |= FUA;
-        assert_eq!(decode(&queued), Command::Write(sectors(0x12_3456_789a, 8), true));
+        assert_eq!(
+            decode(&queued),
+            Command::Write(sectors(0x12_3456_789a, 8), true)
+        );
         let mut short = [0; 20];
         short[..13].copy_from_slice(&[0x27, 0x80, 0xc8, 0, 1, 2, 3, 0xe4, 0, 0, 0, 0, 0]);
         assert_eq!(decode(&short), Command::Read(sectors(0x0403_0201, 256)));
@@ -191,7 +227,9 @@ mod tests {
         shrink(&mut identity, 0x12_3456_7890);
         assert_eq!(identity[120..124], 0x0fff_ffffu32.to_le_bytes());
         assert_eq!(identity[200..208], 0x12_3456_7890u64.to_le_bytes());
-        let sum = identity.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        let sum = identity
+            .iter()
+            .fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         assert_eq!(sum, 0);
     }
 

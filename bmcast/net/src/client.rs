@@ -112,12 +112,14 @@ impl Client {
             Connection::new(sockets.add(socket))
         });
         let connections = connections.collect();
-        let servers = options.servers.into_iter().map(|server| {
-            match server.host.parse::<Ipv4Addr>() {
-                Ok(address) => Ok((server, address)),
-                Err(_) => Err(Nameless(server.to_string())),
-            }
-        });
+        let servers =
+            options
+                .servers
+                .into_iter()
+                .map(|server| match server.host.parse::<Ipv4Addr>() {
+                    Ok(address) => Ok((server, address)),
+                    Err(_) => Err(Nameless(server.to_string())),
+                });
         let [low, high, ..] = options.seed.to_le_bytes();
         Ok(Self {
             wire,
@@ -205,7 +207,8 @@ impl Client {
 
     /// Sends and receives; `now` in milliseconds.
     pub fn poll(&mut self, now: u64) {
-        self.interface.poll(instant(now), &mut self.wire, &mut self.sockets);
+        self.interface
+            .poll(instant(now), &mut self.wire, &mut self.sockets);
         self.lease();
         if self.address().is_none() {
             return;
@@ -213,7 +216,8 @@ impl Client {
         for number in 0..self.connections.len() {
             self.turn(number, now);
         }
-        self.interface.poll(instant(now), &mut self.wire, &mut self.sockets);
+        self.interface
+            .poll(instant(now), &mut self.wire, &mut self.sockets);
     }
 
     fn lease(&mut self) {
@@ -223,7 +227,8 @@ impl Client {
                 configure(&mut self.interface, lease.address, lease.router);
             }
             Some(dhcpv4::Event::Deconfigured) => {
-                self.interface.update_ip_addrs(|addresses| addresses.clear());
+                self.interface
+                    .update_ip_addrs(|addresses| addresses.clear());
                 self.interface.routes_mut().remove_default_ipv4_route();
             }
             None => {}
@@ -250,7 +255,9 @@ impl Client {
         }
         if socket.may_send() {
             while connection.requests.len() < DEPTH {
-                let Some(request) = self.waiting.pop_front() else { break };
+                let Some(request) = self.waiting.pop_front() else {
+                    break;
+                };
                 if connection.requests.is_empty() {
                     connection.since = now;
                 }
@@ -262,7 +269,12 @@ impl Client {
         let idle = connection.requests.is_empty() && socket.may_send();
         let silent = !idle && now.saturating_sub(connection.since) > SILENCE;
         if self.done.len() > answered {
-            match self.done.iter().skip(answered).any(|(_, result)| result.is_err()) {
+            match self
+                .done
+                .iter()
+                .skip(answered)
+                .any(|(_, result)| result.is_err())
+            {
                 true => self.retry_at = now + PAUSE,
                 false => self.failures = 0,
             }

@@ -75,7 +75,10 @@ impl Request {
     fn accepts(&self, head: &Head) -> Result<usize, FetchError> {
         let length = usize::try_from(head.length).unwrap_or(usize::MAX);
         match &self.what {
-            What::Range { offset, length: wanted } => {
+            What::Range {
+                offset,
+                length: wanted,
+            } => {
                 if head.status != 206 {
                     return Err(FetchError::Status(head.status));
                 }

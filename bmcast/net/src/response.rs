@@ -58,13 +58,17 @@ pub fn parse(bytes: &[u8]) -> Result<Option<Head>, BadHead> {
             }
             (head.length, has_length) = (length, true);
         } else if field.name.eq_ignore_ascii_case("content-range") {
-            let start = value.strip_prefix("bytes ").and_then(|range| range.split('-').next());
+            let start = value
+                .strip_prefix("bytes ")
+                .and_then(|range| range.split('-').next());
             let start = start.and_then(|start| start.parse().ok());
             head.range = Some(start.ok_or_else(|| bad("its range is none"))?);
         } else if field.name.eq_ignore_ascii_case("connection") {
             head.closes |= value.eq_ignore_ascii_case("close");
         } else if field.name.eq_ignore_ascii_case("transfer-encoding") {
-            return Err(bad("it is encoded for the transfer, which is not understood"));
+            return Err(bad(
+                "it is encoded for the transfer, which is not understood",
+            ));
         }
     }
     let has_no_body = matches!(head.status, 100..=199 | 204 | 304);

@@ -41,7 +41,11 @@ impl ConfigurationAccess for Configuration {
     }
 
     fn write_word(&mut self, function: DeviceFunction, register: u8, data: u32) {
-        (self.write)((function.bus, function.device, function.function), register, data);
+        (self.write)(
+            (function.bus, function.device, function.function),
+            register,
+            data,
+        );
     }
 
     unsafe fn unsafe_clone(&self) -> Self {
@@ -107,11 +111,15 @@ impl VirtioNet {
     pub unsafe fn new(configuration: Configuration) -> Result<Self, VirtioError> {
         let mut root = PciRoot::new(configuration);
         let (bus, device, function) = configuration.function;
-        let function = DeviceFunction { bus, device, function };
+        let function = DeviceFunction {
+            bus,
+            device,
+            function,
+        };
         let transport = PciTransport::new::<Identity, _>(&mut root, function)
             .map_err(|_| VirtioError("it is none of virtio 1.0 or later"))?;
-        let mut card = VirtIONet::new(transport, BUFFER)
-            .map_err(|_| VirtioError("it does not come up"))?;
+        let mut card =
+            VirtIONet::new(transport, BUFFER).map_err(|_| VirtioError("it does not come up"))?;
         card.disable_interrupts();
         let mac = card.mac_address();
         Ok(Self {

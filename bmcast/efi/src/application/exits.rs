@@ -199,8 +199,13 @@ pub fn port(cpu: &mut Cpu) {
     // Nobody but the guest uses these ports now, so that the address is the one that it has written.
     // SAFETY: reading it has no effect.
     let named = unsafe { cpu::port_in(pci::ADDRESS, 4) };
-    let is_data = io.port >= pci::DATA;
-    let hidden = is_data && machine::is_hidden(named);
+    let is_data = (pci::DATA..pci::DATA + 4).contains(&io.port);
+    let hidden = if is_data {
+        machine::is_hidden(named)
+    } else {
+        // No other ports are watched.
+        true
+    };
     // SAFETY: the guest itself does it, with this width: the VMM does it for it.
     unsafe {
         if io.input {

@@ -64,7 +64,13 @@ fn location(handle: Handle) -> Option<Function> {
     let (mut segment, mut bus, mut device, mut function) = (0, 0, 0, 0);
     // SAFETY: the protocol's own function, with room for its four numbers.
     let status = unsafe {
-        (pci.get_location)(&raw const *pci, &mut segment, &mut bus, &mut device, &mut function)
+        (pci.get_location)(
+            &raw const *pci,
+            &mut segment,
+            &mut bus,
+            &mut device,
+            &mut function,
+        )
     };
     if status != Status::SUCCESS || segment != 0 {
         return None;
@@ -113,6 +119,17 @@ pub fn connect_all() {
     for (handle, _) in functions() {
         // Those without a driver say so: no matter.
         let _ = boot::connect_controller(handle, &[], None, true);
+    }
+}
+
+/// Has the firmware's drivers let a function go.
+pub fn let_go(function: Function) {
+    for (handle, _) in functions()
+        .into_iter()
+        .filter(|(_, found)| *found == function)
+    {
+        // One without a driver says so: no matter.
+        let _ = boot::disconnect_controller(handle, None, None);
     }
 }
 

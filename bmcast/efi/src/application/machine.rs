@@ -7,13 +7,13 @@ use bmcast_install::Install;
 use bmcast_mediator::{Mediator, OWN_MEMORY, Platform};
 use spin::Mutex;
 
-use super::{clock, cpu};
 use super::exits::{read_device, write_device};
 use super::memory::{self, PAGE, address, pointer};
 use super::network::Network;
 use super::pci::{self, Function};
 use super::vcpu::{EXITS, LEAVE};
 use super::windows::{self, is_guests};
+use super::{clock, cpu};
 use crate::say;
 
 /// The disk's controller as a mediator touches it.
@@ -44,7 +44,11 @@ impl Platform for Controller {
             // SAFETY: physical memory is mapped to itself, the range is the guest's and no register of a device. The
             // guest may write it meanwhile: bytes are bytes.
             unsafe {
-                core::ptr::copy_nonoverlapping(pointer::<u8>(address), into.as_mut_ptr(), into.len());
+                core::ptr::copy_nonoverlapping(
+                    pointer::<u8>(address),
+                    into.as_mut_ptr(),
+                    into.len(),
+                );
             }
         }
         there
@@ -169,7 +173,9 @@ pub fn write(offset: u32, width: u8, value: u64) {
         return;
     };
     let (controller, install) = (&mut machine.controller, &mut machine.install);
-    machine.disk.write(controller, install, offset, width, value);
+    machine
+        .disk
+        .write(controller, install, offset, width, value);
 }
 
 /// Goes on with whatever can go on, unless another CPU does just now.
@@ -183,7 +189,7 @@ pub fn turn() {
     machine.turn();
     if machine.install.complete() && machine.disk.transparent() {
         let exits = EXITS.load(Ordering::Relaxed);
-        if machine.network.farewell(&machine.install, exits) {
+        if machine.network.farewell(&machine.install) {
             say!("all is on the disk, after {exits} exits: leaving");
             *locked = None;
             LEAVE.store(true, Ordering::Release);

@@ -1,6 +1,8 @@
 //! PCI configuration: by ports 0xCF8 and 0xCFC (PCI Local Bus 3.0, 3.2.2.3.2), and where the firmware's tables say by
 //! memory (PCI Firmware 3.0, 4.1.2).
 
+use alloc::vec::Vec;
+
 use spin::Mutex;
 
 use super::cpu;
@@ -23,12 +25,32 @@ pub struct Function {
 
 /// Command register.
 const COMMAND: u8 = 4;
-/// In it: memory, bus master, no INTx.
+/// In it: ports, memory, bus master, no INTx.
+const PORTS: u32 = 1 << 0;
 const MEMORY: u32 = 1 << 1;
 const MASTER: u32 = 1 << 2;
 const NO_INTX: u32 = 1 << 10;
 /// First base address register.
 const BAR0: u8 = 0x10;
+
+/// What a function answers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Region {
+    /// Physical addresses.
+    Memory {
+        /// The first.
+        from: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// Ports.
+    Ports {
+        /// The first.
+        from: u16,
+        /// How many.
+        length: u16,
+    },
+}
 
 static LOCK: Mutex<()> = Mutex::new(());
 
@@ -72,14 +94,18 @@ impl Function {
             .filter(|function| function.read(0) != u32::MAX)
     }
 
+    /// The one with these numbers.
+    pub fn of((bus, device, function): (u8, u8, u8)) -> Self {
+        Self {
+            bus,
+            device,
+            function,
+        }
+    }
+
     /// Vendor in the lower half, device in the upper.
     pub fn id(self) -> u32 {
         self.read(0)
-    }
-
-    /// Class, subclass and programming interface in the lower three bytes.
-    pub fn class(self) -> u32 {
-        self.read(8) >> 8
     }
 
     fn address(self, register: u8) -> u32 {
@@ -125,6 +151,53 @@ impl Function {
     /// answer there now.
     pub fn bar(self, number: u8) -> Option<u64> {
         bar(number, |register| self.read(register))
+    }
+
+    /// What it answers to: its base address registers are asked how much they decode (PCI Local Bus 3.0, 6.2.5.1) while it
+    /// answers to nothing.
+    pub fn regions(self) -> Vec<Region> {
+        let command = self.read(COMMAND) & 0xffff;
+        self.write(COMMAND, command & !(MEMORY | PORTS));
+        let mut regions = Vec::new();
+        let mut number = 0;
+        while number < 6 {
+            let register = BAR0 + number * 4;
+            let low = self.read(register);
+            let size = |register: u8, value: u32| {
+                self.write(register, u32::MAX);
+                let ones = self.read(register);
+                self.write(register, value);
+                ones
+            };
+            let ones = size(register, low);
+            number += 1;
+            if ones == 0 {
+                continue;
+            }
+            if low & 1 != 0 {
+                let length = (!(ones & !3)).wrapping_add(1) & 0xffff;
+                if let (Ok(from), Ok(length)) = (u16::try_from(low & !3), u16::try_from(length)) {
+                    regions.push(Region::Ports { from, length });
+                }
+                continue;
+            }
+            let (mut base, mut mask) = (
+                u64::from(low & !0xf),
+                u64::from(ones & !0xf) | 0xffff_ffff << 32,
+            );
+            if low & 6 == 4 {
+                let high = self.read(register + 4);
+                base |= u64::from(high) << 32;
+                mask = mask & 0xffff_ffff | u64::from(size(register + 4, high)) << 32;
+                number += 1;
+            }
+            let length = (!mask).wrapping_add(1);
+            if base != 0 && length != 0 {
+                regions.push(Region::Memory { from: base, length });
+            }
+        }
+        self.write(COMMAND, command);
+        regions
     }
 
     /// Whether an address that was written to the address port names it.

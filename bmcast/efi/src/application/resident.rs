@@ -18,8 +18,9 @@ use super::firmware::{self, Port, Refused};
 use super::machine::{self, Controller, Machine};
 use super::memory::{self, Tables, address};
 use super::network::{Network, NetworkError};
+use super::pci::{self, Region};
 use super::vcpu::{COMMON, Common, Cpu};
-use super::{apic, clock, heap, host, log, pci, start, switch, windows};
+use super::{apic, clock, heap, host, log, start, switch, windows};
 use crate::say;
 
 /// What the application gives its copy.
@@ -127,9 +128,9 @@ unsafe extern "sysv64" fn resident(handover: &mut Handover, stack: u64, resume: 
 /// Everything that can fail: nothing of the machine's is changed before it has gone well, but that its network card is
 /// the VMM's.
 fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
-    let config = firmware::file(cstr16!("\\bmcast.conf")).map_err(Error::Config)?;
+    let config = firmware::file(cstr16!("\\EFI\\BOOT\\bmcast.conf")).map_err(Error::Config)?;
     let config = BootConfig::parse(&config)?;
-    log::to_serial(config.serial);
+    log::to_serial(true);
     supported()?;
     clock::measure();
     host::prepare().map_err(|_| Error::Memory)?;
@@ -142,9 +143,13 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
         rate: config.rate,
         ..Options::default()
     };
-    let install = Install::open(disk.sectors, manifest, installation, options, |sectors, into| {
-        disk.read(sectors, into)
-    })
+    let install = Install::open(
+        disk.sectors,
+        manifest,
+        Some(installation),
+        options,
+        |sectors, into| disk.read(sectors, into),
+    )
     .map_err(|error| Error::Install(format!("{error}")))?;
     handover.disk = address(disk.handle.as_ptr());
     if install.complete() {
@@ -152,15 +157,19 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
         return Ok(Ready::Installed);
     }
     let hidden = network.function();
-    let cpu = guest(handover)?;
+    let cpu = guest(handover, network.regions())?;
     let (mediator, register, length): (Box<machine::Disk>, u8, u64) = match disk.port {
-        Port::Ahci(port) => (Box::new(Ahci::new(u8::try_from(port).unwrap_or(0))), 5, 0x1000),
+        Port::Ahci(port) => (
+            Box::new(Ahci::new(u8::try_from(port).unwrap_or(0))),
+            5,
+            0x1000,
+        ),
         Port::Nvme(_) => return Err(Error::NoDisk),
     };
     let base = disk.controller.bar(register).ok_or(Error::NoDisk)?;
     windows::device(base, length, register).map_err(|_| Error::Memory)?;
     if let Some(base) = firmware::configuration() {
-        windows::configuration(base, hidden, disk.controller).map_err(|_| Error::Memory)?;
+        windows::configuration(base, Some(hidden), disk.controller).map_err(|_| Error::Memory)?;
     }
     let controller = Controller::new().ok_or(Error::Memory)?;
     let machine = Machine {
@@ -183,7 +192,7 @@ enum Ready {
 }
 
 /// What guests need: nested page tables, permission maps, CPUs.
-fn guest(handover: &Handover) -> Result<Box<Cpu>, Error> {
+fn guest(handover: &Handover, hidden: &[Region]) -> Result<Box<Cpu>, Error> {
     let root = paging::identity(&mut Tables, host::width(), PRESENT | WRITABLE | USER)
         .map_err(|_| Error::Memory)?;
     windows::open(&windows::Layout {
@@ -197,6 +206,16 @@ fn guest(handover: &Handover) -> Result<Box<Cpu>, Error> {
     for port in pci::DATA..pci::DATA + 4 {
         trap_port(iopm, port);
     }
+    let mut memory = Vec::new();
+    for region in hidden {
+        match *region {
+            Region::Memory { from, length } => memory.push((from, length)),
+            Region::Ports { from, length } => {
+                (from..from.saturating_add(length)).for_each(|port| trap_port(iopm, port));
+            }
+        }
+    }
+    windows::hide(&memory).map_err(|_| Error::Memory)?;
     trap_msr(msrpm, cpu::EFER, true, true);
     trap_msr(msrpm, cpu::HSAVE, true, true);
     trap_msr(msrpm, cpu::VM_CR, true, true);

@@ -43,6 +43,8 @@ struct Windows {
     own: Range,
     start: Range,
     hidden: Range,
+    /// What the hidden function answers to; few have more than three.
+    hidden_regions: [Range; 6],
     controller: Range,
     device: Range,
     register: u8,
@@ -86,7 +88,11 @@ pub fn open(layout: &Layout) -> Result<(), NoFrames> {
 }
 
 /// Hides a function's page of configuration, and watches another's; `base` is where they are in memory.
-pub fn configuration(base: u64, hidden: Option<Function>, controller: Function) -> Result<(), NoFrames> {
+pub fn configuration(
+    base: u64,
+    hidden: Option<Function>,
+    controller: Function,
+) -> Result<(), NoFrames> {
     let mut windows = WINDOWS.lock();
     let Some(windows) = windows.as_mut() else {
         return Ok(());
@@ -100,6 +106,23 @@ pub fn configuration(base: u64, hidden: Option<Function>, controller: Function) 
     if let Some(hidden) = hidden {
         windows.hidden = page(hidden);
         close_range(windows.root, windows.hidden)?;
+    }
+    Ok(())
+}
+
+/// Hides memory that a function answers to.
+pub fn hide(regions: &[(u64, u64)]) -> Result<(), NoFrames> {
+    let mut windows = WINDOWS.lock();
+    let Some(windows) = windows.as_mut() else {
+        return Ok(());
+    };
+    for (hidden, (from, length)) in windows.hidden_regions.iter_mut().zip(regions) {
+        // Nothing else is in a page that a function has a part of.
+        *hidden = Range {
+            from: from & !0xfff,
+            to: (from + length).next_multiple_of(bytes(PAGE)),
+        };
+        close_range(windows.root, *hidden)?;
     }
     Ok(())
 }
@@ -137,7 +160,13 @@ pub fn move_device(base: u64) -> Result<(), NoFrames> {
     if windows.device.from != device.from {
         let old = windows.device;
         for page in (old.from..old.to).step_by(PAGE).filter(|_| old.from != 0) {
-            paging::set(&mut Tables, windows.root, page, page, PRESENT | WRITABLE | USER)?;
+            paging::set(
+                &mut Tables,
+                windows.root,
+                page,
+                page,
+                PRESENT | WRITABLE | USER,
+            )?;
         }
         close_range(windows.root, device)?;
         windows.device = device;
@@ -173,7 +202,12 @@ pub fn at(address: u64) -> Option<Window> {
     }
     if windows.own.has(address) || windows.start.has(address) {
         Some(Window::Own)
-    } else if windows.hidden.has(address) {
+    } else if windows.hidden.has(address)
+        || windows
+            .hidden_regions
+            .iter()
+            .any(|range| range.has(address))
+    {
         Some(Window::Hidden)
     } else if windows.controller.has(address) {
         Some(Window::Controller)
@@ -192,5 +226,6 @@ pub fn is_guests(address: u64, bytes: u64) -> bool {
     };
     [windows.own, windows.start]
         .iter()
+        .chain(&windows.hidden_regions)
         .all(|range| end <= range.from || address >= range.to)
 }

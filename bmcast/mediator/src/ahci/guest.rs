@@ -67,7 +67,11 @@ impl Ahci {
                 Some(header) if header.is_packet() => Command::Other,
                 Some(header) => fis(platform, &header).map_or(Command::Refused, |fis| {
                     // A FIS that only sets the device's control register is no command.
-                    if fis[1] & 0x80 == 0 { Command::Other } else { ata::decode(&fis) }
+                    if fis[1] & 0x80 == 0 {
+                        Command::Other
+                    } else {
+                        ata::decode(&fis)
+                    }
                 }),
                 None => Command::Refused,
             };
@@ -87,7 +91,11 @@ impl Ahci {
     }
 
     /// Goes on with whatever can go on.
-    pub(super) fn go_on<P: Platform, B: Blocks + ?Sized>(&mut self, platform: &mut P, blocks: &mut B) {
+    pub(super) fn go_on<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+    ) {
         if !self.finish(platform, blocks) {
             return;
         }
@@ -106,7 +114,12 @@ impl Ahci {
     }
 
     /// Commands that are on the device no more.
-    fn observe<P: Platform, B: Blocks + ?Sized>(&mut self, platform: &mut P, blocks: &mut B, active: u32) {
+    fn observe<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+        active: u32,
+    ) {
         let done = self.issued & !active;
         self.issued &= active;
         for slot in (0..SLOTS).filter(|slot| done & 1 << slot != 0) {
@@ -121,13 +134,20 @@ impl Ahci {
     }
 
     /// Gives the device what may pass.
-    fn issue<P: Platform, B: Blocks + ?Sized>(&mut self, platform: &mut P, blocks: &mut B, active: u32) {
+    fn issue<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+        active: u32,
+    ) {
         // The VMM's own turn comes when these are done.
         if self.next.is_some() && active != 0 {
             return;
         }
         for slot in 0..SLOTS {
-            let Some(held) = self.held[slot] else { continue };
+            let Some(held) = self.held[slot] else {
+                continue;
+            };
             let end = blocks.visible();
             let verdict = match held.command {
                 Command::Read(sectors) | Command::Write(sectors, _) if sectors.end() > end => {
@@ -194,7 +214,13 @@ impl Ahci {
     }
 
     /// Puts a table of the VMM's under the guest's header: a command, and `bytes` of data to nowhere.
-    fn replace<P: Platform>(&mut self, platform: &mut P, slot: usize, fis: &Fis, bytes: u32) -> Verdict {
+    fn replace<P: Platform>(
+        &mut self,
+        platform: &mut P,
+        slot: usize,
+        fis: &Fis,
+        bytes: u32,
+    ) -> Verdict {
         if self.answer.is_some() {
             return Verdict::Hold;
         }
@@ -203,7 +229,13 @@ impl Ahci {
             return Verdict::Pass;
         };
         let own = platform.own_address();
-        put_table(platform, own_memory::ANSWER, fis, own_memory::ANSWER_DATA, bytes);
+        put_table(
+            platform,
+            own_memory::ANSWER,
+            fis,
+            own_memory::ANSWER_DATA,
+            bytes,
+        );
         let table = own + offset(own_memory::ANSWER);
         let regions = if bytes == 0 { 0 } else { 1u32 };
         // Of the guest's flags only the length of the FIS, which is 5 words.
@@ -257,11 +289,17 @@ impl Ahci {
 
 fn fis<P: Platform>(platform: &mut P, header: &Header) -> Option<Fis> {
     let mut fis = [0; 20];
-    platform.read_memory(header.table(), &mut fis).then_some(fis)
+    platform
+        .read_memory(header.table(), &mut fis)
+        .then_some(fis)
 }
 
 /// The pieces of memory of a command, as many as make `bytes` bytes.
-fn pieces<P: Platform>(platform: &mut P, header: &Header, bytes: usize) -> Option<Vec<(u64, usize)>> {
+fn pieces<P: Platform>(
+    platform: &mut P,
+    header: &Header,
+    bytes: usize,
+) -> Option<Vec<(u64, usize)>> {
     let mut pieces = Vec::new();
     let mut left = bytes;
     for number in 0..header.regions() {
@@ -310,7 +348,13 @@ fn gather<P: Platform>(platform: &mut P, header: &Header, bytes: usize) -> Optio
 }
 
 /// Writes a command table into the VMM's memory at `at`, with at most one piece of data there at `data`.
-pub(super) fn put_table<P: Platform>(platform: &mut P, at: usize, fis: &Fis, data: usize, bytes: u32) {
+pub(super) fn put_table<P: Platform>(
+    platform: &mut P,
+    at: usize,
+    fis: &Fis,
+    data: usize,
+    bytes: u32,
+) {
     let address = platform.own_address() + offset(data);
     let Some(table) = platform.own_memory().get_mut(at..at + 0x90) else {
         return;

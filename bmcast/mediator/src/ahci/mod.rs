@@ -175,7 +175,11 @@ impl<P: Platform, B: Blocks + ?Sized> Mediator<P, B> for Ahci {
             let value = low(platform.read_register(at, 4));
             if at == IS {
                 let bit = self.port.bit();
-                let value = if self.own.is_some() { value & !bit } else { value };
+                let value = if self.own.is_some() {
+                    value & !bit
+                } else {
+                    value
+                };
                 let owed = if self.owed == 0 { 0 } else { bit };
                 return value | owed;
             }

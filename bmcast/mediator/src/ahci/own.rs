@@ -37,7 +37,11 @@ pub struct Own {
 
 impl Ahci {
     /// Gives the device what is next, if the guest's interrupts allow it.
-    pub(super) fn begin<P: Platform, B: Blocks + ?Sized>(&mut self, platform: &mut P, blocks: &mut B) {
+    pub(super) fn begin<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+    ) {
         if self.next.is_none() && !self.identity_wanted {
             return;
         }
@@ -98,8 +102,10 @@ impl Ahci {
         }
         let list = own + offset(own_memory::LIST);
         let [a, b, c, d, e, f, g, h] = list.to_le_bytes();
-        self.port.write(platform, port::CLB, u32::from_le_bytes([a, b, c, d]));
-        self.port.write(platform, port::CLBU, u32::from_le_bytes([e, f, g, h]));
+        self.port
+            .write(platform, port::CLB, u32::from_le_bytes([a, b, c, d]));
+        self.port
+            .write(platform, port::CLBU, u32::from_le_bytes([e, f, g, h]));
         self.port.write(platform, port::IS, status);
         self.port.write(platform, port::CMD, command | START);
         self.port.write(platform, port::CI, 1);
@@ -113,7 +119,11 @@ impl Ahci {
     }
 
     /// Whether nothing of the VMM's is on the device, after looking.
-    pub(super) fn finish<P: Platform, B: Blocks + ?Sized>(&mut self, platform: &mut P, blocks: &mut B) -> bool {
+    pub(super) fn finish<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+    ) -> bool {
         let Some(own) = &self.own else { return true };
         let status = self.port.read(platform, port::IS);
         let outstanding = self.port.read(platform, port::CI) != 0;
@@ -128,7 +138,11 @@ impl Ahci {
     }
 
     /// The same, without patience: the guest takes the port.
-    pub(super) fn finish_now<P: Platform, B: Blocks + ?Sized>(&mut self, platform: &mut P, blocks: &mut B) {
+    pub(super) fn finish_now<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+    ) {
         for _ in 0..SPINS {
             if self.finish(platform, blocks) {
                 return;
@@ -151,7 +165,8 @@ impl Ahci {
             let errors = self.port.read(platform, port::SERR);
             self.port.write(platform, port::SERR, errors);
             if self.port.read(platform, port::TFD) & (BUSY | REQUEST) != 0 {
-                self.port.write(platform, port::CMD, command & !START | OVERRIDE);
+                self.port
+                    .write(platform, port::CMD, command & !START | OVERRIDE);
                 self.spin(platform, |command| command & OVERRIDE == 0);
             }
         }
@@ -169,7 +184,9 @@ impl Ahci {
         self.identity_wanted = false;
         let bytes = platform.own_memory().first_chunk::<512>();
         // A disk that does not say what it is: the guest is told the same.
-        let identity = bytes.filter(|_| failed.is_none()).map_or([0; 512], |bytes| *bytes);
+        let identity = bytes
+            .filter(|_| failed.is_none())
+            .map_or([0; 512], |bytes| *bytes);
         self.identity = Some(Box::new(identity));
     }
 
