@@ -1,14 +1,16 @@
 //! The record of what is on a disk, at the disk's end.
 //!
 //! Each piece of it has two places and its own sum and generation, and is written to them in turn: a
-//! write that is cut leaves the piece before it, and pieces may reach the disk in any order. A bit
-//! is set when its sector's data is durable, and never taken back within an installation.
+//! write that is cut leaves the piece before it, and pieces may reach the disk in any order. All sectors
+//! of a piece have the mark of the boot that wrote it: sectors of a write that was cut, and of a later
+//! one that was cut too, never make up the first one. A bit is set when its sector's data is durable,
+//! and never taken back within an installation.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use crate::manifest::{u32_at, u64_at};
-use crate::set::PAGE;
+use crate::set::{PAGE, PAGE_BYTES};
 use crate::{Hash, SECTOR, SectorSet, Sectors};
 
 const HEADER_MAGIC: &[u8; 8] = b"BMCASTRH";
@@ -21,10 +23,10 @@ const BLOCK: usize = 4096;
 const BLOCK_SECTORS: u64 = BLOCK as u64 / SECTOR;
 /// Blocks that are read at once.
 const AT_ONCE: usize = 64;
-/// Bytes of a block before its bits.
-const HEAD: usize = 512;
-/// Pages of a set in a block.
-const PAGES: usize = (BLOCK - HEAD) / 512;
+/// Sectors of a block that have bits: all but the first.
+const PAGES: usize = BLOCK / 512 - 1;
+/// Bytes of a boot's mark, before the bits.
+const MARK: usize = 512 - PAGE_BYTES;
 /// Sectors whose bits are in a block.
 const COVERS: u64 = PAGES as u64 * PAGE;
 
@@ -191,6 +193,8 @@ struct Place {
 pub struct Record {
     layout: Layout,
     header: Header,
+    /// Of this boot.
+    mark: [u8; MARK],
     /// Whether the header is on the disk.
     begun: bool,
     places: Vec<Place>,
@@ -224,13 +228,15 @@ impl Commit {
 }
 
 impl Record {
-    /// Looks for a record; `read` fills bytes with sectors of the disk.
+    /// Looks for a record; `read` fills bytes with sectors of the disk. `random` bytes tell this boot
+    /// from all others.
     ///
     /// # Errors
     /// The disk cannot be read, or its record cannot be understood.
     pub fn find<E>(
         layout: Layout,
         manifest: Hash,
+        random: [u8; 16],
         mut read: impl FnMut(Sectors, &mut [u8]) -> Result<(), E>,
     ) -> Result<Found, RecordError<E>> {
         let mut bytes = alloc::vec![0; BLOCK];
@@ -258,7 +264,7 @@ impl Record {
                 image: header.image,
             });
         }
-        let mut record = Self::new(layout, header);
+        let mut record = Self::new(layout, header, random);
         record.begun = true;
         if header.complete {
             record.durable.insert(Sectors {
@@ -288,30 +294,28 @@ impl Record {
     /// Begins an installation. Nothing of the disk may be written before its first [`Commit`] holds:
     /// until then the record before it, if there is one (`over`), is true.
     ///
-    /// `installation` tells it from all others on this disk, whose blocks are not wiped: random bytes.
+    /// `random` bytes tell it from all others on this disk, whose blocks are not wiped.
     #[must_use]
-    pub fn begin(
-        layout: Layout,
-        manifest: Hash,
-        installation: [u8; 16],
-        over: Option<&Header>,
-    ) -> Self {
+    pub fn begin(layout: Layout, manifest: Hash, random: [u8; 16], over: Option<&Header>) -> Self {
         let header = Header {
             manifest,
             complete: false,
             disk: layout.disk,
             image: layout.image,
-            installation,
+            installation: random,
             generation: over.map_or(0, |over| over.generation),
             slot: over.map_or(1, |over| over.slot),
         };
-        Self::new(layout, header)
+        Self::new(layout, header, random)
     }
 
-    fn new(layout: Layout, header: Header) -> Self {
+    fn new(layout: Layout, header: Header, random: [u8; 16]) -> Self {
+        let mut mark = [0; MARK];
+        mark.copy_from_slice(&random[..MARK]);
         Self {
             layout,
             header,
+            mark,
             begun: false,
             places: alloc::vec![Place::default(); usize::try_from(layout.blocks).unwrap_or(0)],
             durable: SectorSet::new(layout.image),
@@ -381,10 +385,10 @@ impl Record {
             data[40..56].copy_from_slice(&self.header.installation);
             data[56..64].copy_from_slice(&u64::from(*number).to_le_bytes());
             data[64..72].copy_from_slice(&next.generation.to_le_bytes());
-            for (n, bits) in data[HEAD..].chunks_exact_mut(512).enumerate() {
-                local.page_bits(index * PAGES + n, bits);
+            for (n, sector) in data.chunks_exact_mut(512).skip(1).enumerate() {
+                local.page_bits(index * PAGES + n, &mut sector[MARK..]);
             }
-            seal(&mut data, BLOCK_MAGIC);
+            seal(&mut data, BLOCK_MAGIC, self.mark);
             pieces.push(Piece {
                 to: self.layout.block(u64::from(*number), next.slot),
                 data,
@@ -442,7 +446,7 @@ impl Record {
     fn header_piece(&self, header: &Header) -> Piece {
         Piece {
             to: self.layout.header(header.slot),
-            data: header.bytes(),
+            data: header.bytes(self.mark),
         }
     }
 }
@@ -498,7 +502,7 @@ impl Header {
         }))
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    fn bytes(&self, mark: [u8; MARK]) -> Vec<u8> {
         let mut bytes = alloc::vec![0; BLOCK];
         let flags = if self.complete { COMPLETE } else { 0 };
         bytes[40..44].copy_from_slice(&VERSION.to_le_bytes());
@@ -508,13 +512,16 @@ impl Header {
         bytes[96..104].copy_from_slice(&self.generation.to_le_bytes());
         bytes[104..112].copy_from_slice(&self.image.to_le_bytes());
         bytes[112..120].copy_from_slice(&self.disk.to_le_bytes());
-        seal(&mut bytes, HEADER_MAGIC);
+        seal(&mut bytes, HEADER_MAGIC, mark);
         bytes
     }
 }
 
-/// Adds the magic, and the sum of all that follows it.
-fn seal(bytes: &mut [u8], magic: &[u8; 8]) {
+/// Adds the marks, the magic, and the sum of all that follows it.
+fn seal(bytes: &mut [u8], magic: &[u8; 8], mark: [u8; MARK]) {
+    for sector in bytes.chunks_exact_mut(512).skip(1) {
+        sector[..MARK].copy_from_slice(&mark);
+    }
     bytes[32..40].copy_from_slice(magic);
     let sum = Hash::of(&bytes[32..]);
     bytes[..32].copy_from_slice(&sum.0);
@@ -526,8 +533,8 @@ fn is_whole(bytes: &[u8], magic: &[u8; 8]) -> bool {
 
 /// Adds the bits of a block to a set.
 fn apply(set: &mut SectorSet, block: usize, bytes: &[u8]) {
-    for (n, bits) in bytes[HEAD..].chunks_exact(512).enumerate() {
-        set.insert_bits(block * PAGES + n, bits);
+    for (n, sector) in bytes.chunks_exact(512).skip(1).enumerate() {
+        set.insert_bits(block * PAGES + n, &sector[MARK..]);
     }
 }
 
@@ -589,7 +596,7 @@ mod tests {
         }
 
         fn find(&self, name: Hash) -> Result<Found, RecordError<Infallible>> {
-            Record::find(layout(), name, |at, bytes| {
+            Record::find(layout(), name, [9; 16], |at, bytes| {
                 bytes.copy_from_slice(&self.0[Self::range(at)]);
                 Ok(())
             })
@@ -661,9 +668,33 @@ mod tests {
         assert!(matches!(error, RecordError::Geometry { .. }), "{error}");
         let mut piece = record.completion().pieces()[0].clone();
         piece.data[40] = 9;
-        seal(&mut piece.data, HEADER_MAGIC);
+        seal(&mut piece.data, HEADER_MAGIC, [0; MARK]);
         medium.write(&piece);
         assert!(matches!(medium.find(NAME), Err(RecordError::Version(9))));
+    }
+
+    #[test]
+    fn sectors_of_two_cut_writes_make_up_none() {
+        let mut local = SectorSet::new(IMAGE);
+        let begin = |random| {
+            let mut record = Record::begin(layout(), NAME, [2; 16], None);
+            record.mark = random;
+            record
+        };
+        local.insert(Sectors { start: 0, count: 9 });
+        let first = begin([1; MARK]).commit(&local, vec![0], BLOCK);
+        local.insert(Sectors { start: 9, count: 9 });
+        let second = begin([2; MARK]).commit(&local, vec![0], BLOCK);
+        let (first, second) = (&first.pieces()[0].data, &second.pieces()[0].data);
+        for mix in 0..1u32 << (BLOCK / 512) {
+            let mut bytes = first.clone();
+            for (n, sector) in bytes.chunks_exact_mut(512).enumerate() {
+                if mix >> n & 1 == 1 {
+                    sector.copy_from_slice(&second[n * 512..][..512]);
+                }
+            }
+            assert_eq!(is_whole(&bytes, BLOCK_MAGIC), mix == 0 || mix == 0xff);
+        }
     }
 
     proptest! {

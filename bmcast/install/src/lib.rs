@@ -104,29 +104,29 @@ impl Install {
     /// Goes on with the installation of an image that is on a disk of `disk` sectors, or begins one over
     /// whatever is there. `read` fills bytes with sectors of the disk.
     ///
-    /// To begin one, there must be an `installation`: random bytes that tell it from all others that this
-    /// disk has seen. Without it, a disk whose record says nothing of this image stays as it is. That is
-    /// for a disk that may have been installed and have lost its record: once the VMM is gone, an OS that
-    /// grows to the end of its disk writes over it.
+    /// `random` bytes tell this boot from all others that the disk has seen. Unless it `may_begin`, a
+    /// disk whose record says nothing of this image stays as it is. That is for a disk that may have been
+    /// installed and have lost its record: once the VMM is gone, an OS that grows to the end of its disk
+    /// writes over it.
     ///
     /// # Errors
     /// The disk is too small, cannot be read, or has a record that must not be written over.
     pub fn open<E>(
         disk: u64,
         manifest: Manifest,
-        installation: Option<[u8; 16]>,
+        random: [u8; 16],
+        may_begin: bool,
         options: Options,
         read: impl FnMut(Sectors, &mut [u8]) -> Result<(), E>,
     ) -> Result<Self, OpenError<E>> {
         let layout = Layout::new(disk, manifest.chunks().image_sectors())?;
         let id = manifest.id();
-        let found = Record::find(layout, id, read)?;
-        let record = match (found, installation) {
-            (Found::This(record), _) => *record,
-            (Found::Other(other), None) => return Err(OpenError::OtherImage(other.manifest)),
-            (Found::Nothing, None) => return Err(OpenError::NoRecord),
-            (Found::Other(other), Some(new)) => Record::begin(layout, id, new, Some(&other)),
-            (Found::Nothing, Some(new)) => Record::begin(layout, id, new, None),
+        let record = match Record::find(layout, id, random, read)? {
+            Found::This(record) => *record,
+            Found::Other(other) if !may_begin => return Err(OpenError::OtherImage(other.manifest)),
+            Found::Nothing if !may_begin => return Err(OpenError::NoRecord),
+            Found::Other(other) => Record::begin(layout, id, random, Some(&other)),
+            Found::Nothing => Record::begin(layout, id, random, None),
         };
         Ok(Self::new(manifest, record, options))
     }

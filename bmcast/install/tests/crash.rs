@@ -498,7 +498,7 @@ impl World {
 
 fn open(disk: &Disk, size: u64, manifest: &Manifest, number: u8, options: Options) -> Install {
     let read = |at: Sectors, into: &mut [u8]| disk.read(at, into);
-    Install::open(size, manifest.clone(), Some([number; 16]), options, read).unwrap()
+    Install::open(size, manifest.clone(), [number; 16], true, options, read).unwrap()
 }
 
 /// A range near one of these sectors, within the image.
@@ -541,7 +541,7 @@ const OPTIONS: Options = Options {
 };
 
 const SMALL: u64 = 150;
-const BLOCK: u64 = 7 * 4096;
+const BLOCK: u64 = 7 * 4032;
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]

@@ -15,7 +15,7 @@ fn open(disk: &[u8], manifest: Manifest, number: u8, options: Options) -> Instal
         Ok::<(), Infallible>(())
     };
     let size = disk.len() as u64 / SECTOR;
-    Install::open(size, manifest, Some([number; 16]), options, read).unwrap()
+    Install::open(size, manifest, [number; 16], true, options, read).unwrap()
 }
 
 /// One whose disk does at once, and durably, what it is told.
@@ -297,13 +297,14 @@ fn all_of_a_disk_may_be_discarded() {
 fn disks_that_are_not_written_over() {
     let content = image(100);
     let disk = vec![0; 100 * 512];
-    let open = |disk: &[u8], content: &[u8], installation| {
+    let open = |disk: &[u8], content: &[u8], may_begin: bool| {
         let size = disk.len() as u64 / SECTOR;
         let manifest = manifest(content, Vec::new());
         Install::open(
             size,
             manifest,
-            installation,
+            [3; 16],
+            may_begin,
             Options::default(),
             |at, into| {
                 into.copy_from_slice(&disk[bytes(at)]);
@@ -311,19 +312,19 @@ fn disks_that_are_not_written_over() {
             },
         )
     };
-    let error = open(&disk, &content, Some([1; 16])).unwrap_err();
+    let error = open(&disk, &content, true).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the disk has 100 sectors, and the image (100) with the record of what is installed (36) needs 136"
     );
     let mut machine = Machine::new(content.clone(), Options::default());
     assert_eq!(
-        open(&machine.disk, &content, None).unwrap_err(),
+        open(&machine.disk, &content, false).unwrap_err(),
         OpenError::NoRecord
     );
     machine.begin();
-    assert!(open(&machine.disk, &content, None).is_ok());
+    assert!(open(&machine.disk, &content, false).is_ok());
     let id = machine.install.manifest().id();
-    let other = open(&machine.disk, &image(99), None).unwrap_err();
+    let other = open(&machine.disk, &image(99), false).unwrap_err();
     assert_eq!(other, OpenError::OtherImage(id));
 }
