@@ -192,7 +192,8 @@ fn volume(efi: &[u8], config: &str) -> std::io::Result<Vec<u8>> {
         .volume_id(id);
     fatfs::format_volume(Cursor::new(&mut volume), options)?;
     {
-        let system = FileSystem::new(Cursor::new(&mut volume), FsOptions::new())?;
+        let options = FsOptions::new().time_provider(&Epoch);
+        let system = FileSystem::new(Cursor::new(&mut volume), options)?;
         let directory = system.root_dir().create_dir("EFI")?.create_dir("BOOT")?;
         for (name, bytes) in [("BOOTX64.EFI", efi), ("bmcast.conf", config.as_bytes())] {
             let mut file = directory.create_file(name)?;
@@ -202,7 +203,67 @@ fn volume(efi: &[u8], config: &str) -> std::io::Result<Vec<u8>> {
         drop(directory);
         system.unmount()?;
     }
+    mend_dots(&mut volume);
     Ok(volume)
+}
+
+/// The time of files: the same medium has the same bytes, whenever it is made.
+#[derive(Debug)]
+struct Epoch;
+
+impl fatfs::TimeProvider for Epoch {
+    fn get_current_date(&self) -> fatfs::Date {
+        fatfs::Date {
+            year: 1980,
+            month: 1,
+            day: 1,
+        }
+    }
+
+    fn get_current_date_time(&self) -> fatfs::DateTime {
+        fatfs::DateTime {
+            date: self.get_current_date(),
+            time: fatfs::Time {
+                hour: 0,
+                min: 0,
+                sec: 0,
+                millis: 0,
+            },
+        }
+    }
+}
+
+/// `fatfs` 0.3 gives `.` and `..` long names, and the root's cluster to the `..` of directories in it. In
+/// Microsoft's specification (version 1.03, "FAT Directory Structure") these two are the first entries, without
+/// long names, and the root is 0 there.
+fn mend_dots(volume: &mut [u8]) {
+    const ENTRY: usize = 32;
+    let word = |at: usize| {
+        u32::from_le_bytes([volume[at], volume[at + 1], volume[at + 2], volume[at + 3]])
+    };
+    let root = word(44);
+    let cluster = usize::from(volume[13]) * SECTOR;
+    let reserved = usize::from(volume[14]) | usize::from(volume[15]) << 8;
+    let tables = usize::from(volume[16]) * usize::try_from(word(36)).unwrap_or(0);
+    let data = (reserved + tables) * SECTOR;
+    // The directories were made first, and so are in the first clusters.
+    for directory in volume[data..].chunks_exact_mut(cluster).take(8) {
+        let is = |n: usize, name: &[u8; 11]| directory[n * ENTRY..][..11] == name[..];
+        if !is(1, b".          ") || !is(3, b"..         ") {
+            continue;
+        }
+        directory.copy_within(ENTRY..2 * ENTRY, 0);
+        directory.copy_within(3 * ENTRY..4 * ENTRY, ENTRY);
+        // Free.
+        directory[2 * ENTRY] = 0xe5;
+        directory[3 * ENTRY] = 0xe5;
+        let parent = &mut directory[ENTRY..2 * ENTRY];
+        if [parent[26], parent[27], parent[20], parent[21]] == root.to_le_bytes() {
+            for at in [20, 21, 26, 27] {
+                parent[at] = 0;
+            }
+        }
+    }
 }
 
 fn first(hash: Hash) -> [u8; 4] {
@@ -247,6 +308,14 @@ mod tests {
         let mut file = root.open_file("EFI/BOOT/bmcast.conf").unwrap();
         file.read_to_string(&mut text).unwrap();
         assert_eq!(text, "server = x\n");
+        let directory = root.open_dir("EFI/BOOT").unwrap();
+        let first: Vec<String> = directory
+            .iter()
+            .take(2)
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(first, [".", ".."]);
+        assert!(root.open_dir("EFI/BOOT/../../EFI/./BOOT").is_ok());
     }
 
     #[test]
