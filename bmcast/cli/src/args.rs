@@ -93,7 +93,7 @@ pub struct ProfileArgs {
 /// `image`.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
-    /// Servers that have the image: http://HOST[:PORT][/PATH], up to 8 with commas between them
+    /// Servers that have the image, such as http://10.0.0.1:8080, up to 8 with commas between them
     #[arg(long, required = true, value_name = "URL", value_delimiter = ',', value_parser = server)]
     pub server: Vec<Server>,
     /// The only image that the machine may become; the server is asked if it is not given

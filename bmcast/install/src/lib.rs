@@ -71,7 +71,7 @@ pub enum OpenError<E> {
     #[error(transparent)]
     TooSmall(#[from] TooSmall),
     /// Its record cannot be used.
-    #[error("the record on the disk cannot be used")]
+    #[error(transparent)]
     Record(#[from] RecordError<E>),
     /// It has none, and none may be begun.
     #[error("the disk has no record of what is installed, and is not to be written over")]
