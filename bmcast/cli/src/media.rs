@@ -1,10 +1,10 @@
 //! `image`: a medium that a machine boots the VMM from.
 
 use std::fs::File;
-use std::io::{Cursor, Seek as _, SeekFrom, Write as _};
+use std::io::{Cursor, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
-use bmcast_image::{BootConfig, Disk, Hash, MAX_MANIFEST, Manifest, Network, Server};
+use bmcast_image::{BootConfig, Disk, Hash, Key, MAX_MANIFEST, Manifest, Network, Server};
 use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
 use gpt::disk::LogicalBlockSize;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::args::ImageArgs;
 use crate::client;
 use crate::exit::{self, Code, Error};
-use crate::source::mode;
+use crate::source::{self, mode};
 
 const SECTOR: usize = 512;
 /// Where the partition begins, as everybody aligns them.
@@ -29,7 +29,6 @@ struct Made {
     medium: PathBuf,
     bytes: u64,
     manifest: String,
-    config: String,
 }
 
 /// Carries out `image`.
@@ -54,6 +53,7 @@ pub async fn command(arguments: Box<ImageArgs>, json: bool) -> Result<(), Error>
         network,
         disk: arguments.disk.map_or(Disk::First, Disk::Serial),
         rate: arguments.rate,
+        key: arguments.key.as_deref().map(key).transpose()?,
         machine: arguments.machine,
     }
     .to_string();
@@ -65,10 +65,34 @@ pub async fn command(arguments: Box<ImageArgs>, json: bool) -> Result<(), Error>
         medium: arguments.out,
         bytes,
         manifest: manifest.to_string(),
-        config,
     };
     exit::show(&made, json, |made| {
         format!("{}: boots image {}\n", made.medium.display(), made.manifest)
+    })
+}
+
+/// Reads a key, or makes one.
+fn key(path: &Path) -> Result<Key, Error> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let mut random = [0; 32];
+            File::open("/dev/urandom")
+                .and_then(|mut file| file.read_exact(&mut random))
+                .map_err(|error| Error::file(Path::new("/dev/urandom"), &error))?;
+            let text = format!("{}\n", Key(random));
+            source::write(path, text.as_bytes(), 0o600)?;
+            text
+        }
+        Err(error) => return Err(Error::file(path, &error)),
+    };
+    text.trim().parse().map_err(|error| {
+        let text = format!("{}: it is no key: {error}", path.display());
+        Error::new(
+            Code::BadRequest,
+            text,
+            "a file that is not there is made, with a new key",
+        )
     })
 }
 
@@ -273,8 +297,6 @@ fn first(hash: Hash) -> [u8; 4] {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read as _;
-
     use super::*;
 
     #[test]

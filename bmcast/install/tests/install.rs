@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use bmcast_image::{Manifest, SECTOR, Sectors};
 use bmcast_install::{Fetched, Install, OpenError, Options, State};
 use bmcast_mediator::{Blocks as _, Failed, MAX_WORK, Verdict, Work};
-use common::{CHUNK, bytes, image, manifest, sectors};
+use common::{CHUNK, boot, bytes, image, manifest, sectors};
 
 fn open(disk: &[u8], manifest: Manifest, number: u8, options: Options) -> Install {
     let read = |at: Sectors, into: &mut [u8]| {
@@ -15,7 +15,7 @@ fn open(disk: &[u8], manifest: Manifest, number: u8, options: Options) -> Instal
         Ok::<(), Infallible>(())
     };
     let size = disk.len() as u64 / SECTOR;
-    Install::open(size, manifest, [number; 16], true, options, read).unwrap()
+    Install::open(size, manifest, boot(number, true), options, read).unwrap()
 }
 
 /// One whose disk does at once, and durably, what it is told.
@@ -280,6 +280,26 @@ fn durable_writes_wait_until_there_is_something_to_fall_back_to() {
 }
 
 #[test]
+fn a_flush_does_not_wait_for_writes_behind_it() {
+    let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
+    machine.begin();
+    assert_eq!(machine.install.flush(), Verdict::Pass);
+    assert_eq!(machine.install.write(sectors(0, 1), false), Verdict::Pass);
+    // It is not done, and so not covered.
+    assert_eq!(machine.install.flush(), Verdict::Pass);
+    machine.install.written(sectors(0, 1));
+    assert_eq!(machine.install.flush(), Verdict::Hold);
+    // Whatever else the guest writes, the record is not behind for ever.
+    assert_eq!(machine.install.write(sectors(9, 1), false), Verdict::Hold);
+    while machine.work(false) {}
+    assert_eq!(machine.install.write(sectors(0, 1), false), Verdict::Pass);
+    assert_eq!(machine.install.flush(), Verdict::Pass);
+    assert_eq!(machine.install.write(sectors(9, 1), false), Verdict::Pass);
+    assert_eq!(machine.restart().read(sectors(0, 1)), Verdict::Pass);
+    assert_eq!(machine.restart().read(sectors(9, 1)), Verdict::Hold);
+}
+
+#[test]
 fn all_of_a_disk_may_be_discarded() {
     let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
     machine.begin();
@@ -303,8 +323,7 @@ fn disks_that_are_not_written_over() {
         Install::open(
             size,
             manifest,
-            [3; 16],
-            may_begin,
+            boot(3, may_begin),
             Options::default(),
             |at, into| {
                 into.copy_from_slice(&disk[bytes(at)]);
