@@ -56,7 +56,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             memory: 16 << 20,
-            in_flight: 32,
+            in_flight: 16,
             rate: None,
             commit_bytes: 64 << 20,
             commit_micros: 5_000_000,
