@@ -93,7 +93,7 @@ pub struct ProfileArgs {
 /// `image`.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
-    /// Servers that have the image: http://HOST[:PORT][/PATH], up to 8 with commas between them
+    /// Servers that have the image, such as http://10.0.0.1:8080, up to 8 with commas between them
     #[arg(long, required = true, value_name = "URL", value_delimiter = ',', value_parser = server)]
     pub server: Vec<Server>,
     /// The only image that the machine may become; the server is asked if it is not given
@@ -120,6 +120,10 @@ pub struct ImageArgs {
     /// Most bytes per second that are fetched while nobody waits for them, such as 50M
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     pub rate: Option<u64>,
+    /// A file with the key that the record on the disk is sealed with; it is made if it is not there. For
+    /// machines whose disks others had before. With another key, an installation is begun anew
+    #[arg(long, value_name = "FILE")]
+    pub key: Option<PathBuf>,
     /// The machine's name, instead of its card's address
     #[arg(long, value_name = "NAME", value_parser = machine)]
     pub machine: Option<String>,

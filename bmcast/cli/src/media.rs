@@ -1,10 +1,10 @@
 //! `image`: a medium that a machine boots the VMM from.
 
 use std::fs::File;
-use std::io::{Cursor, Seek as _, SeekFrom, Write as _};
+use std::io::{Cursor, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
-use bmcast_image::{BootConfig, Disk, Hash, MAX_MANIFEST, Manifest, Network, Server};
+use bmcast_image::{BootConfig, Disk, Hash, Key, MAX_MANIFEST, Manifest, Network, Server};
 use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
 use gpt::disk::LogicalBlockSize;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::args::ImageArgs;
 use crate::client;
 use crate::exit::{self, Code, Error};
-use crate::source::mode;
+use crate::source::{self, mode};
 
 const SECTOR: usize = 512;
 /// Where the partition begins, as everybody aligns them.
@@ -29,7 +29,6 @@ struct Made {
     medium: PathBuf,
     bytes: u64,
     manifest: String,
-    config: String,
 }
 
 /// Carries out `image`.
@@ -54,6 +53,7 @@ pub async fn command(arguments: Box<ImageArgs>, json: bool) -> Result<(), Error>
         network,
         disk: arguments.disk.map_or(Disk::First, Disk::Serial),
         rate: arguments.rate,
+        key: arguments.key.as_deref().map(key).transpose()?,
         machine: arguments.machine,
     }
     .to_string();
@@ -65,10 +65,34 @@ pub async fn command(arguments: Box<ImageArgs>, json: bool) -> Result<(), Error>
         medium: arguments.out,
         bytes,
         manifest: manifest.to_string(),
-        config,
     };
     exit::show(&made, json, |made| {
         format!("{}: boots image {}\n", made.medium.display(), made.manifest)
+    })
+}
+
+/// Reads a key, or makes one.
+fn key(path: &Path) -> Result<Key, Error> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let mut random = [0; 32];
+            File::open("/dev/urandom")
+                .and_then(|mut file| file.read_exact(&mut random))
+                .map_err(|error| Error::file(Path::new("/dev/urandom"), &error))?;
+            let text = format!("{}\n", Key(random));
+            source::write(path, text.as_bytes(), 0o600)?;
+            text
+        }
+        Err(error) => return Err(Error::file(path, &error)),
+    };
+    text.trim().parse().map_err(|error| {
+        let text = format!("{}: it is no key: {error}", path.display());
+        Error::new(
+            Code::BadRequest,
+            text,
+            "a file that is not there is made, with a new key",
+        )
     })
 }
 
@@ -192,7 +216,8 @@ fn volume(efi: &[u8], config: &str) -> std::io::Result<Vec<u8>> {
         .volume_id(id);
     fatfs::format_volume(Cursor::new(&mut volume), options)?;
     {
-        let system = FileSystem::new(Cursor::new(&mut volume), FsOptions::new())?;
+        let options = FsOptions::new().time_provider(&Epoch);
+        let system = FileSystem::new(Cursor::new(&mut volume), options)?;
         let directory = system.root_dir().create_dir("EFI")?.create_dir("BOOT")?;
         for (name, bytes) in [("BOOTX64.EFI", efi), ("bmcast.conf", config.as_bytes())] {
             let mut file = directory.create_file(name)?;
@@ -202,7 +227,67 @@ fn volume(efi: &[u8], config: &str) -> std::io::Result<Vec<u8>> {
         drop(directory);
         system.unmount()?;
     }
+    mend_dots(&mut volume);
     Ok(volume)
+}
+
+/// The time of files: the same medium has the same bytes, whenever it is made.
+#[derive(Debug)]
+struct Epoch;
+
+impl fatfs::TimeProvider for Epoch {
+    fn get_current_date(&self) -> fatfs::Date {
+        fatfs::Date {
+            year: 1980,
+            month: 1,
+            day: 1,
+        }
+    }
+
+    fn get_current_date_time(&self) -> fatfs::DateTime {
+        fatfs::DateTime {
+            date: self.get_current_date(),
+            time: fatfs::Time {
+                hour: 0,
+                min: 0,
+                sec: 0,
+                millis: 0,
+            },
+        }
+    }
+}
+
+/// `fatfs` 0.3 gives `.` and `..` long names, and the root's cluster to the `..` of directories in it. In
+/// Microsoft's specification (version 1.03, "FAT Directory Structure") these two are the first entries, without
+/// long names, and the root is 0 there.
+fn mend_dots(volume: &mut [u8]) {
+    const ENTRY: usize = 32;
+    let word = |at: usize| {
+        u32::from_le_bytes([volume[at], volume[at + 1], volume[at + 2], volume[at + 3]])
+    };
+    let root = word(44);
+    let cluster = usize::from(volume[13]) * SECTOR;
+    let reserved = usize::from(volume[14]) | usize::from(volume[15]) << 8;
+    let tables = usize::from(volume[16]) * usize::try_from(word(36)).unwrap_or(0);
+    let data = (reserved + tables) * SECTOR;
+    // The directories were made first, and so are in the first clusters.
+    for directory in volume[data..].chunks_exact_mut(cluster).take(8) {
+        let is = |n: usize, name: &[u8; 11]| directory[n * ENTRY..][..11] == name[..];
+        if !is(1, b".          ") || !is(3, b"..         ") {
+            continue;
+        }
+        directory.copy_within(ENTRY..2 * ENTRY, 0);
+        directory.copy_within(3 * ENTRY..4 * ENTRY, ENTRY);
+        // Free.
+        directory[2 * ENTRY] = 0xe5;
+        directory[3 * ENTRY] = 0xe5;
+        let parent = &mut directory[ENTRY..2 * ENTRY];
+        if [parent[26], parent[27], parent[20], parent[21]] == root.to_le_bytes() {
+            for at in [20, 21, 26, 27] {
+                parent[at] = 0;
+            }
+        }
+    }
 }
 
 fn first(hash: Hash) -> [u8; 4] {
@@ -212,8 +297,6 @@ fn first(hash: Hash) -> [u8; 4] {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read as _;
-
     use super::*;
 
     #[test]
@@ -247,6 +330,14 @@ mod tests {
         let mut file = root.open_file("EFI/BOOT/bmcast.conf").unwrap();
         file.read_to_string(&mut text).unwrap();
         assert_eq!(text, "server = x\n");
+        let directory = root.open_dir("EFI/BOOT").unwrap();
+        let first: Vec<String> = directory
+            .iter()
+            .take(2)
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(first, [".", ".."]);
+        assert!(root.open_dir("EFI/BOOT/../../EFI/./BOOT").is_ok());
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub async fn command(arguments: ProfileArgs) -> Result<(), Error> {
             "it does so once its image is installed",
         ));
     };
-    source::write(&out, &bytes)
+    source::write(&out, &bytes, 0o644)
 }
 
 /// Reads a file of little-endian numbers.

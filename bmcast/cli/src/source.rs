@@ -39,7 +39,7 @@ impl Source {
             chunk.unwrap_or(bmcast_image::DEFAULT_CHUNK),
             Vec::new(),
         )?;
-        if let Err(error) = write(&beside, manifest.as_bytes()) {
+        if let Err(error) = write(&beside, manifest.as_bytes(), 0o644) {
             tracing::warn!("the manifest is made again next time: {error}");
         }
         Ok(Self { reader, manifest })
@@ -104,15 +104,17 @@ fn make(image: &Path, reader: &Reader, chunk: u32, profile: Vec<u32>) -> Result<
     Manifest::new(chunks, &sums, profile).map_err(wrong)
 }
 
-/// Writes a file all at once.
-pub fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+/// Writes a file all at once, with these permissions, less the umask.
+pub fn write(path: &Path, bytes: &[u8], permissions: u32) -> Result<(), Error> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
     let all = || {
         let mut builder = tempfile::Builder::new();
-        let mut file = builder.permissions(mode(0o644)).tempfile_in(directory)?;
+        let mut file = builder
+            .permissions(mode(permissions))
+            .tempfile_in(directory)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)
@@ -145,7 +147,7 @@ pub fn command(arguments: ManifestArgs, json: bool) -> Result<(), Error> {
     let (reader, _) = open(&arguments.image)?;
     let manifest = make(&arguments.image, &reader, arguments.cut.chunk(), profile)?;
     let file = arguments.out.unwrap_or_else(|| beside(&arguments.image));
-    write(&file, manifest.as_bytes())?;
+    write(&file, manifest.as_bytes(), 0o644)?;
     let chunks = manifest.chunks();
     let made = Made {
         manifest: file,

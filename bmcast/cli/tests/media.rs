@@ -78,6 +78,8 @@ fn a_medium_pins_what_the_server_has() {
         "50M",
         "--machine",
         "m1",
+        "--key",
+        &at("key"),
         "--json",
     ];
     let made = bmcast(&more);
@@ -90,6 +92,16 @@ fn a_medium_pins_what_the_server_has() {
         (found.disk, found.rate),
         (Disk::Serial("WD 1".into()), Some(50 << 20))
     );
+
+    let key = std::fs::read_to_string(at("key")).expect("it was made");
+    assert_eq!(found.key.map(|key| format!("{key}\n")).as_ref(), Some(&key));
+    assert!(bmcast(&more).status.success());
+    assert_eq!(
+        std::fs::read_to_string(at("key")).expect("it is there"),
+        key
+    );
+    std::fs::write(at("key"), "short").expect("written");
+    assert_eq!(bmcast(&more).status.code(), Some(2));
 
     std::fs::write(at("text"), "no application").expect("written");
     let wrong = bmcast(&[

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::net::Ipv4Addr;
 
-use crate::{Hash, NoHash, is_machine_name};
+use crate::{Hash, Key, NoHash, is_machine_name};
 
 /// Most bytes of the file.
 const MOST: usize = 16 << 10;
@@ -105,6 +105,8 @@ pub struct BootConfig {
     pub disk: Disk,
     /// Most bytes per second that are fetched while nobody waits for them.
     pub rate: Option<u64>,
+    /// What the record on its disk is sealed with.
+    pub key: Option<Key>,
     /// The name that it reports itself by; its MAC address if there is none.
     pub machine: Option<String>,
 }
@@ -130,8 +132,8 @@ pub enum ConfigError {
     NoText,
 }
 
-const KEYS: [&str; 9] = [
-    "server", "manifest", "network", "address", "gateway", "dns", "disk", "rate", "machine",
+const KEYS: [&str; 10] = [
+    "server", "manifest", "network", "address", "gateway", "dns", "disk", "rate", "key", "machine",
 ];
 
 impl BootConfig {
@@ -221,6 +223,10 @@ impl<'a> Values<'a> {
             network: self.network()?,
             disk: disk.unwrap_or(Disk::First),
             rate: self.get("rate", parse_rate)?,
+            key: self.get("key", |key| {
+                key.parse()
+                    .map_err(|NoHash| "a key has 64 hexadecimal digits")
+            })?,
             machine: self.get("machine", |name| match is_machine_name(name) {
                 true => Ok(name.into()),
                 false => Err("a name has 1 to 64 letters, digits, `-`, `_`, `.` and `:`"),
@@ -320,6 +326,9 @@ impl fmt::Display for BootConfig {
         if let Some(rate) = self.rate {
             writeln!(f, "rate = {rate}")?;
         }
+        if let Some(key) = &self.key {
+            writeln!(f, "key = {key}")?;
+        }
         if let Some(machine) = &self.machine {
             writeln!(f, "machine = {machine}")?;
         }
@@ -358,11 +367,13 @@ mod tests {
         let text = format!(
             "server = http://a.example/images/debian/, http://10.0.0.1:81\nmanifest = {ID}\n\
              network = static\naddress = 10.0.2.15/24\ngateway = 10.0.2.2\ndns = 10.0.2.3\n\
-             disk = serial WD-1 2\nrate = 50M\nmachine = rack-1.a\n"
+             disk = serial WD-1 2\nrate = 50M\nkey = {ID}\nmachine = rack-1.a\n"
         );
         let config = parse(&text).unwrap();
         assert_eq!(config.servers[0].path, "/images/debian");
         assert_eq!(config.rate, Some(50 << 20));
+        assert_eq!(config.key.map(|key| key.to_string()), Some(ID.into()));
+        assert!(!format!("{config:?}").contains("0405, 6"));
         assert_eq!(config.disk, Disk::Serial("WD-1 2".into()));
         assert_eq!(parse(&config.to_string()).unwrap(), config);
     }
@@ -383,6 +394,7 @@ mod tests {
             ("address = 10.0.0.1/33", "address"),
             ("gateway = 10.0.0.1", "gateway"),
             ("network = wlan", "network"),
+            ("key = 00", "key"),
             ("manifest = 00", "manifest"),
         ] {
             let error = parse(&format!("{base}{line}\n")).unwrap_err();

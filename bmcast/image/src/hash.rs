@@ -43,9 +43,41 @@ impl fmt::Debug for Hash {
     }
 }
 
-/// It is no BLAKE3 sum.
+/// What the record on a disk is sealed with; as text, 64 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Key(pub [u8; 32]);
+
+impl Key {
+    /// The sum that only who has the key can make.
+    pub(crate) fn sum(&self, bytes: &[u8]) -> [u8; 32] {
+        *blake3::keyed_hash(&self.0, bytes).as_bytes()
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&Hash(self.0), f)
+    }
+}
+
+/// Nothing of it: what is shown for debugging is kept in logs.
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key")
+    }
+}
+
+impl FromStr for Key {
+    type Err = NoHash;
+
+    fn from_str(text: &str) -> Result<Self, NoHash> {
+        text.parse().map(|Hash(bytes)| Self(bytes))
+    }
+}
+
+/// It is no BLAKE3 sum, and no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a BLAKE3 sum has 64 hexadecimal digits")]
+#[error("it has 64 hexadecimal digits")]
 pub struct NoHash;
 
 impl FromStr for Hash {

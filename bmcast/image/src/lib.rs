@@ -13,7 +13,7 @@ mod set;
 mod status;
 
 pub use config::{BootConfig, ConfigError, Disk, Network, Server, parse_rate};
-pub use hash::{Hash, NoHash};
+pub use hash::{Hash, Key, NoHash};
 pub use manifest::{
     Chunks, DEFAULT_CHUNK, MAX_CHUNK, MAX_CHUNKS, MAX_MANIFEST, MIN_CHUNK, Manifest, ManifestError,
 };

@@ -1,15 +1,20 @@
 //! The record of what is on a disk, at the disk's end.
 //!
 //! Each piece of it has two places and its own sum and generation, and is written to them in turn: a
-//! write that is cut leaves the piece before it, and pieces may reach the disk in any order. A bit
-//! is set when its sector's data is durable, and never taken back within an installation.
+//! write that is cut leaves the piece before it, and pieces may reach the disk in any order. All sectors
+//! of a piece have the mark of the boot that wrote it: sectors of a write that was cut, and of a later
+//! one that was cut too, never make up the first one. A bit is set when its sector's data is durable,
+//! and never taken back within an installation.
+//!
+//! Whoever had the disk before could have left a record that calls sectors of theirs those of the image.
+//! The sums are keyed, so that they cannot where there is a key.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use crate::manifest::{u32_at, u64_at};
-use crate::set::PAGE;
-use crate::{Hash, SECTOR, SectorSet, Sectors};
+use crate::set::{PAGE, PAGE_BYTES};
+use crate::{Hash, Key, SECTOR, SectorSet, Sectors};
 
 const HEADER_MAGIC: &[u8; 8] = b"BMCASTRH";
 const BLOCK_MAGIC: &[u8; 8] = b"BMCASTRB";
@@ -21,10 +26,12 @@ const BLOCK: usize = 4096;
 const BLOCK_SECTORS: u64 = BLOCK as u64 / SECTOR;
 /// Blocks that are read at once.
 const AT_ONCE: usize = 64;
-/// Bytes of a block before its bits.
-const HEAD: usize = 512;
-/// Pages of a set in a block.
-const PAGES: usize = (BLOCK - HEAD) / 512;
+/// Sectors of a block that have bits: all but the first.
+const PAGES: usize = BLOCK / 512 - 1;
+/// Generations of a piece: one that counts further was not counted.
+const MOST_GENERATIONS: u64 = 1 << 62;
+/// Bytes of a boot's mark, before the bits.
+const MARK: usize = 512 - PAGE_BYTES;
 /// Sectors whose bits are in a block.
 const COVERS: u64 = PAGES as u64 * PAGE;
 
@@ -191,6 +198,9 @@ struct Place {
 pub struct Record {
     layout: Layout,
     header: Header,
+    key: Key,
+    /// Of this boot.
+    mark: [u8; MARK],
     /// Whether the header is on the disk.
     begun: bool,
     places: Vec<Place>,
@@ -224,13 +234,16 @@ impl Commit {
 }
 
 impl Record {
-    /// Looks for a record; `read` fills bytes with sectors of the disk.
+    /// Looks for a record that was made with the key; `read` fills bytes with sectors of the disk.
+    /// `random` bytes tell this boot from all others.
     ///
     /// # Errors
     /// The disk cannot be read, or its record cannot be understood.
     pub fn find<E>(
         layout: Layout,
         manifest: Hash,
+        key: Key,
+        random: [u8; 16],
         mut read: impl FnMut(Sectors, &mut [u8]) -> Result<(), E>,
     ) -> Result<Found, RecordError<E>> {
         let mut bytes = alloc::vec![0; BLOCK];
@@ -240,7 +253,7 @@ impl Record {
         let mut header: Option<Header> = None;
         for slot in [0, 1] {
             get(layout.header(slot), &mut bytes)?;
-            if let Some(found) = Header::parse(&bytes, slot)?
+            if let Some(found) = Header::parse(&bytes, &key, slot)?
                 && header.is_none_or(|other| other.generation < found.generation)
             {
                 header = Some(found);
@@ -258,7 +271,7 @@ impl Record {
                 image: header.image,
             });
         }
-        let mut record = Self::new(layout, header);
+        let mut record = Self::new(layout, header, key, random);
         record.begun = true;
         if header.complete {
             record.durable.insert(Sectors {
@@ -288,12 +301,13 @@ impl Record {
     /// Begins an installation. Nothing of the disk may be written before its first [`Commit`] holds:
     /// until then the record before it, if there is one (`over`), is true.
     ///
-    /// `installation` tells it from all others on this disk, whose blocks are not wiped: random bytes.
+    /// `random` bytes tell it from all others on this disk, whose blocks are not wiped.
     #[must_use]
     pub fn begin(
         layout: Layout,
         manifest: Hash,
-        installation: [u8; 16],
+        key: Key,
+        random: [u8; 16],
         over: Option<&Header>,
     ) -> Self {
         let header = Header {
@@ -301,17 +315,21 @@ impl Record {
             complete: false,
             disk: layout.disk,
             image: layout.image,
-            installation,
+            installation: random,
             generation: over.map_or(0, |over| over.generation),
             slot: over.map_or(1, |over| over.slot),
         };
-        Self::new(layout, header)
+        Self::new(layout, header, key, random)
     }
 
-    fn new(layout: Layout, header: Header) -> Self {
+    fn new(layout: Layout, header: Header, key: Key, random: [u8; 16]) -> Self {
+        let mut mark = [0; MARK];
+        mark.copy_from_slice(&random[..MARK]);
         Self {
             layout,
             header,
+            key,
+            mark,
             begun: false,
             places: alloc::vec![Place::default(); usize::try_from(layout.blocks).unwrap_or(0)],
             durable: SectorSet::new(layout.image),
@@ -323,10 +341,11 @@ impl Record {
         let Some(place) = self.places.get_mut(index) else {
             return;
         };
-        let is_ours = is_whole(bytes, BLOCK_MAGIC)
+        let is_ours = is_whole(bytes, BLOCK_MAGIC, &self.key)
             && bytes[40..56] == self.header.installation
             && u64_at(bytes, 56) == Some(number);
-        let Some(generation) = u64_at(bytes, 64).filter(|_| is_ours) else {
+        let generation = u64_at(bytes, 64).filter(|number| *number < MOST_GENERATIONS);
+        let Some(generation) = generation.filter(|_| is_ours) else {
             return;
         };
         // The newer one says all that the older one does, so both count.
@@ -381,10 +400,10 @@ impl Record {
             data[40..56].copy_from_slice(&self.header.installation);
             data[56..64].copy_from_slice(&u64::from(*number).to_le_bytes());
             data[64..72].copy_from_slice(&next.generation.to_le_bytes());
-            for (n, bits) in data[HEAD..].chunks_exact_mut(512).enumerate() {
-                local.page_bits(index * PAGES + n, bits);
+            for (n, sector) in data.chunks_exact_mut(512).skip(1).enumerate() {
+                local.page_bits(index * PAGES + n, &mut sector[MARK..]);
             }
-            seal(&mut data, BLOCK_MAGIC);
+            seal(&mut data, BLOCK_MAGIC, &self.key, self.mark);
             pieces.push(Piece {
                 to: self.layout.block(u64::from(*number), next.slot),
                 data,
@@ -392,6 +411,15 @@ impl Record {
         }
         let header = (!self.begun).then(|| self.header.next(false));
         pieces.extend(header.map(|header| self.header_piece(&header)));
+        if let Some(header) = header
+            && self.header.generation == 0
+        {
+            // None was found, so there may be one in the other place that another key opens.
+            pieces.push(self.header_piece(&Header {
+                slot: 1 - header.slot,
+                ..header
+            }));
+        }
         Commit {
             pieces: joined(pieces, most),
             blocks,
@@ -442,7 +470,7 @@ impl Record {
     fn header_piece(&self, header: &Header) -> Piece {
         Piece {
             to: self.layout.header(header.slot),
-            data: header.bytes(),
+            data: header.bytes(&self.key, self.mark),
         }
     }
 }
@@ -468,14 +496,15 @@ impl Header {
     fn next(&self, complete: bool) -> Self {
         Self {
             complete,
-            generation: self.generation.saturating_add(1),
+            generation: self.generation + 1,
             slot: 1 - self.slot.min(1),
             ..*self
         }
     }
 
-    fn parse<E>(bytes: &[u8], slot: u8) -> Result<Option<Self>, RecordError<E>> {
-        if !is_whole(bytes, HEADER_MAGIC) {
+    fn parse<E>(bytes: &[u8], key: &Key, slot: u8) -> Result<Option<Self>, RecordError<E>> {
+        let is_counted = u64_at(bytes, 96).is_some_and(|number| number < MOST_GENERATIONS);
+        if !is_whole(bytes, HEADER_MAGIC, key) || !is_counted {
             return Ok(None);
         }
         let word = |at| u64_at(bytes, at).unwrap_or(0);
@@ -498,7 +527,7 @@ impl Header {
         }))
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    fn bytes(&self, key: &Key, mark: [u8; MARK]) -> Vec<u8> {
         let mut bytes = alloc::vec![0; BLOCK];
         let flags = if self.complete { COMPLETE } else { 0 };
         bytes[40..44].copy_from_slice(&VERSION.to_le_bytes());
@@ -508,26 +537,29 @@ impl Header {
         bytes[96..104].copy_from_slice(&self.generation.to_le_bytes());
         bytes[104..112].copy_from_slice(&self.image.to_le_bytes());
         bytes[112..120].copy_from_slice(&self.disk.to_le_bytes());
-        seal(&mut bytes, HEADER_MAGIC);
+        seal(&mut bytes, HEADER_MAGIC, key, mark);
         bytes
     }
 }
 
-/// Adds the magic, and the sum of all that follows it.
-fn seal(bytes: &mut [u8], magic: &[u8; 8]) {
+/// Adds the marks, the magic, and the sum of all that follows it.
+fn seal(bytes: &mut [u8], magic: &[u8; 8], key: &Key, mark: [u8; MARK]) {
+    for sector in bytes.chunks_exact_mut(512).skip(1) {
+        sector[..MARK].copy_from_slice(&mark);
+    }
     bytes[32..40].copy_from_slice(magic);
-    let sum = Hash::of(&bytes[32..]);
-    bytes[..32].copy_from_slice(&sum.0);
+    let sum = key.sum(&bytes[32..]);
+    bytes[..32].copy_from_slice(&sum);
 }
 
-fn is_whole(bytes: &[u8], magic: &[u8; 8]) -> bool {
-    bytes.len() == BLOCK && bytes[32..40] == magic[..] && Hash::of(&bytes[32..]).0 == bytes[..32]
+fn is_whole(bytes: &[u8], magic: &[u8; 8], key: &Key) -> bool {
+    bytes.len() == BLOCK && bytes[32..40] == magic[..] && key.sum(&bytes[32..]) == bytes[..32]
 }
 
 /// Adds the bits of a block to a set.
 fn apply(set: &mut SectorSet, block: usize, bytes: &[u8]) {
-    for (n, bits) in bytes[HEAD..].chunks_exact(512).enumerate() {
-        set.insert_bits(block * PAGES + n, bits);
+    for (n, sector) in bytes.chunks_exact(512).skip(1).enumerate() {
+        set.insert_bits(block * PAGES + n, &sector[MARK..]);
     }
 }
 
@@ -551,176 +583,4 @@ fn joined(mut pieces: Vec<Piece>, most: usize) -> Vec<Piece> {
 }
 
 #[cfg(test)]
-mod tests {
-    use core::convert::Infallible;
-
-    use alloc::vec;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const IMAGE: u64 = COVERS * 2 + 100;
-    const DISK: u64 = IMAGE + 107;
-    const NAME: Hash = Hash([7; 32]);
-
-    fn layout() -> Layout {
-        Layout::new(DISK, IMAGE).unwrap()
-    }
-
-    struct Medium(Vec<u8>);
-
-    impl Medium {
-        fn new() -> Self {
-            Self(vec![
-                0xa5;
-                usize::try_from((DISK - layout().visible()) * SECTOR)
-                    .unwrap()
-            ])
-        }
-
-        fn range(at: Sectors) -> core::ops::Range<usize> {
-            let start = usize::try_from((at.start - layout().visible()) * SECTOR).unwrap();
-            start..start + usize::try_from(at.count * SECTOR).unwrap()
-        }
-
-        fn write(&mut self, piece: &Piece) {
-            self.0[Self::range(piece.to)].copy_from_slice(&piece.data);
-        }
-
-        fn find(&self, name: Hash) -> Result<Found, RecordError<Infallible>> {
-            Record::find(layout(), name, |at, bytes| {
-                bytes.copy_from_slice(&self.0[Self::range(at)]);
-                Ok(())
-            })
-        }
-
-        fn record(&self) -> Record {
-            match self.find(NAME).unwrap() {
-                Found::This(record) => *record,
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    #[test]
-    fn sizes() {
-        let layout = layout();
-        // Three blocks and a header, twice, on a boundary of 4 KiB.
-        assert_eq!(layout.visible(), DISK / 8 * 8 - 64);
-        assert_eq!(layout.header(1).end(), DISK / 8 * 8);
-        assert_eq!(layout.block(2, 1).end(), layout.header(0).start);
-        let error = Layout::new(IMAGE + 63, IMAGE).unwrap_err();
-        assert_eq!((error.disk, error.image), (IMAGE + 63, IMAGE));
-        assert!(Layout::new(IMAGE + error.record, IMAGE).is_ok() || error.record > 64);
-        assert!(Layout::new(0, 1).is_err());
-    }
-
-    #[test]
-    fn an_old_record_is_another_until_the_new_one_is_there() {
-        let mut medium = Medium::new();
-        assert!(matches!(medium.find(NAME), Ok(Found::Nothing)));
-        let old = Record::begin(layout(), Hash([1; 32]), [1; 16], None);
-        let mut local = SectorSet::new(IMAGE);
-        local.insert(Sectors { start: 0, count: 9 });
-        for piece in old.commit(&local, vec![0, 1], 4096).pieces() {
-            medium.write(piece);
-        }
-        let Ok(Found::Other(header)) = medium.find(NAME) else {
-            panic!("it is there");
-        };
-        assert!(!header.complete);
-        let new = Record::begin(layout(), NAME, [2; 16], Some(&header));
-        for piece in new.commit(&local, vec![], 4096).pieces() {
-            medium.write(piece);
-        }
-        // Blocks of the old one are still there, and say nothing.
-        assert_eq!(medium.record().durable().missing(), IMAGE);
-    }
-
-    #[test]
-    fn complete() {
-        let mut medium = Medium::new();
-        let mut record = Record::begin(layout(), NAME, [2; 16], None);
-        let commit = record.completion();
-        medium.write(&commit.pieces()[0]);
-        record.committed(&commit);
-        for record in [record, medium.record()] {
-            assert!(record.complete());
-            assert_eq!(record.durable().missing(), 0);
-        }
-    }
-
-    #[test]
-    fn other_versions_and_disks_are_refused() {
-        let mut medium = Medium::new();
-        let mut record = Record::begin(layout(), NAME, [2; 16], None);
-        record.header.disk += 8;
-        medium.write(&record.completion().pieces()[0]);
-        let error = medium.find(NAME).unwrap_err();
-        assert!(matches!(error, RecordError::Geometry { .. }), "{error}");
-        let mut piece = record.completion().pieces()[0].clone();
-        piece.data[40] = 9;
-        seal(&mut piece.data, HEADER_MAGIC);
-        medium.write(&piece);
-        assert!(matches!(medium.find(NAME), Err(RecordError::Version(9))));
-    }
-
-    proptest! {
-        /// Steps of which each but the last is written whole, and of the last one some sectors.
-        #[test]
-        fn a_cut_step_loses_and_invents_nothing(
-            steps in prop::collection::vec((0..IMAGE, 1..5000u64), 1..12),
-            cut in any::<u64>(),
-        ) {
-            let mut medium = Medium::new();
-            let mut record = Record::begin(layout(), NAME, [2; 16], None);
-            let begin = record.commit(&SectorSet::new(IMAGE), vec![], 4096);
-            begin.pieces().iter().for_each(|piece| medium.write(piece));
-            record.committed(&begin);
-            let mut local = SectorSet::new(IMAGE);
-            let last = steps.len() - 1;
-            for (n, (start, count)) in steps.into_iter().enumerate() {
-                let before = local.clone();
-                let new = Sectors { start, count };
-                local.insert(new);
-                let touched = layout().block_of(start)..=layout().block_of(new.end().min(IMAGE) - 1);
-                let commit = record.commit(&local, touched.collect(), 8192);
-                prop_assert!(commit.pieces().iter().all(|piece| piece.data.len() <= 8192));
-                if n < last {
-                    commit.pieces().iter().for_each(|piece| medium.write(piece));
-                    record.committed(&commit);
-                    prop_assert_eq!(record.durable(), &local);
-                    let again = medium.record();
-                    prop_assert_eq!(again.durable(), &local);
-                    continue;
-                }
-                let mut bit = 0;
-                for piece in commit.pieces() {
-                    for (sector, data) in (piece.to.start..).zip(piece.data.chunks_exact(512)) {
-                        if cut >> (bit % 64) & 1 == 1 {
-                            let to = Sectors { start: sector, count: 1 };
-                            medium.write(&Piece { to, data: data.to_vec() });
-                        }
-                        bit += 1;
-                    }
-                }
-                let after = medium.record();
-                let (mut union, all) = (before.clone(), Sectors { start: 0, count: IMAGE });
-                let mut at = all;
-                while let Some(run) = before.next_missing(at) {
-                    // What was not there before may be there if the step says so.
-                    for sector in run.start..run.end() {
-                        let one = Sectors { start: sector, count: 1 };
-                        if after.durable().contains(one) {
-                            prop_assert!(local.contains(one));
-                            union.insert(one);
-                        }
-                    }
-                    at = Sectors { start: run.end(), count: IMAGE - run.end() };
-                }
-                prop_assert_eq!(after.durable(), &union);
-            }
-        }
-    }
-}
+mod tests;

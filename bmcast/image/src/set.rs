@@ -5,9 +5,11 @@ use alloc::vec::Vec;
 
 use crate::Sectors;
 
-/// Sectors of one page of a set.
-pub(crate) const PAGE: u64 = 4096;
-const WORDS: usize = 64;
+const WORDS: usize = 63;
+/// Sectors of one page of a set: so many that the record can write a page and 8 bytes as a sector.
+pub(crate) const PAGE: u64 = WORDS as u64 * 64;
+/// Bytes of its bits.
+pub(crate) const PAGE_BYTES: usize = WORDS * 8;
 
 /// A page: none of its sectors, all of them, or some.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +21,7 @@ enum Page {
 
 /// Which of the first so many sectors of a disk are in it, exactly.
 ///
-/// It takes memory where sectors that are in it and sectors that are not lie close together: 512
+/// It takes memory where sectors that are in it and sectors that are not lie close together: 504
 /// bytes for each 2 MiB of such a disk, and 16 bytes for all others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SectorSet {
@@ -245,9 +247,9 @@ mod tests {
 
     /// A range of a disk of three pages and a bit, or beyond it.
     fn range() -> impl Strategy<Value = Sectors> {
-        let near = [0u64, 4096, 8192, 12288, 12300].map(Just);
+        let near = [0u64, 4032, 8064, 12096, 12300].map(Just);
         let start = prop_oneof![0..13000u64, proptest::strategy::Union::new(near)];
-        let count = prop_oneof![0..70u64, 0..9000u64, Just(4096), Just(64)];
+        let count = prop_oneof![0..70u64, 0..9000u64, Just(4032), Just(64)];
         (start, count).prop_map(|(start, count)| Sectors { start, count })
     }
 
@@ -278,7 +280,7 @@ mod tests {
             }
             let mut copy = SectorSet::new(sectors);
             for page in 0..set.pages.len() + 1 {
-                let mut bits = [0xff; 512];
+                let mut bits = [0xff; PAGE_BYTES];
                 set.page_bits(page, &mut bits);
                 copy.insert_bits(page, &bits);
                 copy.insert_bits(page, &bits);
@@ -289,11 +291,11 @@ mod tests {
 
     #[test]
     fn bits_beyond_the_end_are_left_out() {
-        let mut set = SectorSet::new(4097);
-        set.insert_bits(1, &[0xff; 512]);
-        set.insert_bits(2, &[0xff; 512]);
-        assert_eq!(set.missing(), 4096);
-        set.insert_bits(0, &[0xff; 512]);
+        let mut set = SectorSet::new(PAGE + 1);
+        set.insert_bits(1, &[0xff; PAGE_BYTES]);
+        set.insert_bits(2, &[0xff; PAGE_BYTES]);
+        assert_eq!(set.missing(), PAGE);
+        set.insert_bits(0, &[0xff; PAGE_BYTES]);
         assert_eq!(set.missing(), 0);
     }
 

@@ -68,6 +68,8 @@ pub(crate) struct Pipeline {
     /// Bytes of chunks that are asked for or ready.
     held: usize,
     fetching: usize,
+    /// Those among them that the guest waits for.
+    fetching_urgent: usize,
     zeros: usize,
     profile_at: usize,
     cursor: u32,
@@ -107,7 +109,7 @@ impl Pipeline {
         };
         match entry.stage {
             Stage::Wanted => self.demanded.push_back(chunk),
-            Stage::Fetching(_) => {}
+            Stage::Fetching(_) => self.fetching_urgent += 1,
             Stage::Ready(_) => self.urgent.push_back(chunk),
         }
         if self.order.len() < MOST_ORDER {
@@ -156,15 +158,23 @@ impl Pipeline {
     /// A chunk is done with.
     pub(crate) fn remove(&mut self, chunk: u32) {
         self.ready.remove(&chunk);
-        match self.entries.remove(&chunk).map(|entry| entry.stage) {
-            Some(Stage::Fetching(length)) => {
+        let Some(entry) = self.entries.remove(&chunk) else {
+            return;
+        };
+        match entry.stage {
+            Stage::Fetching(length) => {
                 self.held -= length;
-                self.fetching -= 1;
+                self.no_more_fetching(entry.urgent);
             }
-            Some(Stage::Ready(Some(data))) => self.held -= data.len(),
-            Some(Stage::Ready(None)) => self.zeros -= 1,
-            Some(Stage::Wanted) | None => {}
+            Stage::Ready(Some(data)) => self.held -= data.len(),
+            Stage::Ready(None) => self.zeros -= 1,
+            Stage::Wanted => {}
         }
+    }
+
+    fn no_more_fetching(&mut self, urgent: bool) {
+        self.fetching -= 1;
+        self.fetching_urgent -= usize::from(urgent);
     }
 
     /// Others are to have their turn before this chunk, which is ready.
@@ -193,8 +203,9 @@ impl Pipeline {
         if let Stage::Fetching(length) = entry.stage {
             entry.stage = Stage::Wanted;
             self.held -= length;
-            self.fetching -= 1;
-            match entry.urgent {
+            let urgent = entry.urgent;
+            self.no_more_fetching(urgent);
+            match urgent {
                 true => self.demanded.push_front(chunk),
                 false => self.again.push_back(chunk),
             }
@@ -237,16 +248,13 @@ impl Install {
         if is_too_much || is_too_fast || self.device.failed.is_some() {
             return None;
         }
-        while let Some(chunk) = self.pipeline.again.pop_front() {
-            if !self.pipeline.is_wanted(chunk, false) {
-                continue;
-            }
-            if self.next_absent(self.chunks.sectors(chunk)).is_some() {
-                return Some(self.ask(chunk, false));
-            }
-            self.pipeline.remove(chunk);
-        }
-        let chunk = self.next_unasked()?;
+        let next = self.next_of_profile();
+        // What the guest will want is on its way beside what it wants; the rest would only be in between.
+        let chunk = match next {
+            None if self.pipeline.fetching_urgent > 0 => return None,
+            None => self.next_again().or_else(|| self.next_unasked())?,
+            Some(chunk) => chunk,
+        };
         let stage = Stage::Wanted;
         let urgent = false;
         self.pipeline.entries.insert(chunk, Entry { stage, urgent });
@@ -261,6 +269,7 @@ impl Install {
         }
         self.pipeline.held += bytes;
         self.pipeline.fetching += 1;
+        self.pipeline.fetching_urgent += usize::from(urgent);
         if !urgent {
             self.pipeline.allowance -= i64::from(length);
         }
@@ -288,12 +297,13 @@ impl Install {
         if let Some(entry) = self.pipeline.entries.get_mut(&chunk) {
             // `held` stays: the length is the same.
             entry.stage = Stage::Ready(Some(data));
-            self.pipeline.fetching -= 1;
+            let urgent = entry.urgent;
+            self.pipeline.no_more_fetching(urgent);
             self.pipeline.ready.insert(chunk);
-            if entry.urgent {
+            if urgent {
                 self.pipeline.urgent.push_back(chunk);
             }
-            self.counters.count(bytes as u64, entry.urgent);
+            self.counters.count(bytes as u64, urgent);
         }
         // The guest may have written all of it meanwhile.
         self.drop_local_chunks(self.chunks.sectors(chunk));
@@ -309,7 +319,7 @@ impl Install {
     pub(crate) fn look_ahead(&mut self) {
         if self.pipeline.ready.is_empty()
             && self.pipeline.again.is_empty()
-            && let Some(chunk) = self.next_unasked()
+            && let Some(chunk) = self.next_of_profile().or_else(|| self.next_unasked())
         {
             self.pipeline.again.push_back(chunk);
             let stage = Stage::Wanted;
@@ -318,9 +328,22 @@ impl Install {
         }
     }
 
-    /// The next chunk that has to be fetched and that nobody waits for. Those of zeros that it passes are
-    /// ready.
-    fn next_unasked(&mut self) -> Option<u32> {
+    /// The next chunk whose data did not come and that nobody waits for.
+    fn next_again(&mut self) -> Option<u32> {
+        while let Some(chunk) = self.pipeline.again.pop_front() {
+            if !self.pipeline.is_wanted(chunk, false) {
+                continue;
+            }
+            if self.next_absent(self.chunks.sectors(chunk)).is_some() {
+                return Some(chunk);
+            }
+            self.pipeline.remove(chunk);
+        }
+        None
+    }
+
+    /// The next chunk of the profile that has to be fetched. Those of zeros that it passes are ready.
+    fn next_of_profile(&mut self) -> Option<u32> {
         while let Some(chunk) = self
             .manifest
             .profile()
@@ -335,6 +358,12 @@ impl Install {
                 return Some(chunk);
             }
         }
+        None
+    }
+
+    /// The next chunk that has to be fetched and that nobody waits for. Those of zeros that it passes are
+    /// ready.
+    fn next_unasked(&mut self) -> Option<u32> {
         // A chunk that a write of the guest's was to make local is met again in the next round.
         for _ in 0..2 {
             loop {

@@ -21,7 +21,7 @@ mod write;
 use alloc::vec::Vec;
 
 use bmcast_image::{
-    Chunks, Found, Hash, Layout, Manifest, Record, RecordError, SectorSet, Sectors, TooSmall,
+    Chunks, Found, Hash, Key, Layout, Manifest, Record, RecordError, SectorSet, Sectors, TooSmall,
 };
 use bmcast_mediator::{Blocks, Failed, Verdict, Work};
 
@@ -56,12 +56,25 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             memory: 16 << 20,
-            in_flight: 32,
+            in_flight: 16,
             rate: None,
             commit_bytes: 64 << 20,
             commit_micros: 5_000_000,
         }
     }
+}
+
+/// What an installation has to know of a boot.
+#[derive(Clone, Copy, Debug)]
+pub struct Boot {
+    /// Random bytes, which tell this boot from all others that the disk has seen.
+    pub random: [u8; 16],
+    /// What the record is sealed with: no record by another key counts. Zeros if there is no key.
+    pub key: Key,
+    /// Whether it may begin on a disk whose record says nothing of this image, over whatever is there.
+    /// Not on one that may have been installed and have lost its record: once the VMM is gone, an OS that
+    /// grows to the end of its disk writes over it.
+    pub may_begin: bool,
 }
 
 /// Why an installation cannot begin or go on. Nothing was written.
@@ -71,7 +84,7 @@ pub enum OpenError<E> {
     #[error(transparent)]
     TooSmall(#[from] TooSmall),
     /// Its record cannot be used.
-    #[error("the record on the disk cannot be used")]
+    #[error(transparent)]
     Record(#[from] RecordError<E>),
     /// It has none, and none may be begun.
     #[error("the disk has no record of what is installed, and is not to be written over")]
@@ -104,29 +117,28 @@ impl Install {
     /// Goes on with the installation of an image that is on a disk of `disk` sectors, or begins one over
     /// whatever is there. `read` fills bytes with sectors of the disk.
     ///
-    /// To begin one, there must be an `installation`: random bytes that tell it from all others that this
-    /// disk has seen. Without it, a disk whose record says nothing of this image stays as it is. That is
-    /// for a disk that may have been installed and have lost its record: once the VMM is gone, an OS that
-    /// grows to the end of its disk writes over it.
-    ///
     /// # Errors
     /// The disk is too small, cannot be read, or has a record that must not be written over.
     pub fn open<E>(
         disk: u64,
         manifest: Manifest,
-        installation: Option<[u8; 16]>,
+        boot: Boot,
         options: Options,
         read: impl FnMut(Sectors, &mut [u8]) -> Result<(), E>,
     ) -> Result<Self, OpenError<E>> {
         let layout = Layout::new(disk, manifest.chunks().image_sectors())?;
         let id = manifest.id();
-        let found = Record::find(layout, id, read)?;
-        let record = match (found, installation) {
-            (Found::This(record), _) => *record,
-            (Found::Other(other), None) => return Err(OpenError::OtherImage(other.manifest)),
-            (Found::Nothing, None) => return Err(OpenError::NoRecord),
-            (Found::Other(other), Some(new)) => Record::begin(layout, id, new, Some(&other)),
-            (Found::Nothing, Some(new)) => Record::begin(layout, id, new, None),
+        let Boot {
+            random,
+            key,
+            may_begin,
+        } = boot;
+        let record = match Record::find(layout, id, key, random, read)? {
+            Found::This(record) => *record,
+            Found::Other(other) if !may_begin => return Err(OpenError::OtherImage(other.manifest)),
+            Found::Nothing if !may_begin => return Err(OpenError::NoRecord),
+            Found::Other(other) => Record::begin(layout, id, key, random, Some(&other)),
+            Found::Nothing => Record::begin(layout, id, key, random, None),
         };
         Ok(Self::new(manifest, record, options))
     }

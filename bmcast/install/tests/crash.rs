@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::convert::Infallible;
 
 use bmcast_image::{Manifest, Sectors};
-use bmcast_install::{Fetched, Install, Options};
+use bmcast_install::{Fetched, Install, OpenError, Options};
 use bmcast_mediator::{Blocks as _, Failed, Verdict, Work};
-use common::{bytes, image, manifest, sectors};
+use common::{boot, bytes, image, manifest, sectors};
 use proptest::prelude::*;
 
 type Sector = [u8; 512];
@@ -498,7 +498,7 @@ impl World {
 
 fn open(disk: &Disk, size: u64, manifest: &Manifest, number: u8, options: Options) -> Install {
     let read = |at: Sectors, into: &mut [u8]| disk.read(at, into);
-    Install::open(size, manifest.clone(), Some([number; 16]), options, read).unwrap()
+    Install::open(size, manifest.clone(), boot(number, true), options, read).unwrap()
 }
 
 /// A range near one of these sectors, within the image.
@@ -541,7 +541,7 @@ const OPTIONS: Options = Options {
 };
 
 const SMALL: u64 = 150;
-const BLOCK: u64 = 7 * 4096;
+const BLOCK: u64 = 7 * 4032;
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
@@ -596,9 +596,14 @@ proptest! {
             world.work(true);
         }
         world.cut(&mut Dice(seed | 1));
-        // If it is one of the first image still, it is all of it.
+        // There is one record at any moment; if it is the first image's, all of that is there.
+        let read = |at: Sectors, into: &mut [u8]| world.disk.read(at, into);
+        let found = Install::open(world.size, world.manifest.clone(), boot(8, false), OPTIONS, read);
+        let is_other = matches!(found, Err(OpenError::OtherImage(id)) if id == before.id());
+        prop_assert!(is_other || found.is_ok(), "{:?}", found.err());
         let mut probe = open(&world.disk, world.size, &before, 9, OPTIONS);
-        if probe.complete() {
+        prop_assert_eq!(probe.complete(), is_other);
+        if is_other {
             prop_assert_eq!(probe.read(sectors(0, SMALL)), Verdict::Pass);
             for sector in 0..SMALL {
                 prop_assert_eq!(&world.disk.get(sector)[..], &image[bytes(sectors(sector, 1))]);

@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use bmcast_image::{Manifest, SECTOR, Sectors};
 use bmcast_install::{Fetched, Install, OpenError, Options, State};
 use bmcast_mediator::{Blocks as _, Failed, MAX_WORK, Verdict, Work};
-use common::{CHUNK, bytes, image, manifest, sectors};
+use common::{CHUNK, boot, bytes, image, manifest, sectors};
 
 fn open(disk: &[u8], manifest: Manifest, number: u8, options: Options) -> Install {
     let read = |at: Sectors, into: &mut [u8]| {
@@ -15,7 +15,7 @@ fn open(disk: &[u8], manifest: Manifest, number: u8, options: Options) -> Instal
         Ok::<(), Infallible>(())
     };
     let size = disk.len() as u64 / SECTOR;
-    Install::open(size, manifest, Some([number; 16]), options, read).unwrap()
+    Install::open(size, manifest, boot(number, true), options, read).unwrap()
 }
 
 /// One whose disk does at once, and durably, what it is told.
@@ -207,11 +207,21 @@ fn the_profile_comes_first_and_the_guest_before_it() {
     let disk = vec![0; content.len() + 200 * 512];
     let mut install = open(&disk, manifest(&content, vec![9, 4]), 1, Options::default());
     assert_eq!(install.read(sectors(17 * 32, 1)), Verdict::Hold);
-    let order: Vec<u32> = std::iter::from_fn(|| install.next_fetch())
-        .map(|fetch| fetch.chunk)
-        .take(5)
-        .collect();
-    assert_eq!(order, [17, 9, 4, 0, 1]);
+    let next = |install: &mut Install| -> Vec<u32> {
+        let all = std::iter::from_fn(|| install.next_fetch());
+        all.map(|fetch| fetch.chunk).take(3).collect()
+    };
+    // The rest is not in the way while the guest waits.
+    assert_eq!(next(&mut install), [17, 9, 4]);
+    assert_eq!(install.next_fetch(), None);
+    install.fetch_failed(9);
+    install.fetch_failed(17);
+    assert_eq!(next(&mut install), [17]);
+    assert_eq!(install.fetched(17, vec![7; CHUNK as usize]), Fetched::Taken);
+    assert_eq!(next(&mut install), [9, 0, 1]);
+    // It wants one now that is on its way already.
+    assert_eq!(install.read(sectors(9 * 32, 1)), Verdict::Hold);
+    assert_eq!(install.next_fetch(), None);
 }
 
 #[test]
@@ -280,6 +290,26 @@ fn durable_writes_wait_until_there_is_something_to_fall_back_to() {
 }
 
 #[test]
+fn a_flush_does_not_wait_for_writes_behind_it() {
+    let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
+    machine.begin();
+    assert_eq!(machine.install.flush(), Verdict::Pass);
+    assert_eq!(machine.install.write(sectors(0, 1), false), Verdict::Pass);
+    // It is not done, and so not covered.
+    assert_eq!(machine.install.flush(), Verdict::Pass);
+    machine.install.written(sectors(0, 1));
+    assert_eq!(machine.install.flush(), Verdict::Hold);
+    // Whatever else the guest writes, the record is not behind for ever.
+    assert_eq!(machine.install.write(sectors(9, 1), false), Verdict::Hold);
+    while machine.work(false) {}
+    assert_eq!(machine.install.write(sectors(0, 1), false), Verdict::Pass);
+    assert_eq!(machine.install.flush(), Verdict::Pass);
+    assert_eq!(machine.install.write(sectors(9, 1), false), Verdict::Pass);
+    assert_eq!(machine.restart().read(sectors(0, 1)), Verdict::Pass);
+    assert_eq!(machine.restart().read(sectors(9, 1)), Verdict::Hold);
+}
+
+#[test]
 fn all_of_a_disk_may_be_discarded() {
     let mut machine = Machine::new(vec![7; 1 << 20], Options::default());
     machine.begin();
@@ -297,13 +327,13 @@ fn all_of_a_disk_may_be_discarded() {
 fn disks_that_are_not_written_over() {
     let content = image(100);
     let disk = vec![0; 100 * 512];
-    let open = |disk: &[u8], content: &[u8], installation| {
+    let open = |disk: &[u8], content: &[u8], may_begin: bool| {
         let size = disk.len() as u64 / SECTOR;
         let manifest = manifest(content, Vec::new());
         Install::open(
             size,
             manifest,
-            installation,
+            boot(3, may_begin),
             Options::default(),
             |at, into| {
                 into.copy_from_slice(&disk[bytes(at)]);
@@ -311,19 +341,19 @@ fn disks_that_are_not_written_over() {
             },
         )
     };
-    let error = open(&disk, &content, Some([1; 16])).unwrap_err();
+    let error = open(&disk, &content, true).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the disk has 100 sectors, and the image (100) with the record of what is installed (36) needs 136"
     );
     let mut machine = Machine::new(content.clone(), Options::default());
     assert_eq!(
-        open(&machine.disk, &content, None).unwrap_err(),
+        open(&machine.disk, &content, false).unwrap_err(),
         OpenError::NoRecord
     );
     machine.begin();
-    assert!(open(&machine.disk, &content, None).is_ok());
+    assert!(open(&machine.disk, &content, false).is_ok());
     let id = machine.install.manifest().id();
-    let other = open(&machine.disk, &image(99), None).unwrap_err();
+    let other = open(&machine.disk, &image(99), false).unwrap_err();
     assert_eq!(other, OpenError::OtherImage(id));
 }

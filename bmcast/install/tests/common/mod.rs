@@ -1,6 +1,7 @@
 //! Images and their manifests.
 
-use bmcast_image::{Chunks, Hash, Manifest, SECTOR, Sectors};
+use bmcast_image::{Chunks, Hash, Key, Manifest, SECTOR, Sectors};
+use bmcast_install::Boot;
 
 pub const CHUNK: u32 = 16 << 10;
 
@@ -29,4 +30,12 @@ pub fn manifest(image: &[u8], profile: Vec<u32>) -> Manifest {
     let chunks = Chunks::new(image.len() as u64, CHUNK).unwrap();
     let sums: Vec<Hash> = image.chunks(CHUNK as usize).map(Hash::of).collect();
     Manifest::new(chunks, &sums, profile).unwrap()
+}
+
+pub fn boot(number: u8, may_begin: bool) -> Boot {
+    Boot {
+        random: [number; 16],
+        key: Key([7; 32]),
+        may_begin,
+    }
 }
