@@ -67,6 +67,8 @@ enum Verb {
     Lab(lab::Args),
     /// Boot a bare-metal machine, played by QEMU, whose image streams in.
     LabMetal(metal::Args),
+    /// An empty bare-metal machine, played by QEMU, that has its OS at once.
+    DemoMetal,
 }
 
 fn main() -> ExitCode {
@@ -91,5 +93,6 @@ fn verb(verb: &Verb) -> anyhow::Result<()> {
         Verb::Build(args) => build::run(&project, args),
         Verb::Lab(args) => lab::run(&project, args),
         Verb::LabMetal(args) => metal::run(&project, args),
+        Verb::DemoMetal => metal::demo(&project),
     }
 }

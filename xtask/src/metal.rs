@@ -1,20 +1,23 @@
 //! `lab-metal`: a bare-metal machine that QEMU plays, with UEFI firmware and AMD-V, on which BMcast starts an OS.
 
+mod checks;
+mod demo;
 mod image;
+mod machine;
 
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use xshell::cmd;
+use anyhow::{Result, ensure};
 
-use crate::build;
 use crate::project::Project;
 use crate::qemu;
 use crate::setup::{self, Need};
+use machine::{Hardware, Machine, Server};
+
+pub use checks::{power_cuts, power_cuts_long, server_gone, streams};
+pub use demo::run as demo;
 
 /// The machine's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -69,40 +72,49 @@ pub struct Args {
     command: Vec<String>,
 }
 
-const FIRMWARE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
-const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+/// Installs what metal needs, and answers with a directory for a run.
+fn prepare(project: &Project) -> Result<PathBuf> {
+    let needs = [Need::Build, Need::Boot, Need::Images, Need::Metal];
+    setup::ensure(project, &needs)?;
+    qemu::run_dir(project)
+}
 
 /// The `lab-metal` verb.
 pub fn run(project: &Project, args: &Args) -> Result<()> {
-    let needs = [Need::Build, Need::Boot, Need::Images, Need::Metal];
-    setup::ensure(project, &needs)?;
-    let dir = qemu::run_dir(project)?;
+    let dir = prepare(project)?;
     let command = if args.command.is_empty() {
         "true".to_owned()
     } else {
         args.command.join(" ")
     };
     let image = image::make(project, &dir, &command)?;
-    fs::copy(VARIABLES, dir.join("vars.fd"))?;
     let disk = dir.join("disk.raw");
     let server = if args.native {
         fs::copy(&image, &disk)?;
         None
     } else {
         let size = fs::metadata(&image)?.len();
-        File::create(&disk)?.set_len(size + args.more_disk * (1 << 20))?;
-        Some(Server::start(project, &image, &dir)?)
-    };
-    if let Some(server) = &server {
+        File::create(&disk)?.set_len(size + (args.more_disk << 20))?;
+        let server = Server::start(project, &image, &dir)?;
         server.medium(project, &dir)?;
-    }
-    let console = play(project, args, &dir)?;
-    println!("{console}");
+        Some(server)
+    };
+    let hardware = Hardware {
+        disk: args.disk,
+        card: args.card,
+        smp: args.smp,
+        memory: args.memory.clone(),
+        medium: server.is_some(),
+        extra: args.qemu.split_whitespace().map(str::to_owned).collect(),
+    };
+    let machine = Machine::start(project, &hardware, &dir)?;
+    let said = machine.end(Duration::from_secs(args.timeout))?;
+    println!("{said}");
     if let Some(server) = &server {
-        println!("{}", server.status()?);
+        println!("{}", server.status(false)?);
     }
     ensure!(
-        console.contains("METAL-EXIT 0"),
+        said.contains("METAL-EXIT 0"),
         "the machine did not end as it should: {}",
         dir.display()
     );
@@ -110,157 +122,4 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         fs::remove_dir_all(&dir)?;
     }
     Ok(())
-}
-
-/// `bmcast serve`, which ends with this.
-struct Server {
-    child: Child,
-    command: PathBuf,
-    port: u16,
-    /// The image's.
-    id: String,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Server {
-    fn start(project: &Project, image: &Path, dir: &Path) -> Result<Self> {
-        let command = build::bmcast(project)?;
-        let mut child = Command::new(&command)
-            .arg("serve")
-            .arg(image)
-            .args(["--listen", "127.0.0.1:0"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(File::create(dir.join("server.log"))?)
-            .spawn()
-            .context("cannot start bmcast serve")?;
-        let mut line = String::new();
-        let out = child.stdout.take().context("no standard output")?;
-        BufReader::new(out).read_line(&mut line)?;
-        // IMAGE: N bytes, id ID, at http://ADDRESS:PORT
-        let found = line.trim().rsplit_once(", id ").and_then(|(_, rest)| {
-            let (id, address) = rest.split_once(", at ")?;
-            Some((id.to_owned(), address.rsplit(':').next()?.parse().ok()?))
-        });
-        let (id, port) = found.with_context(|| format!("bmcast serve did not start: {line}"))?;
-        Ok(Self {
-            child,
-            command,
-            port,
-            id,
-        })
-    }
-
-    /// Makes the medium that the machine boots from. Under QEMU's user-mode network, this machine is 10.0.2.2.
-    fn medium(&self, project: &Project, dir: &Path) -> Result<()> {
-        let (sh, bmcast) = (project.shell()?, &self.command);
-        let id = &self.id;
-        let seen = format!("http://10.0.2.2:{}", self.port);
-        let (efi, out) = (build::efi(project)?, dir.join("medium.img"));
-        cmd!(
-            sh,
-            "{bmcast} image --server {seen} --manifest-id {id} --efi {efi} --out {out} --machine metal"
-        )
-        .quiet()
-        .ignore_stdout()
-        .run()?;
-        Ok(())
-    }
-
-    fn status(&self) -> Result<String> {
-        let output = Command::new(&self.command)
-            .args([
-                "status",
-                "--server",
-                &format!("http://127.0.0.1:{}", self.port),
-            ])
-            .output()?;
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-}
-
-/// Runs the machine to its end; what it said.
-fn play(project: &Project, args: &Args, dir: &Path) -> Result<String> {
-    let mut command = qemu::command(project, false)?;
-    let smp = args.smp.to_string();
-    let words = |command: &mut Command, text: &str| {
-        command.args(text.split_whitespace());
-    };
-    words(
-        &mut command,
-        "-machine q35 -cpu EPYC,-smap -accel tcg -display none",
-    );
-    words(&mut command, "-nodefaults -no-user-config -no-reboot");
-    words(
-        &mut command,
-        "-serial file:console.log -qmp unix:qmp,server=on,wait=off",
-    );
-    command.args(["-smp", &smp, "-m", &args.memory]);
-    let firmware = format!("if=pflash,format=raw,readonly=on,file={FIRMWARE}");
-    command.args(["-drive", &firmware]);
-    words(&mut command, "-drive if=pflash,format=raw,file=vars.fd");
-    words(
-        &mut command,
-        "-drive if=none,id=disk,file=disk.raw,format=raw,discard=unmap",
-    );
-    words(
-        &mut command,
-        match args.disk {
-            Disk::Ahci => "-device ide-hd,bus=ide.0,drive=disk,serial=metal,bootindex=2",
-            Disk::Nvme => "-device nvme,drive=disk,serial=metal,bootindex=2",
-        },
-    );
-    if !args.native {
-        words(
-            &mut command,
-            "-drive if=none,id=medium,file=medium.img,format=raw,readonly=on",
-        );
-        words(
-            &mut command,
-            "-device qemu-xhci -device usb-storage,drive=medium,bootindex=1",
-        );
-        words(&mut command, "-netdev user,id=vmm");
-        let card = match args.card {
-            Card::Virtio => "virtio-net-pci",
-            Card::E1000e => "e1000e",
-        };
-        command.args(["-device", &format!("{card},netdev=vmm,romfile=")]);
-    }
-    words(&mut command, &args.qemu);
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    let mut machine = qemu::spawn(command, dir)?;
-    let end = Instant::now() + Duration::from_secs(args.timeout);
-    while machine.child.try_wait()?.is_none() {
-        if Instant::now() > end {
-            bail!("not done after {} s\n{}", args.timeout, said(dir));
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    Ok(said(dir))
-}
-
-/// The console without what moves a cursor.
-fn said(dir: &Path) -> String {
-    let bytes = fs::read(dir.join("console.log")).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let mut out = String::new();
-    let mut rest = text.chars().peekable();
-    while let Some(letter) = rest.next() {
-        if letter == '\u{1b}' {
-            for letter in rest.by_ref() {
-                if letter.is_ascii_alphabetic() {
-                    break;
-                }
-            }
-        } else if letter != '\r' {
-            out.push(letter);
-        }
-    }
-    out
 }

@@ -21,6 +21,7 @@ use crate::guestware;
 use crate::initramfs::{self, Files};
 use crate::kernels;
 use crate::lab::{Payload, find_command, find_module};
+use crate::metal;
 use crate::package;
 use crate::project::Project;
 use crate::qemu::{self, End, Machine, Outcome};
@@ -113,6 +114,26 @@ const STEPS: &[Step] = &[
         long: true,
         run: packages,
     },
+    Step {
+        name: "metal",
+        long: false,
+        run: |project| passed(metal::streams(project)?),
+    },
+    Step {
+        name: "metal-server-gone",
+        long: false,
+        run: |project| passed(metal::server_gone(project)?),
+    },
+    Step {
+        name: "metal-power-cuts",
+        long: false,
+        run: |project| passed(metal::power_cuts(project)?),
+    },
+    Step {
+        name: "metal-power-cuts-long",
+        long: true,
+        run: |project| passed(metal::power_cuts_long(project)?),
+    },
 ];
 
 /// The `test` verb. Its last line is `N passed, N failed`.
@@ -195,6 +216,10 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         bail!("{} checks failed", total.failed);
     }
     Ok(())
+}
+
+fn passed(passed: u32) -> Result<Tally> {
+    Ok(Tally { passed, failed: 0 })
 }
 
 /// The image is no program of this machine: it is checked for its own target.

@@ -127,6 +127,12 @@ pub struct ImageArgs {
     /// The machine's name, instead of its card's address
     #[arg(long, value_name = "NAME", value_parser = machine)]
     pub machine: Option<String>,
+    /// Have the VMM say what it does on the machine's first serial port
+    #[arg(long)]
+    pub log_serial: bool,
+    /// Write over a disk that has something else on it
+    #[arg(long)]
+    pub erase: bool,
 }
 
 /// `status`.

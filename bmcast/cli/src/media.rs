@@ -55,6 +55,8 @@ pub async fn command(arguments: Box<ImageArgs>, json: bool) -> Result<(), Error>
         rate: arguments.rate,
         key: arguments.key.as_deref().map(key).transpose()?,
         machine: arguments.machine,
+        serial: arguments.log_serial,
+        erase: arguments.erase,
     }
     .to_string();
     // What the VMM would refuse is better refused now.

@@ -109,6 +109,10 @@ pub struct BootConfig {
     pub key: Option<Key>,
     /// The name that it reports itself by; its MAC address if there is none.
     pub machine: Option<String>,
+    /// The VMM says what it does on the first serial port.
+    pub serial: bool,
+    /// A disk that has something else on it is written over.
+    pub erase: bool,
 }
 
 /// Why a file is no boot configuration.
@@ -132,8 +136,9 @@ pub enum ConfigError {
     NoText,
 }
 
-const KEYS: [&str; 10] = [
-    "server", "manifest", "network", "address", "gateway", "dns", "disk", "rate", "key", "machine",
+const KEYS: [&str; 12] = [
+    "server", "manifest", "network", "address", "gateway", "dns", "disk", "rate", "key", "machine", "log",
+    "erase",
 ];
 
 impl BootConfig {
@@ -231,6 +236,20 @@ impl<'a> Values<'a> {
                 true => Ok(name.into()),
                 false => Err("a name has 1 to 64 letters, digits, `-`, `_`, `.` and `:`"),
             })?,
+            serial: self
+                .get("log", |to| match to {
+                    "serial" => Ok(true),
+                    "none" => Ok(false),
+                    _ => Err("a log goes to `serial` or `none`"),
+                })?
+                .unwrap_or(false),
+            erase: self
+                .get("erase", |answer| match answer {
+                    "yes" => Ok(true),
+                    "no" => Ok(false),
+                    _ => Err("it is `yes` or `no`"),
+                })?
+                .unwrap_or(false),
         })
     }
 
@@ -331,6 +350,12 @@ impl fmt::Display for BootConfig {
         }
         if let Some(machine) = &self.machine {
             writeln!(f, "machine = {machine}")?;
+        }
+        if self.serial {
+            writeln!(f, "log = serial")?;
+        }
+        if self.erase {
+            writeln!(f, "erase = yes")?;
         }
         Ok(())
     }

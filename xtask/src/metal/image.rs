@@ -2,7 +2,7 @@
 //! initramfs, and a partition with files of which the sums are known.
 
 use std::fs::{self, File};
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -18,7 +18,9 @@ const SIZE: u64 = 192;
 /// First sector and sectors of the EFI system partition.
 const ESP: (u64, u64) = (2048, 96 << 11);
 /// The same of the partition with files.
-const DATA: (u64, u64) = (ESP.0 + ESP.1, (SIZE << 11) - 2048 - ESP.0 - ESP.1);
+const DATA: (u64, u64) = (ESP.0 + ESP.1, 72 << 11);
+/// The same of one without a file system, for the guest to write to.
+pub const SCRATCH: (u64, u64) = (DATA.0 + DATA.1, 16 << 11);
 
 /// Init of the machine: runs `/cmd` and switches the machine off.
 const INIT: &str = r#"#!/bin/sh
@@ -29,8 +31,8 @@ mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 for module in $(cat /lab/modules); do insmod $module; done
 until [ -e /dev/sda2 ] || [ -e /dev/nvme0n1p2 ]; do sleep 0.1; done
-[ -e /dev/sda2 ] && disk=/dev/sda part=/dev/sda2 || { disk=/dev/nvme0n1; part=${disk}p2; }
-export disk part
+[ -e /dev/sda2 ] && disk=/dev/sda part=/dev/sda2 scratch=/dev/sda3 || { disk=/dev/nvme0n1; part=${disk}p2; scratch=${disk}p3; }
+export disk part scratch
 echo "METAL-READY $(uname -r) $(nproc) CPUs, $(cut -d. -f1 /proc/uptime) s"
 . /cmd
 echo "METAL-EXIT $?"
@@ -103,11 +105,17 @@ pub fn make(project: &Project, dir: &Path, script: &str) -> Result<PathBuf> {
     let raw = dir.join("image.raw");
     let _ = fs::remove_file(&raw);
     File::create(&raw)?.set_len(SIZE << 20)?;
-    let table = format!(
-        "label: gpt\n1 : start={}, size={}, type=C12A7328-F81F-11D2-BA4B-00A0C93EC93B\n\
-         2 : start={}, size={}, type=0FC63DAF-8483-4772-8E79-3D69D8477DE4\n",
-        ESP.0, ESP.1, DATA.0, DATA.1
-    );
+    let partition = |(start, size): (u64, u64), kind: &str| {
+        format!("start={start}, size={size}, type={kind}\n")
+    };
+    let linux = "0FC63DAF-8483-4772-8E79-3D69D8477DE4";
+    let table = [
+        "label: gpt\n".to_owned(),
+        partition(ESP, "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"),
+        partition(DATA, linux),
+        partition(SCRATCH, linux),
+    ]
+    .concat();
     cmd!(sh, "sfdisk --quiet {raw}")
         .stdin(table)
         .quiet()
@@ -126,6 +134,8 @@ pub fn make(project: &Project, dir: &Path, script: &str) -> Result<PathBuf> {
     .quiet()
     .ignore_stdout()
     .run()?;
+    image.seek(SeekFrom::Start(SCRATCH.0 << 9))?;
+    image.write_all(&noise(0, usize::try_from(SCRATCH.1 << 9)?))?;
     fs::remove_dir_all(&tree)?;
     fs::remove_file(&esp)?;
     Ok(raw)

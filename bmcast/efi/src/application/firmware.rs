@@ -177,6 +177,17 @@ pub fn disk() -> Result<Option<Disk>, Refused> {
 }
 
 impl Disk {
+    /// Whether nothing is where a partition table would be.
+    pub fn is_blank(&mut self) -> Result<bool, Refused> {
+        let mut start = [0; 8 << 10];
+        let sectors = Sectors {
+            start: 0,
+            count: 16,
+        };
+        self.read(sectors, &mut start)?;
+        Ok(start.iter().all(|byte| *byte == 0))
+    }
+
     /// Reads sectors through the firmware.
     pub fn read(&mut self, sectors: Sectors, into: &mut [u8]) -> Result<(), Refused> {
         let media = self.block.media();

@@ -6,8 +6,8 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::arch::naked_asm;
 
-use bmcast_image::{BootConfig, ConfigError};
-use bmcast_install::{Install, Options};
+use bmcast_image::{BootConfig, ConfigError, Key};
+use bmcast_install::{Boot, Install, Options};
 use bmcast_mediator::Ahci;
 use bmcast_svm::paging::{self, PRESENT, USER, WRITABLE};
 use bmcast_svm::{IO_PAGES, MSR_PAGES, Segment, trap_msr, trap_port};
@@ -130,7 +130,7 @@ unsafe extern "sysv64" fn resident(handover: &mut Handover, stack: u64, resume: 
 fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
     let config = firmware::file(cstr16!("\\EFI\\BOOT\\bmcast.conf")).map_err(Error::Config)?;
     let config = BootConfig::parse(&config)?;
-    log::to_serial(true);
+    log::to_serial(config.serial);
     supported()?;
     clock::measure();
     host::prepare().map_err(|_| Error::Memory)?;
@@ -138,7 +138,11 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
     let mut disk = firmware::disk()?.ok_or(Error::NoDisk)?;
     let mut network = Network::start(&config)?;
     let manifest = network.manifest(config.manifest)?;
-    let installation = network.random(manifest.id());
+    let boot = Boot {
+        random: network.random(manifest.id()),
+        key: config.key.unwrap_or(Key([0; 32])),
+        may_begin: config.erase || disk.is_blank()?,
+    };
     let options = Options {
         rate: config.rate,
         ..Options::default()
@@ -146,7 +150,7 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
     let install = Install::open(
         disk.sectors,
         manifest,
-        Some(installation),
+        boot,
         options,
         |sectors, into| disk.read(sectors, into),
     )
