@@ -61,6 +61,9 @@ pub struct Args {
     /// MiB that the disk has more than the image.
     #[arg(long, default_value_t = 64)]
     more_disk: u64,
+    /// Most bytes a second that come while nobody waits for them, such as 2M.
+    #[arg(long)]
+    rate: Option<String>,
     /// Keep the run's directory under target/lab.
     #[arg(long)]
     keep: bool,
@@ -96,7 +99,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         let size = fs::metadata(&image)?.len();
         File::create(&disk)?.set_len(size + (args.more_disk << 20))?;
         let server = Server::start(project, &image, &dir)?;
-        server.medium(project, &dir)?;
+        server.medium(project, &dir, args.rate.as_deref())?;
         Some(server)
     };
     let hardware = Hardware {

@@ -137,8 +137,8 @@ pub enum ConfigError {
 }
 
 const KEYS: [&str; 12] = [
-    "server", "manifest", "network", "address", "gateway", "dns", "disk", "rate", "key", "machine", "log",
-    "erase",
+    "server", "manifest", "network", "address", "gateway", "dns", "disk", "rate", "key", "machine",
+    "log", "erase",
 ];
 
 impl BootConfig {

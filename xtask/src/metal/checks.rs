@@ -15,8 +15,11 @@ use crate::project::Project;
 /// How long a machine may take for anything: far more than it does.
 pub const PATIENCE: Duration = Duration::from_secs(400);
 
-/// What the OS does: reads what it knows the sums of, writes to a partition while the rest is installed, waits until
-/// no CPU has a VMM under it, and does both again.
+/// So little that nothing is installed unless the guest wants it, however busy the host is.
+const SLOWEST: &str = "64K";
+
+/// What the OS does: reads what it knows the sums of, writes to a partition while the rest is installed (which it
+/// reads for that if it is told to), waits until no CPU has a VMM under it, and does both again.
 pub const WORK: &str = r#"
 mount -t ext4 -o ro $part /mnt && cd /mnt || exit 1
 sums() { echo 3 >/proc/sys/vm/drop_caches; md5sum -c sums >/tmp/sums || cat /tmp/sums; [ $(grep -c OK /tmp/sums) = 4 ]; }
@@ -28,6 +31,9 @@ done | grep -c 18; }
 sums && echo SUMS-BEFORE
 under_at_first=$(under)
 n=0
+while [ $n -lt 12 ]; do block $((n * 2)); echo "SYNCED $((n * 2))"; n=$((n + 1)); done
+# All that has not come is wanted now; writes go on meanwhile.
+[ -e /wants-all ] && cat $disk >/dev/null &
 while [ $n -lt 24 ]; do block $((n * 2)); echo "SYNCED $((n * 2))"; n=$((n + 1)); done
 until [ $(under) = 0 ]; do sleep 0.2; done
 echo "LEFT $under_at_first of $(nproc) CPUs had a VMM"
@@ -45,14 +51,19 @@ pub struct Site {
 }
 
 impl Site {
-    /// With an image in which `script` is run.
-    pub fn new(project: &Project, script: &str) -> Result<Self> {
+    /// With an image in which [`WORK`] is done. At most `rate` bytes a second come that nobody waits for.
+    pub fn new(project: &Project, rate: &str) -> Result<Self> {
         let dir = prepare(project)?;
-        let image = image::make(project, &dir, script)?;
+        let wants_all = if rate == SLOWEST {
+            "touch /wants-all\n"
+        } else {
+            ""
+        };
+        let image = image::make(project, &dir, &format!("{wants_all}{WORK}"))?;
         let size = fs::metadata(&image)?.len();
         File::create(dir.join("disk.raw"))?.set_len(size + (16 << 20))?;
         let server = Server::start(project, &image, &dir)?;
-        server.medium(project, &dir)?;
+        server.medium(project, &dir, Some(rate))?;
         Ok(Self { dir, image, server })
     }
 
@@ -119,14 +130,17 @@ fn same(disk: &Path, expected: &[u8]) -> Result<()> {
 
 fn has(said: &str, wanted: &[&str]) -> Result<()> {
     for text in wanted {
-        ensure!(said.contains(text), "the machine did not say {text}. It said:\n{said}");
+        ensure!(
+            said.contains(text),
+            "the machine did not say {text}. It said:\n{said}"
+        );
     }
     Ok(())
 }
 
 /// Streams, installs, leaves; the disk is right; the machine starts from it without a server.
 pub fn streams(project: &Project) -> Result<u32> {
-    let site = Site::new(project, WORK)?;
+    let site = Site::new(project, SLOWEST)?;
     let mut checked = 0;
     let said = {
         let machine = site.machine(project, &Hardware::new(true))?;
@@ -134,7 +148,14 @@ pub fn streams(project: &Project) -> Result<u32> {
     };
     has(
         &said,
-        &["SUMS-BEFORE", "LEFT 2 of 2", "SUMS-AFTER", "SYNCED 62", "SVM-THERE", "METAL-EXIT 0"],
+        &[
+            "SUMS-BEFORE",
+            "LEFT 2 of 2",
+            "SUMS-AFTER",
+            "SYNCED 62",
+            "SVM-THERE",
+            "METAL-EXIT 0",
+        ],
     )?;
     site.disk_is_right(&said)?;
     checked += 1;
@@ -154,7 +175,7 @@ pub fn streams(project: &Project) -> Result<u32> {
 
 /// The server is gone for `away` while the OS starts: it waits, and goes on.
 pub fn server_gone(project: &Project) -> Result<u32> {
-    let site = Site::new(project, WORK)?;
+    let site = Site::new(project, SLOWEST)?;
     let machine = site.machine(project, &Hardware::new(true))?;
     machine.wait_for("Welcome to GRUB", PATIENCE)?;
     site.server.freeze(project, true)?;
@@ -184,9 +205,16 @@ pub fn power_cuts_long(project: &Project) -> Result<u32> {
 /// What the emulator was told to flush and what it was not are both there afterwards: what a volatile cache loses is for
 /// the model in `bmcast-install` to show.
 fn cuts(project: &Project, times: u32) -> Result<u32> {
-    let site = Site::new(project, WORK)?;
+    let site = Site::new(project, SLOWEST)?;
     let mut all = String::new();
-    let moments = ["image ", "Welcome to GRUB", "METAL-READY", "SUMS-BEFORE", "SYNCED 4", "SYNCED 20"];
+    let moments = [
+        "image ",
+        "Welcome to GRUB",
+        "METAL-READY",
+        "SUMS-BEFORE",
+        "SYNCED 4",
+        "SYNCED 20",
+    ];
     let mut seen = 0;
     for number in 0..times {
         let machine = site.machine(project, &Hardware::new(true))?;

@@ -76,15 +76,24 @@ impl Machine {
         let words = |command: &mut Command, text: &str| {
             command.args(text.split_whitespace());
         };
-        words(&mut command, "-machine q35 -cpu EPYC,-smap -accel tcg -display none");
+        words(
+            &mut command,
+            "-machine q35 -cpu EPYC,-smap -accel tcg -display none",
+        );
         words(&mut command, "-nodefaults -no-user-config -no-reboot");
-        words(&mut command, "-chardev stdio,id=line,signal=off -serial chardev:line");
+        words(
+            &mut command,
+            "-chardev stdio,id=line,signal=off -serial chardev:line",
+        );
         words(&mut command, "-qmp unix:qmp,server=on,wait=off");
         command.args(["-smp", &smp, "-m", &hardware.memory]);
         let firmware = format!("if=pflash,format=raw,readonly=on,file={FIRMWARE}");
         command.args(["-drive", &firmware]);
         words(&mut command, "-drive if=pflash,format=raw,file=vars.fd");
-        words(&mut command, "-drive if=none,id=disk,file=disk.raw,format=raw,discard=unmap");
+        words(
+            &mut command,
+            "-drive if=none,id=disk,file=disk.raw,format=raw,discard=unmap",
+        );
         words(
             &mut command,
             match hardware.disk {
@@ -93,8 +102,14 @@ impl Machine {
             },
         );
         if hardware.medium {
-            words(&mut command, "-drive if=none,id=medium,file=medium.img,format=raw,readonly=on");
-            words(&mut command, "-device qemu-xhci -device usb-storage,drive=medium,bootindex=1");
+            words(
+                &mut command,
+                "-drive if=none,id=medium,file=medium.img,format=raw,readonly=on",
+            );
+            words(
+                &mut command,
+                "-device qemu-xhci -device usb-storage,drive=medium,bootindex=1",
+            );
             words(&mut command, "-netdev user,id=vmm");
             let card = match hardware.card {
                 Card::Virtio => "virtio-net-pci",
@@ -135,7 +150,12 @@ impl Machine {
                     self.said()
                 );
             }
-            lines = self.said.more.wait_timeout(lines, left).expect("a listener panicked").0;
+            lines = self
+                .said
+                .more
+                .wait_timeout(lines, left)
+                .expect("a listener panicked")
+                .0;
         }
     }
 
@@ -153,7 +173,12 @@ impl Machine {
                     self.said()
                 );
             }
-            lines = self.said.more.wait_timeout(lines, left).expect("a listener panicked").0;
+            lines = self
+                .said
+                .more
+                .wait_timeout(lines, left)
+                .expect("a listener panicked")
+                .0;
         }
         drop(lines);
         Ok(self.said())
@@ -162,7 +187,11 @@ impl Machine {
     /// Everything that it has said.
     pub fn said(&self) -> String {
         let lines = self.said.lines.lock().expect("a listener panicked");
-        lines.0.iter().map(|(_, line)| format!("{line}\n")).collect()
+        lines
+            .0
+            .iter()
+            .map(|(_, line)| format!("{line}\n"))
+            .collect()
     }
 
     /// Pulls its plug.
@@ -249,15 +278,17 @@ impl Server {
     }
 
     /// Makes the medium that the machine boots from. Under QEMU's user-mode network, this machine
-    /// is 10.0.2.2.
-    pub fn medium(&self, project: &Project, dir: &Path) -> Result<()> {
+    /// is 10.0.2.2. `rate`: most bytes a second that come while nobody waits for them.
+    pub fn medium(&self, project: &Project, dir: &Path, rate: Option<&str>) -> Result<()> {
         let (sh, bmcast) = (project.shell()?, &self.command);
         let id = &self.id;
         let seen = format!("http://10.0.2.2:{}", self.port);
         let (efi, out) = (build::efi(project)?, dir.join("medium.img"));
+        let rate: Vec<&str> = rate.into_iter().flat_map(|rate| ["--rate", rate]).collect();
         cmd!(
             sh,
-            "{bmcast} image --server {seen} --manifest-id {id} --efi {efi} --out {out} --machine metal --log-serial --rate 2M"
+            "{bmcast} image --server {seen} --manifest-id {id} --efi {efi} --out {out}
+             --machine metal --log-serial {rate...}"
         )
         .quiet()
         .ignore_stdout()

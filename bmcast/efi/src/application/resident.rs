@@ -147,13 +147,9 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
         rate: config.rate,
         ..Options::default()
     };
-    let install = Install::open(
-        disk.sectors,
-        manifest,
-        boot,
-        options,
-        |sectors, into| disk.read(sectors, into),
-    )
+    let install = Install::open(disk.sectors, manifest, boot, options, |sectors, into| {
+        disk.read(sectors, into)
+    })
     .map_err(|error| Error::Install(format!("{error}")))?;
     handover.disk = address(disk.handle.as_ptr());
     if install.complete() {
