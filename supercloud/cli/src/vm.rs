@@ -165,6 +165,7 @@ fn spec(args: RunArgs, here: bool) -> Result<VmSpec, Error> {
             .transpose()?,
         memory: args.memory,
         cpus: args.cpus,
+        cpu: args.cpu,
         nets: args.net,
         publish: args.publish,
         host: args.host,
@@ -228,6 +229,9 @@ fn described(vm: &Vm) -> String {
         ["memory".to_owned(), format!("{}M", vm.spec.memory >> 20)],
         ["cpus".to_owned(), vm.spec.cpus.to_string()],
     ];
+    if let Some(cpu) = &vm.spec.cpu {
+        rows.push(["cpu".into(), cpu.clone()]);
+    }
     if let Some(host) = &vm.seen.host {
         rows.push(["host".into(), host.clone()]);
     }

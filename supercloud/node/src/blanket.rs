@@ -135,6 +135,8 @@ pub struct Run {
     pub memory: u64,
     /// vCPUs.
     pub cpus: u32,
+    /// Its CPU, if it boots and does not go on from elsewhere, where it had one.
+    pub cpu: Option<String>,
     /// Kernel.
     pub kernel: Option<PathBuf>,
     /// Initrd.
@@ -273,6 +275,11 @@ impl Blanket {
     /// The command's own.
     pub async fn run(&self, run: &Run, patience: Duration) -> Result<(), Error> {
         let mut command = self.command(&["run", "--detach", "--json"]);
+        if run.restore.is_none()
+            && let Some(cpu) = &run.cpu
+        {
+            command.args(["--cpu", cpu]);
+        }
         options(&mut command, run);
         self.done(command, patience).await?;
         Ok(())
