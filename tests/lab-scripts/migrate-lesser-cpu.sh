@@ -54,6 +54,10 @@ flag whole avx2 || fail "no AVX2 to take away"
 for gone in avx avx2 fma f16c; do ! flag vm $gone || fail "its kernel tells of $gone"; done
 flag vm xsave || fail "XSAVE is gone with AVX"
 ! flag bare xsave || fail "its kernel tells of XSAVE"
+# It is written down without XSAVE, and goes on where there is one.
+blanket save bare bare.file >/dev/null || fail "it is not saved"
+blanket run --host kvm --restore bare.file --console file:bare.log --detach >/dev/null || fail "it does not go on"
+finds bare avx=0:4 xsave=0:4 xgetbv=0:4
 blanket kill bare
 
 # going NAME: a place for it there. there NAME [OPTION], here NAME HOST: it moves.
@@ -111,4 +115,23 @@ finds none avx=0:4 bmi1=0:ok xsave=0:4 xgetbv=0:4
 flag none ssse3 || fail "no SSSE3"
 ! flag none aes || fail "AES is of no level"
 blanket kill none
+
+# By nodes: what both have is found out.
+blanket cpu | grep -q 'avx: .*avx2' || fail "$(blanket cpu)"
+blanket cpu --host kvm | grep -q 'all of it' || fail "$(blanket cpu --host kvm)"
+two_nodes a b
+supercloud vm run --name web --kernel /guest/vmlinuz --initrd tick.img --memory 128M --cmdline quiet --cpu-for b ||
+    fail "no VM"
+supercloud vm show web | grep 'host,-.*avx,-avx2' || fail "$(supercloud vm show web)"
+# on NODE WORD: web is there, and its programs have found that.
+on() {
+    until_true "no $2 on $1: $(supercloud vm logs web | tail -n 20)" "supercloud --node $1 vm logs web | grep -q 'CPU .*$2'"
+    echo "ok: $1: $(supercloud vm logs web | tr -d '\r' | grep '^CPU' | tail -n 1)"
+}
+on a 'avx=1:4.*xcr0=0x3'
+supercloud vm migrate web --to b || fail "it does not go to b"
+on b 'avx=0:4.*xcr0=0x3'
+supercloud vm migrate web --to a || fail "it does not come back"
+on a 'avx=1:4.*xcr0=0x3'
+supercloud vm stop web --now >/dev/null && supercloud vm rm web || fail "it cannot be removed"
 echo "LESSER-CPU-OK"

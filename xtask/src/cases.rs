@@ -261,6 +261,7 @@ fn single() -> Vec<Case> {
             cpu: "EPYC",
             host: Flavour::Generic,
             memory: "1G",
+            supercloud: true,
             companions: &[Companion {
                 cpu: "EPYC,-svm,-avx,-avx2,-fma,-f16c",
                 hardware: Hardware::Virtio,

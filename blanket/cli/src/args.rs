@@ -94,6 +94,21 @@ pub enum Command {
         group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk", "restore", "incoming"]).required(true).multiple(true)
     )]
     Run(Box<Run>),
+    /// What VMs find in this machine's CPU, and what of it can be taken away from them
+    Cpu {
+        /// What they run on
+        #[arg(
+            long,
+            value_enum,
+            value_name = "HOST",
+            default_value = "auto",
+            env = "BLANKET_HOST"
+        )]
+        host: Host,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// List running VMs
     Ps {
         /// Write JSON

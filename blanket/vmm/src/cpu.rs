@@ -4,7 +4,7 @@
 mod wanted;
 
 use std::arch::x86_64::{__cpuid, __cpuid_count};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use blanket_abi::cpuid::{Hidden, Policy, Regs, features, names, needs_hardware};
 use serde::{Deserialize, Serialize};
@@ -42,7 +42,7 @@ pub struct Profile {
 }
 
 /// Where a component of XSAVE is not enabled, these and what is built on them are not there for
-/// anybody (Intel SDM vol. 1, 13.2 and 14.3): the component, and the feature that stands for it.
+/// anybody (Intel SDM vol. 1, 13.3 and 14.3): the component, and the feature that stands for it.
 const COMPONENTS: &[(u64, &str)] = &[(3, "xsave"), (4, "avx"), (0xe0, "avx512f")];
 
 impl Profile {
@@ -96,6 +96,22 @@ impl Profile {
             [found.eax, found.ebx, found.ecx, found.edx]
         })
     }
+}
+
+/// What any host can take away, with what goes with it.
+#[must_use]
+pub fn components(profile: impl Fn(Option<&Names>) -> Profile) -> BTreeMap<String, Names> {
+    let all = profile(None).cpu.features;
+    let names = COMPONENTS.iter().map(|(_, name)| *name);
+    let there = names.filter(|name| all.contains(*name));
+    there
+        .map(|name| {
+            let mut less = all.clone();
+            less.remove(name);
+            let left = profile(Some(&less)).cpu.features;
+            (name.to_owned(), all.difference(&left).cloned().collect())
+        })
+        .collect()
 }
 
 /// Names in a sentence.
@@ -216,6 +232,17 @@ mod tests {
         }
         assert!(none.bare.is_empty());
         assert_eq!(of(&["avx2"]).bare, Names::from(["avx2".to_owned()]));
+    }
+
+    #[test]
+    fn what_goes_with_a_component() {
+        let of = components(|only| rich(false, only));
+        assert_eq!(of.len(), 3);
+        assert!(of["xsave"].is_superset(&of["avx"]) && of["avx"].is_superset(&of["avx512f"]));
+        assert!(of["avx"].contains("fma") && !of["avx"].contains("xsavec"));
+        assert!(of["avx512f"].contains("avx512bw") && !of["avx512f"].contains("avx2"));
+        let old = components(|only| Profile::new(3, false, only, |_, _| [u32::MAX; 4]));
+        assert_eq!(old.keys().collect::<Vec<_>>(), ["xsave"]);
     }
 
     #[test]

@@ -322,6 +322,14 @@ pub struct RunArgs {
     /// is taken away, so that it can go to nodes that have less
     #[arg(long, value_name = "CPU")]
     pub cpu: Option<String>,
+    /// Give it what the CPUs of these nodes have as well, so that it can go to each of them, and back
+    #[arg(
+        long,
+        value_name = "NODE,...",
+        value_delimiter = ',',
+        conflicts_with = "cpu"
+    )]
+    pub cpu_for: Vec<String>,
     /// A further disk, as for IMAGE; may be given several times
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<String>,

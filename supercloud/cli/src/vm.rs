@@ -15,6 +15,7 @@ use supercloud_node::client;
 
 use crate::args::{MigrateArgs, RunArgs, VmCommand};
 use crate::ask::To;
+use crate::cpu;
 use crate::exit::{output, show, table};
 use crate::snapshot;
 
@@ -29,7 +30,12 @@ pub async fn command(to: &To, command: VmCommand, json: bool) -> Result<ExitCode
         VmCommand::Run(args) => {
             let name = args.name.clone();
             supercloud_api::name("a VM", &name)?;
-            let spec = spec(*args, to.node.is_none())?;
+            let mut args = *args;
+            if !args.cpu_for.is_empty() {
+                let host = args.host.as_deref();
+                args.cpu = Some(cpu::for_nodes(to, host, &args.cpu_for).await?);
+            }
+            let spec = spec(args, to.node.is_none())?;
             let path = format!("/v1/vms/{name}");
             let vm: Vm = to.ask(Method::PUT, &path, Some(&spec)).await?;
             show(&vm, json, |vm| format!("{name} runs on {}\n", vm.node))?;

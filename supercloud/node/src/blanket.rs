@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use supercloud_api::{Code, Error, Finding, Level, PostCopy, Progress};
+use supercloud_api::{Code, Error, Finding, Level, NodeCpu, PostCopy, Progress};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::Command;
 
@@ -554,6 +554,17 @@ impl Blanket {
             return Err(Error::failed(format!("{} is no image", file.display())));
         }
         Ok(all.swap_remove(0))
+    }
+
+    /// What VMs find in the CPU, on `module` or `kvm` if that is said.
+    ///
+    /// # Errors
+    /// The command's own: VMs do not run on that here.
+    pub async fn cpu(&self, host: Option<&str>) -> Result<NodeCpu, Error> {
+        let words = ["cpu", "--json"].into_iter();
+        let host = host.into_iter().flat_map(|host| ["--host", host]);
+        let words: Vec<&str> = words.chain(host).collect();
+        self.json(&words).await
     }
 
     /// What `blanket doctor` finds.

@@ -459,7 +459,7 @@ const EXTENSIONS: &[(&str, &[u8], u32, usize, u32)] = &[
     ("avx2", &[0xc5, 0xfd, 0xfe, 0xc0], 7, 1, 5),
     // vfmadd132ps xmm0, xmm0, xmm0
     ("fma", &[0xc4, 0xe2, 0x79, 0x98, 0xc0], 1, 2, 12),
-    // andn eax, eax, eax: needs no state of XSAVE's (Intel SDM vol. 2, 2.7.14)
+    // andn eax, eax, eax: needs no state of XSAVE's (Intel SDM vol. 2A, 2.5.1)
     ("bmi1", &[0xc4, 0xe2, 0x78, 0xf2, 0xc0], 7, 1, 3),
     // mov eax, 7; xor edx, edx; xsave64 [rdi]
     (
