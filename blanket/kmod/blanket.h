@@ -10,7 +10,7 @@
 
 /* ---- numbers that the assembly also needs ---- */
 
-#define BLANKET_API_VERSION	6
+#define BLANKET_API_VERSION	7
 #define BLANKET_MAX_VCPUS	64
 #define BLANKET_MAX_FRAMES	(1ULL << 24)
 #define BLANKET_MAX_POOL	(1ULL << 22)
@@ -199,6 +199,9 @@ struct blanket_boot {
 	__u64 most_frames;
 };
 
+/* Words of features that a VM does not have although its host has them. */
+#define BLANKET_HIDDEN_WORDS	16
+
 struct blanket_create_vm {
 	__u64 user_addr;
 	__u64 nr_frames;
@@ -206,6 +209,8 @@ struct blanket_create_vm {
 	__u32 nr_vcpus;
 	__u32 flags;
 	struct blanket_boot boot;
+	__u64 xcr0_mask;
+	__u32 cpuid_hidden[BLANKET_HIDDEN_WORDS];
 };
 
 struct blanket_run {
@@ -308,6 +313,7 @@ struct blanket_vm_page {
 	__u64 pool_gone;
 	__u32 pause;
 	__u32 pad2;
+	__u32 cpuid_hidden[BLANKET_HIDDEN_WORDS];
 };
 
 #define BLANKET_HOST_MODULE	0

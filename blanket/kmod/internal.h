@@ -96,6 +96,7 @@ struct blanket_vm {
 	u64 nr_frames;
 	u64 pool_limit;
 	u32 nr_vcpus;
+	u32 xcr0_mask;			/* XCR0 bits that the guest may have */
 	struct blanket_user *user;	/* whose VM it is */
 	u64 charged;			/* pages that count as that user's */
 	bool unlimited;			/* and that are not limited */

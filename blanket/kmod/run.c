@@ -192,8 +192,10 @@ static void refresh_root(struct blanket_vcpu *vcpu)
 }
 
 /* What the CPU says about itself; good until interrupts are enabled. */
-static void read_host(struct blanket_switch *sw)
+static void read_host(const struct blanket_vcpu *vcpu)
 {
+	struct blanket_switch *sw = vcpu->sw;
+
 	asm volatile("sgdt %0" : "=m" (*(struct desc_ptr *)&sw->host_gdtr.limit));
 	asm volatile("sidt %0" : "=m" (*(struct desc_ptr *)&sw->host_idtr.limit));
 	asm volatile("str %0" : "=m" (sw->host_tr));
@@ -207,6 +209,9 @@ static void read_host(struct blanket_switch *sw)
 	sw->host_cr3 = __native_read_cr3();
 	sw->host_cr4 = native_read_cr4();
 	sw->core_cr4 = sw->host_cr4 & CORE_CR4;
+	/* A VM without XSAVE: its programs' CPUID says so, and what needs it is #UD. */
+	if (!vcpu->vm->xcr0_mask)
+		sw->core_cr4 &= ~X86_CR4_OSXSAVE;
 	sw->host_fs_base = __rdmsr(MSR_FS_BASE);
 	sw->host_gs_base = __rdmsr(MSR_GS_BASE);
 	sw->host_kgs_base = __rdmsr(MSR_KERNEL_GS_BASE);
@@ -282,11 +287,11 @@ static void swap_msrs_out(const struct host_state *host)
 		native_wrmsrl(blanket_host.cpuid_msr, host->cpuid);
 }
 
-/* What XSETBV would refuse, or the host does not give, becomes x87 and SSE. */
-static u64 sane_xcr0(u64 xcr0)
+/* What XSETBV would refuse, or the VM may not have, becomes x87 and SSE. */
+static u64 sane_xcr0(const struct blanket_vcpu *vcpu)
 {
-	const u64 zmm = XFEATURE_MASK_AVX512;
-	bool bad = (xcr0 & ~(u64)blanket_host.xcr0_mask) || !(xcr0 & XFEATURE_MASK_FP) ||
+	const u64 zmm = XFEATURE_MASK_AVX512, xcr0 = vcpu->sw->guest_xcr0;
+	bool bad = (xcr0 & ~(u64)vcpu->vm->xcr0_mask) || !(xcr0 & XFEATURE_MASK_FP) ||
 		   ((xcr0 & XFEATURE_MASK_YMM) && !(xcr0 & XFEATURE_MASK_SSE)) ||
 		   ((xcr0 & zmm) && ((xcr0 & zmm) != zmm || !(xcr0 & XFEATURE_MASK_YMM)));
 
@@ -295,7 +300,8 @@ static u64 sane_xcr0(u64 xcr0)
 
 /*
  * The whole image is loaded and saved under the mask of all that guests may have:
- * what a guest has switched off in its XCR0 is neither lost nor left to others.
+ * what a guest has switched off in its XCR0 is neither lost nor left to others. What a
+ * VM may not have stays in its initial state, which the image has of it from the start.
  */
 static void fpu_in(struct blanket_vcpu *vcpu, struct host_state *host)
 {
@@ -310,7 +316,7 @@ static void fpu_in(struct blanket_vcpu *vcpu, struct host_state *host)
 		xsetbv(XCR_XFEATURE_ENABLED_MASK, mask);
 	asm volatile("xrstor64 %0" :: "m" (*(struct xregs_state *)vcpu->xsave),
 		     "a" (-1), "d" (-1) : "memory");
-	xcr0 = sane_xcr0(vcpu->sw->guest_xcr0);
+	xcr0 = sane_xcr0(vcpu);
 	if (xcr0 != mask)
 		xsetbv(XCR_XFEATURE_ENABLED_MASK, xcr0);
 }
@@ -405,7 +411,7 @@ static u32 enter(struct blanket_vcpu *vcpu)
 	/* Time is the guest's until the interrupt that ends it is accounted. */
 	current->flags |= PF_VCPU;
 	start = rdtsc();
-	read_host(sw);
+	read_host(vcpu);
 	prepare_gdt(vcpu);
 	save_watchpoints(&host);
 	swap_msrs_in(sw, &host);

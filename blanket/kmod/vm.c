@@ -347,6 +347,18 @@ static bool inject;
 module_param(inject, bool, 0400);
 MODULE_PARM_DESC(inject, "VMs may ask for a core that breaks on purpose (for Blanket's own tests)");
 
+/* What the guest may have is what XSETBV would take, or no XSAVE at all. */
+static bool xcr0_is_good(u64 mask)
+{
+	const u64 zmm = XFEATURE_MASK_AVX512;
+
+	if (!mask)
+		return true;
+	return !(mask & ~(u64)blanket_host.xcr0_mask) &&
+	       (mask & XFEATURE_MASK_FPSSE) == XFEATURE_MASK_FPSSE &&
+	       (!(mask & zmm) || ((mask & zmm) == zmm && (mask & XFEATURE_MASK_YMM)));
+}
+
 static int check_args(const struct blanket_create_vm *a)
 {
 	if ((a->flags & ~(BLANKET_CREATE_ISOLATE | BLANKET_CREATE_SHARE)) ||
@@ -361,7 +373,7 @@ static int check_args(const struct blanket_create_vm *a)
 		return -EINVAL;
 	if (a->pool_limit && (a->pool_limit < POOL_MIN || a->pool_limit > BLANKET_MAX_POOL))
 		return -EINVAL;
-	if (!PAGE_ALIGNED(a->user_addr))
+	if (!PAGE_ALIGNED(a->user_addr) || !xcr0_is_good(a->xcr0_mask))
 		return -EINVAL;
 	/* A core that is broken on purpose may hold a CPU for seconds: root's decision. */
 	if ((a->boot.flags & BLANKET_BOOT_INJECT) && !inject)
@@ -447,7 +459,9 @@ struct blanket_vm *blanket_vm_create(const struct blanket_create_vm *args)
 	vm->page->nr_vcpus = vm->nr_vcpus;
 	vm->page->la57 = blanket_host.la57;
 	vm->page->pool_limit = vm->pool_limit;
-	vm->page->xcr0_mask = blanket_host.xcr0_mask;
+	vm->xcr0_mask = args->xcr0_mask;
+	vm->page->xcr0_mask = vm->xcr0_mask;
+	memcpy(vm->page->cpuid_hidden, args->cpuid_hidden, sizeof(args->cpuid_hidden));
 	vm->page->cpuid_faults = blanket_host.cpuid_msr != 0;
 	blanket_clock_init(vm);
 

@@ -114,6 +114,7 @@ const HEADER_ONLY: &[&str] = &[
     "BLANKET_RAISED_WORDS",
     "BLANKET_PORT_VCPUS",
     "BLANKET_REVOKED_WORDS",
+    "BLANKET_HIDDEN_WORDS",
     // The Xen ABI's flag in pvclock.
     "BLANKET_TIME_STABLE",
     // Size of the core's own records: an array whose type says it.

@@ -81,6 +81,7 @@ pub const MOVE_COST: &str = with_common!("", "move-cost.sh", "move-cost-qemu.sh"
 pub const MIGRATE_SLOW: &str = with_common!("POST_COPY=never\n", "migrate-slow.sh");
 pub const MIGRATE_POST_COPY_SLOW: &str = with_common!("POST_COPY=auto\n", "migrate-slow.sh");
 pub const MIGRATE_OTHER_CPU: &str = with_other!("migrate-other-cpu.sh");
+pub const MIGRATE_LESSER_CPU: &str = with_other!("migrate-lesser-cpu.sh");
 
 pub const NODES: &str = with_other!("nodes.sh");
 pub const NODES_DRAIN: &str = with_other!("nodes-drain.sh");

@@ -15,7 +15,7 @@
 
 mod names;
 
-pub use names::features;
+pub use names::{HIDDEN_WORDS, Hidden, features, names};
 
 use crate::xen::cpuid::{BASE, SIGNATURE, VERSION};
 
@@ -131,6 +131,9 @@ pub struct Policy {
     pub xcr0: u64,
     /// The guest's CR4.OSXSAVE.
     pub osxsave: bool,
+    /// Features that the VM does not have although its host has them. What needs a
+    /// component of XCR0 goes by [`Policy::xcr0_mask`].
+    pub hidden: Hidden,
     /// TSC_AUX is switched with the VM: RDTSCP and RDPID may be shown.
     pub tsc_aux: bool,
     /// The instance's TSC is stable and the same on all its CPUs.
@@ -196,12 +199,13 @@ impl Policy {
     /// [`needs_hardware`]).
     #[must_use]
     pub fn leaf(&self, leaf: u32, subleaf: u32, hw: Regs) -> Regs {
-        match leaf {
+        let found = match leaf {
             0..=MAX_BASIC => self.basic(leaf, subleaf, hw),
             0x8000_0000..=MAX_EXTENDED => self.extended(leaf, hw),
             BASE..=MAX_XEN => self.xen(leaf, subleaf),
             _ => ZERO,
-        }
+        };
+        self.hidden.left_of(leaf, subleaf, found)
     }
 
     #[inline]

@@ -8,9 +8,11 @@
 
 use core::sync::atomic::{AtomicI8, AtomicU8, AtomicU32, AtomicU64};
 
+use crate::cpuid::HIDDEN_WORDS;
+
 /// Version of everything in this module. The VMM, the core and the module must
 /// agree on it exactly.
-pub const API_VERSION: u32 = 6;
+pub const API_VERSION: u32 = 7;
 
 /// `'B' << 8`, the ioctl type.
 const IOC: u32 = 0xb7 << 8;
@@ -104,6 +106,11 @@ pub struct CreateVm {
     pub flags: u32,
     /// How the first vCPU starts.
     pub boot: Boot,
+    /// XCR0 components that the guest may have, of [`Info::xcr0_mask`]; 0 takes XSAVE away,
+    /// and CR4.OSXSAVE is clear then while the VM runs.
+    pub xcr0_mask: u64,
+    /// Features that its CPUID does not show: [`crate::cpuid::Hidden`].
+    pub cpuid_hidden: [u32; HIDDEN_WORDS],
 }
 
 /// Bits of [`CreateVm::flags`]. With neither, VMs are isolated on CPUs with Meltdown.
@@ -478,7 +485,7 @@ pub struct VmPage {
     pub wall_sec: AtomicU64,
     /// Wall clock at system time 0, nanoseconds of the second.
     pub wall_nsec: AtomicU32,
-    /// Mask of XCR0 bits that guests may use; 0 without XSAVE.
+    /// Mask of XCR0 bits that the guest may use; 0 without XSAVE.
     pub xcr0_mask: u32,
     /// Frequency of the TSC, kHz.
     pub tsc_khz: u64,
@@ -529,6 +536,8 @@ pub struct VmPage {
     pub pause: AtomicU32,
     /// Padding.
     pub pad2: u32,
+    /// Copy of [`CreateVm::cpuid_hidden`].
+    pub cpuid_hidden: [u32; HIDDEN_WORDS],
 }
 
 /// Values of [`VmPage::pause`].

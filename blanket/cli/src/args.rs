@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use blanket_vmm::console::Sink;
 use blanket_vmm::core_image;
+use blanket_vmm::cpu::Wanted;
 use blanket_vmm::migration::MOST_LANES;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -93,6 +94,21 @@ pub enum Command {
         group = clap::ArgGroup::new("boot").args(["image", "kernel", "disk", "restore", "incoming"]).required(true).multiple(true)
     )]
     Run(Box<Run>),
+    /// What VMs find in this machine's CPU, and what of it can be taken away from them
+    Cpu {
+        /// What they run on
+        #[arg(
+            long,
+            value_enum,
+            value_name = "HOST",
+            default_value = "auto",
+            env = "BLANKET_HOST"
+        )]
+        host: Host,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// List running VMs
     Ps {
         /// Write JSON
@@ -334,6 +350,21 @@ pub struct MigrateArgs {
     pub quiet: bool,
 }
 
+const CPU_HELP: &str = "\
+The CPU: host[,-FEATURE]... or LEVEL[,-FEATURE]...
+
+  host        all that guests may have of the host's
+  x86-64-v2   a level of x86-64 and nothing else; also x86-64-v3 and x86-64-v4
+  -avx        takes AVX away, and what is built on it; features have Linux' names, as in
+              /proc/cpuinfo
+
+A VM goes only to hosts whose CPU has what its guest has found. With less than the host's it can go
+to hosts that have less, and finds no more than that anywhere. Inside KVM all features can be taken
+away. Under the module, on CPUs whose CPUID cannot be made to fault (blanket doctor says so),
+programs see the hardware's, and only what needs a component of XSAVE can be: avx, avx512f or xsave,
+with what is built on them. All else is refused there. A VM that goes on from a file, or comes from
+another host, has the CPU that it had";
+
 /// Arguments of `run`.
 #[derive(Debug, Args)]
 pub struct Run {
@@ -427,6 +458,10 @@ pub struct Run {
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
+    /// The CPU: host, or a level (x86-64-v2, x86-64-v3, x86-64-v4), with ,-FEATURE for each that is
+    /// taken away. What is not there is not there where the VM moves either
+    #[arg(long, value_name = "CPU", default_value = "host", long_help = CPU_HELP, conflicts_with_all = ["restore", "incoming"])]
+    pub cpu: Wanted,
     /// Kernel command line, appended to the image's if that is what is booted; console=hvc0
     /// is added if it is not there
     #[arg(

@@ -6,6 +6,7 @@ mod client;
 mod cloud_init;
 mod confine;
 mod control;
+mod cpu;
 mod crash;
 mod disk;
 mod doctor;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
             kernel,
         } => doctor::command(json, force, kernel.as_deref()),
         Command::Run(mut run) => run::command(&mut run),
+        Command::Cpu { host, json } => cpu::command(host, json),
         Command::Ps { json } => client::ps(json),
         Command::Console { name } => client::console(&name),
         Command::Stats { name, json, format } => {

@@ -86,6 +86,7 @@ pub fn command(run: &mut Run) -> Result<ExitCode> {
         max_memory: run.max_memory,
         balloon: run.balloon,
         vcpus: run.cpus,
+        cpu: run.cpu.clone(),
         boot_entry: run.boot_entry.clone(),
         cmdline: run.cmdline.clone(),
         on_reboot: match run.on_reboot {

@@ -484,6 +484,7 @@ impl<M: Machine> Context<'_, M> {
             xcr0_mask,
             xcr0: self.v.xcr0,
             osxsave: xcr0_mask != 0,
+            hidden: crate::cpuid::Hidden(page.cpuid_hidden),
             tsc_aux: false,
             stable_tsc: clock.flags & 1 != 0,
             tsc_khz: u32::try_from(page.tsc_khz).unwrap_or(u32::MAX),

@@ -1,7 +1,7 @@
 //! The CPUID policy on recorded CPUs and on arbitrary ones.
 
 use blanket_abi::xen::cpuid::BASE;
-use blanket_core::cpuid::{Policy, Regs, allow, features, needs_hardware};
+use blanket_core::cpuid::{Hidden, Policy, Regs, allow, features, needs_hardware};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -360,10 +360,19 @@ fn policies() -> impl Strategy<Value = Policy> {
         any::<u64>(),
         0u32..64,
         any::<(u32, u32, i8)>(),
+        any::<[u32; 16]>(),
     )
         .prop_map(
-            |([osxsave, tsc_aux, stable_tsc], xcr0_mask, xcr0, vcpu_id, (khz, mul, shift))| {
+            |(
+                [osxsave, tsc_aux, stable_tsc],
+                xcr0_mask,
+                xcr0,
+                vcpu_id,
+                (khz, mul, shift),
+                hidden,
+            )| {
                 Policy {
+                    hidden: Hidden(hidden),
                     vcpu_id,
                     xcr0_mask,
                     xcr0,
@@ -395,6 +404,12 @@ proptest! {
         let limit = may_be_set(leaf, subleaf);
         for r in 0..4 {
             prop_assert_eq!(answer[r] & !limit[r], 0, "leaf {:#x}.{} register {}", leaf, subleaf, r);
+        }
+        // What is hidden is only taken away.
+        let whole = Policy { hidden: Hidden::default(), ..p };
+        let whole = whole.leaf(leaf, subleaf, hw);
+        for r in 0..4 {
+            prop_assert_eq!(answer[r] & !whole[r], 0);
         }
         // Leaves that are ours do not depend on hardware at all, and hardware is
         // asked for nothing else.

@@ -268,6 +268,45 @@ fn extended_control_register_keeps_to_the_mask() {
 }
 
 #[test]
+fn a_lesser_cpu_is_what_kernel_and_programs_find() {
+    use blanket_core::cpuid::Hidden;
+    const LEAF: [u8; 2] = [0x0f, 0xa2];
+    for mask in [3, 0] {
+        let (mut w, g) = world();
+        w.m.page.xcr0_mask = mask;
+        let mut hidden = Hidden::default();
+        assert!(hidden.insert("aes") && hidden.insert("bmi1"));
+        w.m.page.cpuid_hidden = hidden.0;
+        w.m.page.cpuid_faults = 1;
+        let mut found = |program: bool, leaf: u64| {
+            if program {
+                code(&w, g.user_text, 0x10, &LEAF);
+                user(&mut w);
+                (w.regs[0].rax, w.regs[0].rcx) = (leaf, 0);
+                enter(&mut w, 13, 0);
+                w.cpu0(|c| c.to_kernel_mode());
+                (w.regs[0].cs, w.regs[0].ss) = (common::trap::CS_KERNEL, common::trap::SS);
+            } else {
+                (w.regs[0].rax, w.regs[0].rcx) = (leaf, 0);
+                assert!(privileged(&mut w, &g, &LEAF));
+            }
+            (w.regs[0].rbx, w.regs[0].rcx)
+        };
+        let [(_, one), (seven, _)] = [found(false, 1), found(false, 7)];
+        assert_eq!((found(true, 1).1, found(true, 7).0), (one, seven));
+        // AES and AVX are gone, SSE4.2 is there; XSAVE and OSXSAVE go by the mask.
+        assert_eq!(one & (1 << 25 | 1 << 28 | 1 << 20), 1 << 20);
+        assert_eq!(one >> 26 & 3, if mask == 0 { 0 } else { 3 });
+        assert_eq!(seven & (1 << 3 | 1 << 5), 0, "BMI1, AVX2");
+        for val in [1u64, 3, 7] {
+            (w.regs[0].rcx, w.regs[0].rax, w.regs[0].rdx) = (0, val, 0);
+            let ok = privileged(&mut w, &g, &[0x0f, 0x01, 0xd1]);
+            assert_eq!(ok, val & !u64::from(mask) == 0, "{val:#x} of {mask:#x}");
+        }
+    }
+}
+
+#[test]
 fn ports_answer_all_ones_where_the_guest_has_the_privilege() {
     let (mut w, g) = world();
     w.regs[0].rax = 0;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use blanket_abi::device::{
     API_VERSION, AUDIT, Audit, COUNTERS, CREATE_VCPU, CREATE_VM, CreateVm, EXIT_REASONS, GET_INFO,
     GET_STATS, Info, PAUSE, RAISE, RECLAIM, RUN, RUN_DATA, Run, TARGET, TRACE, VmStats, create,
-    exit,
+    exit, features,
 };
 use blanket_abi::layout::vcpu::TRACE_SIZE;
 use blanket_abi::trace::Ring;
@@ -18,7 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use crate::builder::{Domain, GuestMemory};
-use crate::cpu::Cpu;
+use crate::cpu::{Names, Profile};
 use crate::hypervisor::{Crash, Exit, Hypervisor, Isolation, Kick, Machine, Vcpu, within_limits};
 use crate::kvm;
 use crate::shared_page::SharedPage;
@@ -181,8 +181,9 @@ impl Hypervisor for Device {
         self.info
     }
 
-    fn cpu(&self) -> Cpu {
-        Cpu::of_this(self.info.xcr0_mask)
+    fn profile(&self, only: Option<&Names>) -> Profile {
+        let binds = self.info.features & features::CPUID_PROFILE != 0;
+        Profile::of_this(self.info.xcr0_mask, binds, only)
     }
 
     fn create(
@@ -191,6 +192,7 @@ impl Hypervisor for Device {
         vcpus: u32,
         pool_limit: u64,
         isolation: Isolation,
+        cpu: &Profile,
     ) -> Result<Arc<dyn Machine>, Error> {
         within_limits(&self.info, domain, vcpus)?;
         ask_for_branch_barriers();
@@ -215,6 +217,8 @@ impl Hypervisor for Device {
                 Isolation::Off => create::SHARE,
             },
             boot: domain.boot,
+            xcr0_mask: cpu.xcr0_mask,
+            cpuid_hidden: cpu.hidden.0,
         };
         let fd = loop {
             // SAFETY: CREATE_VM reads size_of::<CreateVm>() bytes of its argument. The

@@ -7,7 +7,7 @@ use blanket_abi::PAGE_SIZE;
 use blanket_abi::device::{Audit, Info, VmStats, crash};
 
 use crate::builder::Domain;
-use crate::cpu::Cpu;
+use crate::cpu::{Names, Profile};
 use crate::device::Error;
 use crate::trace::Record;
 
@@ -32,10 +32,10 @@ pub trait Hypervisor: Send + Sync {
     /// What it can do.
     fn info(&self) -> Info;
 
-    /// The CPU that its VMs find.
-    fn cpu(&self) -> Cpu;
+    /// What its VMs find in the CPU: all that guests may have, or, of that, `only` these features.
+    fn profile(&self, only: Option<&Names>) -> Profile;
 
-    /// Makes a VM of a built domain. It keeps the domain's memory mapped for as
+    /// Makes a VM of a built domain, with a CPU that it can give. It keeps the domain's memory mapped for as
     /// long as it lives.
     ///
     /// # Errors
@@ -46,6 +46,7 @@ pub trait Hypervisor: Send + Sync {
         vcpus: u32,
         pool_limit: u64,
         isolation: Isolation,
+        cpu: &Profile,
     ) -> Result<Arc<dyn Machine>, Error>;
 }
 

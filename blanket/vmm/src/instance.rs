@@ -23,7 +23,7 @@ use crate::balloon::{Balloon, Memory};
 use crate::boot;
 use crate::builder::{self, CONSOLE_PORT, STORE_PORT};
 use crate::console::Console;
-use crate::cpu::Cpu;
+use crate::cpu::{Names, Profile};
 use crate::device;
 use crate::devices::Devices;
 use crate::entropy;
@@ -49,6 +49,8 @@ pub struct Instance {
     uuid: Mutex<String>,
     /// Another one when the VM comes from elsewhere, where it has not begun anew.
     generation: Mutex<Generation>,
+    /// What it has of its host's CPU, wherever it goes, if that is not all.
+    only: Mutex<Option<Names>>,
     hypervisor: Arc<dyn Hypervisor>,
     pub(crate) console: Arc<Console>,
     /// Kept over reboots.
@@ -111,7 +113,7 @@ impl Instance {
     /// A VM that has not been started.
     ///
     /// # Errors
-    /// The host gave no random bytes.
+    /// The host gave no random bytes, or cannot give such a CPU.
     pub fn new(
         spec: Spec,
         hypervisor: Arc<dyn Hypervisor>,
@@ -127,6 +129,7 @@ impl Instance {
             });
         }
         target_fits(target, most)?;
+        let only = spec.cpu.from(|only| hypervisor.profile(only))?;
         let uuid = match &spec.uuid {
             Some(uuid) => uuid.clone(),
             None => uuid().map_err(Error::Identity)?,
@@ -135,6 +138,7 @@ impl Instance {
             spec,
             uuid: Mutex::new(uuid),
             generation: Mutex::new(Generation::fresh().map_err(Error::Identity)?),
+            only: Mutex::new(only),
             hypervisor,
             console,
             devices: Mutex::default(),
@@ -191,9 +195,13 @@ impl Instance {
     ) -> Result<Vm, Error> {
         let spec = &self.spec;
         let domain = Arc::new(domain);
-        let machine =
-            self.hypervisor
-                .create(&domain, spec.vcpus, spec.pool_limit, spec.isolation)?;
+        let machine = self.hypervisor.create(
+            &domain,
+            spec.vcpus,
+            spec.pool_limit,
+            spec.isolation,
+            &self.profile(),
+        )?;
         let target = lock(&self.now).target;
         machine.target(target / PAGE_SIZE)?;
         let description = DomainSpec {
@@ -332,16 +340,24 @@ impl Instance {
         lock(&self.now).target
     }
 
-    /// The CPU that its guests find on this host.
-    #[must_use]
-    pub(crate) fn cpu(&self) -> Cpu {
-        self.hypervisor.cpu()
+    /// What its guests find in the CPU of this host.
+    fn profile(&self) -> Profile {
+        self.hypervisor.profile(self.only().as_ref())
     }
 
-    /// The components of XCR0 that its guests may have on this host.
-    #[must_use]
-    pub(crate) fn xcr0_mask(&self) -> u64 {
-        self.hypervisor.info().xcr0_mask
+    /// What a guest finds in the CPU of this host that is given `only` these features of it.
+    pub(crate) fn profile_of(&self, only: Option<&Names>) -> Profile {
+        self.hypervisor.profile(only)
+    }
+
+    /// What it has of its host's CPU, wherever it goes, if that is not all.
+    pub(crate) fn only(&self) -> Option<Names> {
+        lock(&self.only).clone()
+    }
+
+    /// It has no more of its host's CPU than this, from its next start on.
+    pub(crate) fn has_only(&self, only: Option<Names>) {
+        *lock(&self.only) = only;
     }
 
     /// Waits for the end of a VM, starting it again when it reboots.

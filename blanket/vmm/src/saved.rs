@@ -295,6 +295,7 @@ impl Instance {
             now.booted.clone_from(&machine.kernel);
             now.target = state.target;
         }
+        self.has_only(machine.only().cloned());
         if moved {
             self.become_uuid(&machine.uuid);
         }

@@ -21,7 +21,7 @@ pub use event::Event;
 pub use image::{AddImage, Image, ImageFormat};
 pub use net::{Net, NetAddress, NetMoved, NetNode, Nets, NewNet, NewNetAddress};
 pub use node::{
-    Finding, JoinAnswer, JoinCluster, JoinRequest, Level, Member, Members, NewToken, Node,
+    Finding, JoinAnswer, JoinCluster, JoinRequest, Level, Member, Members, NewToken, Node, NodeCpu,
     NodeStatus, Remove, TokenText,
 };
 pub use operation::{

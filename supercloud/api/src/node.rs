@@ -1,5 +1,7 @@
 //! Nodes, and who belongs to them.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -145,6 +147,21 @@ pub enum Level {
     Warn,
     /// Something does not work.
     Fail,
+}
+
+/// What VMs find in a node's CPU (`blanket cpu --json`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct NodeCpu {
+    /// What they run on: `module` or `kvm`.
+    pub host: String,
+    /// The CPU's vendor.
+    pub vendor: String,
+    /// What it has of what guests may have, by Linux' names.
+    pub features: BTreeSet<String>,
+    /// All of it can be taken away from a VM.
+    pub hides_all: bool,
+    /// What can be in any case, with what goes with it.
+    pub components: BTreeMap<String, BTreeSet<String>>,
 }
 
 /// One check of `doctor`.

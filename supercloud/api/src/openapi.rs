@@ -31,6 +31,7 @@ fn schemas() -> Map<String, Value> {
     add::<crate::Drain>(&mut all);
     add::<crate::Operation>(&mut all);
     add::<crate::Finding>(&mut all);
+    add::<crate::NodeCpu>(&mut all);
     add::<crate::Vm>(&mut all);
     add::<crate::VmSpec>(&mut all);
     add::<crate::Stop>(&mut all);

@@ -215,6 +215,14 @@ pub const ROUTES: &[Route] = &[
     ),
     route(
         Get,
+        "/v1/cpu",
+        Member,
+        None,
+        "NodeCpu",
+        "What VMs find in the node's CPU; ?host=module or ?host=kvm: on that",
+    ),
+    route(
+        Get,
         "/v1/vms",
         Member,
         None,

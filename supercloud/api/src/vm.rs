@@ -27,6 +27,9 @@ pub struct VmSpec {
     pub memory: u64,
     /// vCPUs.
     pub cpus: u32,
+    /// Its CPU, as `blanket run --cpu` takes it: `host`, or less, such as `host,-avx`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
     /// What its guest's cloud-init is told, as `blanket run --cloud-init` takes it: files on the node.
     #[serde(default)]
     pub cloud_init: Option<String>,

@@ -318,6 +318,18 @@ pub struct RunArgs {
     /// vCPUs
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
+    /// Its CPU, as for `blanket run --cpu`: host, or a level (x86-64-v2, ...), with ,-FEATURE for each that
+    /// is taken away, so that it can go to nodes that have less
+    #[arg(long, value_name = "CPU")]
+    pub cpu: Option<String>,
+    /// Give it what the CPUs of these nodes have as well, so that it can go to each of them, and back
+    #[arg(
+        long,
+        value_name = "NODE,...",
+        value_delimiter = ',',
+        conflicts_with = "cpu"
+    )]
+    pub cpu_for: Vec<String>,
     /// A further disk, as for IMAGE; may be given several times
     #[arg(long, value_name = "DISK")]
     pub disk: Vec<String>,

@@ -4,6 +4,7 @@ mod add;
 mod args;
 mod ask;
 mod console;
+mod cpu;
 mod exit;
 mod net;
 mod node;

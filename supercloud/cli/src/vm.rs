@@ -15,6 +15,7 @@ use supercloud_node::client;
 
 use crate::args::{MigrateArgs, RunArgs, VmCommand};
 use crate::ask::To;
+use crate::cpu;
 use crate::exit::{output, show, table};
 use crate::snapshot;
 
@@ -29,7 +30,12 @@ pub async fn command(to: &To, command: VmCommand, json: bool) -> Result<ExitCode
         VmCommand::Run(args) => {
             let name = args.name.clone();
             supercloud_api::name("a VM", &name)?;
-            let spec = spec(*args, to.node.is_none())?;
+            let mut args = *args;
+            if !args.cpu_for.is_empty() {
+                let host = args.host.as_deref();
+                args.cpu = Some(cpu::for_nodes(to, host, &args.cpu_for).await?);
+            }
+            let spec = spec(args, to.node.is_none())?;
             let path = format!("/v1/vms/{name}");
             let vm: Vm = to.ask(Method::PUT, &path, Some(&spec)).await?;
             show(&vm, json, |vm| format!("{name} runs on {}\n", vm.node))?;
@@ -165,6 +171,7 @@ fn spec(args: RunArgs, here: bool) -> Result<VmSpec, Error> {
             .transpose()?,
         memory: args.memory,
         cpus: args.cpus,
+        cpu: args.cpu,
         nets: args.net,
         publish: args.publish,
         host: args.host,
@@ -228,6 +235,9 @@ fn described(vm: &Vm) -> String {
         ["memory".to_owned(), format!("{}M", vm.spec.memory >> 20)],
         ["cpus".to_owned(), vm.spec.cpus.to_string()],
     ];
+    if let Some(cpu) = &vm.spec.cpu {
+        rows.push(["cpu".into(), cpu.clone()]);
+    }
     if let Some(host) = &vm.seen.host {
         rows.push(["host".into(), host.clone()]);
     }

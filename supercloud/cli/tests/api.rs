@@ -139,6 +139,7 @@ async fn answers_are_as_the_document_says() {
         ("GET", "/v1/nodes", "/v1/nodes", None),
         ("GET", "/v1/members", "/v1/members", None),
         ("GET", "/v1/doctor", "/v1/doctor", None),
+        ("GET", "/v1/cpu", "/v1/cpu", None),
         ("GET", "/v1/vms", "/v1/vms", None),
         ("GET", "/v1/vms/{name}", "/v1/vms/web", None),
         ("GET", "/v1/operations", "/v1/operations", None),

@@ -5,8 +5,8 @@ mod common;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 
-use common::{Lab, until};
-use serde_json::Value;
+use common::{Lab, Node, until};
+use serde_json::{Value, json};
 
 #[test]
 fn a_node_joins_by_a_token_that_is_good_once() {
@@ -178,6 +178,48 @@ fn a_vm_is_run_stopped_started_and_removed() {
             .count(),
         0
     );
+}
+
+#[test]
+fn a_vm_gets_the_cpu_that_its_nodes_have() {
+    let lab = Lab::new();
+    let a = lab.first("a");
+    let b = lab.joined("b", &a);
+    let cpu = |node: &Node, features: &[&str], hides_all| {
+        let cpu = json!({
+            "host": "fake", "vendor": "FakeFakeFake", "features": features,
+            "hides_all": hides_all, "components": { "avx": ["avx"] },
+        });
+        fs::write(node.vms().join("cpu.json"), cpu.to_string()).expect("written");
+    };
+    cpu(&a, &["aes", "avx", "sse2"], false);
+    cpu(&b, &["aes", "sha_ni", "sse2"], true);
+    let image = lab.image("base.raw", 1 << 20);
+    a.run(&["image", "add", &image.display().to_string()]).ok();
+    let run = |name: &str, option: &str, of: &str| {
+        a.run(&[
+            "vm", "run", "base", "--name", name, "--memory", "16M", option, of,
+        ])
+    };
+    run("web", "--cpu-for", "b").ok();
+    assert_eq!(
+        a.vm("web").expect("there")["spec"]["cpu"],
+        "host,-avx,-sha_ni"
+    );
+    let told = |node: &Node, name: &str| fs::read_to_string(node.vms().join(name)).ok();
+    assert_eq!(told(&a, "web.cpu").as_deref(), Some("host,-avx,-sha_ni"));
+    // Where it comes from another node it has one already.
+    a.run(&["vm", "migrate", "web", "--to", "b"]).ok();
+    assert_eq!(told(&b, "web.cpu"), None);
+    b.run(&["vm", "stop", "web"]).ok();
+    b.run(&["vm", "start", "web"]).ok();
+    assert_eq!(told(&b, "web.cpu").as_deref(), Some("host,-avx,-sha_ni"));
+
+    run("one", "--cpu", "x86-64-v2").ok();
+    assert_eq!(told(&a, "one.cpu").as_deref(), Some("x86-64-v2"));
+    cpu(&b, &["avx", "sse2"], true);
+    run("two", "--cpu-for", "b").fails(6, "cannot hide aes from");
+    run("two", "--cpu-for", "c").fails(3, "no node c");
 }
 
 #[test]

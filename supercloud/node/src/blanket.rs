@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use supercloud_api::{Code, Error, Finding, Level, PostCopy, Progress};
+use supercloud_api::{Code, Error, Finding, Level, NodeCpu, PostCopy, Progress};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::Command;
 
@@ -135,6 +135,8 @@ pub struct Run {
     pub memory: u64,
     /// vCPUs.
     pub cpus: u32,
+    /// Its CPU, if it boots and does not go on from elsewhere, where it had one.
+    pub cpu: Option<String>,
     /// Kernel.
     pub kernel: Option<PathBuf>,
     /// Initrd.
@@ -273,6 +275,11 @@ impl Blanket {
     /// The command's own.
     pub async fn run(&self, run: &Run, patience: Duration) -> Result<(), Error> {
         let mut command = self.command(&["run", "--detach", "--json"]);
+        if run.restore.is_none()
+            && let Some(cpu) = &run.cpu
+        {
+            command.args(["--cpu", cpu]);
+        }
         options(&mut command, run);
         self.done(command, patience).await?;
         Ok(())
@@ -547,6 +554,17 @@ impl Blanket {
             return Err(Error::failed(format!("{} is no image", file.display())));
         }
         Ok(all.swap_remove(0))
+    }
+
+    /// What VMs find in the CPU, on `module` or `kvm` if that is said.
+    ///
+    /// # Errors
+    /// The command's own: VMs do not run on that here.
+    pub async fn cpu(&self, host: Option<&str>) -> Result<NodeCpu, Error> {
+        let words = ["cpu", "--json"].into_iter();
+        let host = host.into_iter().flat_map(|host| ["--host", host]);
+        let words: Vec<&str> = words.chain(host).collect();
+        self.json(&words).await
     }
 
     /// What `blanket doctor` finds.

@@ -297,6 +297,7 @@ impl Agent {
             uuid: vm.uuid.clone(),
             memory: vm.spec.memory,
             cpus: vm.spec.cpus,
+            cpu: vm.spec.cpu.clone(),
             kernel: file("kernel", &vm.kernel)?,
             initrd: file("initrd", &vm.initrd)?,
             cmdline: vm.spec.cmdline.clone(),

@@ -195,6 +195,55 @@ const WORDS: &[Word] = &[
     word(0x8000_0008, 0, EBX, &[(0, "clzero"), (2, "xsaveerptr")]),
 ];
 
+/// Words of a [`Hidden`]: more than there are registers with features.
+pub const HIDDEN_WORDS: usize = 16;
+
+const _: () = assert!(WORDS.len() <= HIDDEN_WORDS);
+
+/// Features that a VM does not have although its host has them: masks of bits to take away, for
+/// registers of CPUID's in an order that programs of one release agree on.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hidden(pub [u32; HIDDEN_WORDS]);
+
+impl Hidden {
+    /// Takes the feature of this name away; false if none has it.
+    pub fn insert(&mut self, name: &str) -> bool {
+        let mut known = false;
+        for (word, mask) in WORDS.iter().zip(&mut self.0) {
+            for (bit, of_it) in word.bits {
+                if *of_it == name {
+                    *mask |= 1 << bit;
+                    known = true;
+                }
+            }
+        }
+        known
+    }
+
+    /// What is left of an answer of CPUID's.
+    pub(super) fn left_of(&self, leaf: u32, subleaf: u32, mut regs: Regs) -> Regs {
+        // Other leaves do not look at the subleaf (Intel SDM vol. 2A, CPUID).
+        let indexed = matches!(leaf, 7 | 0xd);
+        for (word, mask) in WORDS.iter().zip(&self.0) {
+            if word.leaf == leaf
+                && (word.subleaf == subleaf || !indexed)
+                && let Some(register) = regs.get_mut(word.register)
+            {
+                *register &= !mask;
+            }
+        }
+        regs
+    }
+}
+
+/// The names of all features that guests may have.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    WORDS
+        .iter()
+        .flat_map(|word| word.bits.iter().map(|(_, name)| *name))
+}
+
 /// What guests with this policy find on hardware that gives these answers.
 pub fn features(
     policy: &Policy,
@@ -280,10 +329,7 @@ mod tests {
 
     #[test]
     fn names_are_each_of_one_feature() {
-        let names: Vec<&str> = WORDS
-            .iter()
-            .flat_map(|word| word.bits.iter().map(|(_, name)| *name))
-            .collect();
+        let names: Vec<&str> = names().collect();
         let set: BTreeSet<&str> = names.iter().copied().collect();
         assert_eq!(set.len(), names.len());
     }
@@ -302,5 +348,40 @@ mod tests {
         assert!(!found(0xe7).contains("rdtscp"));
         let none: BTreeSet<&str> = features(&Policy::default(), |_, _| [0; 4]).collect();
         assert!(none.is_empty());
+    }
+
+    #[test]
+    fn what_is_hidden_is_gone_and_nothing_else_is() {
+        let all = Policy {
+            xcr0_mask: u64::MAX,
+            osxsave: true,
+            tsc_aux: true,
+            ..Policy::default()
+        };
+        let leaves = (0..=super::super::MAX_BASIC).chain(0x8000_0000..=0x8000_0021);
+        for name in names() {
+            let mut hidden = Hidden::default();
+            assert!(hidden.insert(name));
+            let less = Policy { hidden, ..all };
+            let found: BTreeSet<&str> = features(&less, |_, _| [u32::MAX; 4]).collect();
+            assert!(!found.contains(name), "{name}");
+            assert_eq!(found.len(), names().count() - 1, "{name}");
+            let mut lost = 0;
+            // Where the subleaf means nothing, the answer is the same with any.
+            for (leaf, subleaf) in leaves
+                .clone()
+                .flat_map(|leaf| [0, 1, 2, 0x1234_5678].map(|subleaf| (leaf, subleaf)))
+            {
+                let [with, without] =
+                    [all, less].map(|policy| policy.leaf(leaf, subleaf, [u32::MAX; 4]));
+                let changed = with.iter().zip(without).map(|(a, b)| a ^ b);
+                lost += changed.map(u32::count_ones).sum::<u32>();
+            }
+            let indexed = WORDS.iter().any(|word| {
+                matches!(word.leaf, 7 | 0xd) && word.bits.iter().any(|(_, it)| *it == name)
+            });
+            assert_eq!(lost, if indexed { 1 } else { 4 }, "{name}");
+        }
+        assert!(!Hidden::default().insert("osxsave"));
     }
 }

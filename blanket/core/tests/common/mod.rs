@@ -305,6 +305,7 @@ impl FakeMachine {
             pool_gone: AtomicU64::new(0),
             pause: AtomicU32::new(0),
             pad2: 0,
+            cpuid_hidden: [0; 16],
         });
         Self {
             frames,

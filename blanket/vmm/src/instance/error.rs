@@ -58,6 +58,9 @@ pub enum Error {
         /// At most, bytes.
         most: u64,
     },
+    /// Its CPU.
+    #[error(transparent)]
+    Cpu(#[from] crate::cpu::WantedError),
     /// What the guest is to have of its memory.
     #[error(transparent)]
     Balloon(#[from] BalloonError),

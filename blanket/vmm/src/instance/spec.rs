@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::cpu::Wanted;
 use crate::hypervisor::Isolation;
 
 /// What a VM is made of.
@@ -26,6 +27,8 @@ pub struct Spec {
     pub balloon: Option<u64>,
     /// vCPUs.
     pub vcpus: u32,
+    /// Its CPU: its host's, or less.
+    pub cpu: Wanted,
     /// Which of the first disk's boot entries, if not its default.
     pub boot_entry: Option<String>,
     /// Kernel command line; appended to the disk's, if that is what is booted.
@@ -61,6 +64,7 @@ impl Default for Spec {
             max_memory: None,
             balloon: None,
             vcpus: 1,
+            cpu: Wanted::default(),
             boot_entry: None,
             cmdline: String::new(),
             on_reboot: OnReboot::Restart,

@@ -275,6 +275,49 @@ fn a_restart_is_not_made_when_the_user_wants_none() {
     assert_eq!(instance.boots(), 1);
 }
 
+#[test]
+fn a_lesser_cpu_is_kept_over_reboots_and_another_host_s_is_taken_on() {
+    let all =
+        |binds| move |only: Option<&Names>| Profile::new(0xe7, binds, only, |_, _| [u32::MAX; 4]);
+    let kernel = kernel_file();
+    let made = |cpu: &str, binds| {
+        let fake = Fake::new(|boot, _| {
+            let end = if boot < 1 { 1 } else { 0 };
+            Box::new(move |_: &Guest| Ok(Exit::Shutdown(end))) as Program
+        });
+        let fake = fake.with_cpu(Box::new(all(binds)));
+        let spec = Spec {
+            cpu: cpu.parse().expect("a CPU"),
+            ..spec(kernel.path())
+        };
+        let console = Console::new().expect("console");
+        (Arc::clone(&fake), Instance::new(spec, fake, console))
+    };
+    let (fake, instance) = made("host,-avx", false);
+    let instance = instance.expect("AVX can be hidden by any host");
+    let vm = instance.boot().expect("boots");
+    assert!(matches!(instance.run(vm), Ok(End::Poweroff)));
+    let given = fake.given();
+    assert_eq!(given.len(), 2, "it has rebooted");
+    for cpu in &given {
+        assert_eq!(cpu.xcr0_mask, 3);
+        assert!(!cpu.cpu.features.contains("avx2") && cpu.cpu.features.contains("aes"));
+    }
+
+    let (_, refused) = made("host,-aes", false);
+    let why = refused.err().expect("programs would find it").to_string();
+    assert!(why.contains("aes cannot be taken away here"), "{why}");
+
+    // What a VM had elsewhere counts, and not what its process was started with.
+    let (fake, instance) = made("host", true);
+    let instance = instance.expect("an instance");
+    instance.has_only(Some(given[0].cpu.features.clone()));
+    let vm = instance.boot().expect("boots");
+    assert!(matches!(instance.run(vm), Ok(End::Poweroff)));
+    let here = fake.given();
+    assert!(here.iter().all(|cpu| cpu.cpu == given[0].cpu));
+}
+
 /// A guest that watches `control/shutdown` as Linux does and ends itself when told.
 fn obedient(reason: u64) -> Program {
     let mut rings = None;

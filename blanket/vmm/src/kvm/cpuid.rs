@@ -13,7 +13,7 @@ use kvm_bindings::{
 };
 
 use super::{Error, refused};
-use crate::cpu::Cpu;
+use crate::cpu::{Names, Profile};
 
 /// KVM's feature leaf.
 const KVM_FEATURES: u32 = 0x4000_0001;
@@ -183,9 +183,42 @@ impl Cpuid {
         CpuId::from_entries(&entries).map_err(|_| Error::Cpuid("it has too many leaves"))
     }
 
-    /// What VMs find.
-    pub fn cpu(&self) -> Cpu {
-        Cpu::new(&self.policy, |leaf, subleaf| self.host(leaf, subleaf))
+    /// What VMs find: all that there is, or `only` these features.
+    pub fn profile(&self, only: Option<&Names>) -> Profile {
+        Profile::new(self.xcr0_mask.into(), true, only, |leaf, subleaf| {
+            self.host(leaf, subleaf)
+        })
+    }
+
+    /// What a VM finds that is given this.
+    pub fn given(&self, cpu: &Profile) -> Self {
+        let mut this = self.clone();
+        this.policy.xcr0_mask &= cpu.xcr0_mask;
+        this.policy.osxsave = this.policy.xstates() != 0;
+        this.policy.xcr0 = this.policy.xstates();
+        this.policy.hidden = cpu.hidden;
+        this.xcr0_mask = u32::try_from(this.policy.xstates()).unwrap_or(0);
+        this.narrow(self.xcr0_mask);
+        this
+    }
+
+    /// Has leaf 0xd tell of no more than the components that are left of `before`, and of the size
+    /// of these (Intel SDM vol. 1, 13.2): legacy region and header, or the end of the last one.
+    fn narrow(&mut self, before: u32) {
+        if self.xcr0_mask == before {
+            return;
+        }
+        let ends = (2..32)
+            .filter(|index| self.xcr0_mask >> index & 1 != 0)
+            .map(|index| self.host(0xd, index))
+            .map(|[size, offset, ..]| offset.saturating_add(size));
+        let size = ends.fold(576, u32::max);
+        let first = |e: &&mut kvm_cpuid_entry2| e.function == 0xd && e.index == 0;
+        if let Some(entry) = self.supported.iter_mut().find(first) {
+            entry.eax &= self.xcr0_mask;
+            entry.ebx = size;
+            entry.ecx = size;
+        }
     }
 
     /// Whether a VM has XSAVE.
@@ -292,6 +325,37 @@ mod tests {
         assert_eq!([b, c, d], blanket_abi::xen::cpuid::SIGNATURE);
         assert_eq!(find(&table, 1, 0)[1] >> 24, 3, "APIC id");
         assert_eq!(find(&table, 0xd, 9), [0; 4], "PKRU is not the guest's");
+    }
+
+    #[test]
+    fn a_lesser_cpu_is_one_profile_too() {
+        let cpuid = Cpuid::new(host(), 2_000_000).expect("a good CPU");
+        let given = |gone: &[&str]| {
+            let mut only = cpuid.profile(None).cpu.features;
+            only.retain(|name| !gone.contains(&name.as_str()));
+            cpuid.given(&cpuid.profile(Some(&only)))
+        };
+        assert_eq!(given(&[]).xcr0_mask, cpuid.xcr0_mask);
+        let less = given(&["avx", "bmi1"]);
+        assert!(less.xsave() && less.xcr0_mask == 3);
+        let table = less.for_vcpu(0).expect("it fits");
+        let [_, _, c, _] = find(&table, 1, 0);
+        assert_eq!(c & (1 << 28 | 1 << 12), 0, "AVX, FMA");
+        assert_eq!(c & L1_ECX_CORE, L1_ECX_CORE, "what the core needs");
+        let [_, b, ..] = find(&table, 7, 0);
+        assert_eq!(b & (1 << 3 | 1 << 5 | 1 << 16), 0, "BMI1, AVX2, AVX-512");
+        assert_eq!(b & (1 << 8 | L7_EBX_SMEP), 1 << 8 | L7_EBX_SMEP);
+        assert_eq!(find(&table, 0xd, 0), [3, 576, 576, 0]);
+        assert_eq!(find(&table, 0xd, 2), [0; 4]);
+        let entry = less.for_core();
+        let entry = entry.iter().find(|e| (e.leaf, e.subleaf) == (0xd, 0));
+        assert_eq!(entry.map(|e| e.regs), Some([3, 576, 576, 0]));
+
+        let none = given(&["xsave"]);
+        assert!(!none.xsave());
+        let table = none.for_vcpu(0).expect("it fits");
+        assert_eq!(find(&table, 1, 0)[2] & (3 << 26), 0, "XSAVE, OSXSAVE");
+        assert_eq!(find(&table, 0xd, 0), [0; 4]);
     }
 
     #[test]

@@ -35,11 +35,11 @@ use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _, G
 
 use crate::builder::{Domain, GuestMemory};
 use crate::core_image::BUILD_ID;
-use crate::cpu::Cpu;
+use crate::cpu::{Names, Profile};
 use crate::device;
 use crate::hypervisor::{HostExits, Hypervisor, Isolation, Machine, Vcpu, within_limits};
 use crate::trace::Record;
-use cpuid::Cpuid;
+use cpuid::{Cpuid, quirks};
 use image::Image;
 use space::{Plan, Space};
 
@@ -241,7 +241,9 @@ impl Kvm {
         vcpus: u32,
         pool_limit: u64,
         isolation: Isolation,
+        cpu: &Profile,
     ) -> Result<Arc<KvmVm>, Error> {
+        let cpuid = self.cpuid.given(cpu);
         let pool = match pool_limit {
             0 => domain.pool_limit(),
             limit => limit.min(MAX_POOL),
@@ -251,24 +253,25 @@ impl Kvm {
             domain,
             vcpus,
             pool,
-            xcr0_mask: self.cpuid.xcr0_mask,
+            xcr0_mask: cpuid.xcr0_mask,
             tsc_khz: self.info.tsc_khz,
-            features: self.cpuid.features,
-            quirks: cpuid::quirks(),
-            smap: self.cpuid.smap,
+            features: cpuid.features,
+            quirks: quirks(),
+            smap: cpuid.smap,
             isolate: match isolation {
                 Isolation::On => true,
                 Isolation::Off => false,
                 Isolation::Auto => self.info.features & features::ISOLATES != 0,
             },
-            cpuid: &self.cpuid.for_core(),
+            hidden: cpu.hidden,
+            cpuid: &cpuid.for_core(),
         })?;
         let (base, bytes, address) = space.slot();
         let needed = u64::BITS - (base + bytes).leading_zeros();
-        if needed > self.cpuid.physical_bits {
+        if needed > cpuid.physical_bits {
             return Err(Error::PhysicalBits {
                 needed,
-                given: self.cpuid.physical_bits,
+                given: cpuid.physical_bits,
             });
         }
         let fd = create_vm(&self.kvm)?;
@@ -305,7 +308,7 @@ impl Kvm {
             space,
             memory: Arc::clone(&domain.memory),
             image: self.image,
-            cpuid: self.cpuid.clone(),
+            cpuid,
             stats: stats::Stats::default(),
         }))
     }
@@ -372,8 +375,8 @@ impl Hypervisor for Kvm {
         self.info
     }
 
-    fn cpu(&self) -> Cpu {
-        self.cpuid.cpu()
+    fn profile(&self, only: Option<&Names>) -> Profile {
+        self.cpuid.profile(only)
     }
 
     fn create(
@@ -382,9 +385,10 @@ impl Hypervisor for Kvm {
         vcpus: u32,
         pool_limit: u64,
         isolation: Isolation,
+        cpu: &Profile,
     ) -> Result<Arc<dyn Machine>, device::Error> {
         within_limits(&self.info, domain, vcpus)?;
-        let vm = self.create_vm(domain, vcpus, pool_limit, isolation)?;
+        let vm = self.create_vm(domain, vcpus, pool_limit, isolation, cpu)?;
         Ok(Arc::new(Handle(vm)))
     }
 }

@@ -113,7 +113,7 @@ fn run(kvm: &Kvm) -> Result<(), Error> {
     let domain =
         builder::build(&Kernel::bare(code()), None, &config).map_err(|error| broken(&error))?;
     let machine = kvm
-        .create(&domain, 1, 0, Isolation::Auto)
+        .create(&domain, 1, 0, Isolation::Auto, &kvm.profile(None))
         .map_err(|error| match error {
             crate::device::Error::Kvm(error) => error,
             other => broken(&other),

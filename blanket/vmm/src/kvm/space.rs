@@ -6,6 +6,7 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use blanket_abi::PAGE_SIZE;
+use blanket_abi::cpuid::Hidden;
 use blanket_abi::device::{
     Boot, COUNTERS, CPUID_MAX, CpuidEntry, EXIT_REASONS, ImageHeader, RUN_DATA, STUB_STRIDE,
     Switch, VmPage, host, pending,
@@ -90,6 +91,8 @@ pub struct Plan<'a> {
     pub smap: bool,
     /// The core runs on a root of its own.
     pub isolate: bool,
+    /// Features that the VM has not, although the host has them.
+    pub hidden: Hidden,
     /// CPUID as the core sees it.
     pub cpuid: &'a [CpuidEntry],
 }
@@ -514,6 +517,9 @@ impl Space {
         self.put(field(offset_of!(VmPage, pool_pages)), &[first])?;
         self.put(field(offset_of!(VmPage, pool_limit)), &[plan.pool])?;
         half(offset_of!(VmPage, xcr0_mask), plan.xcr0_mask)?;
+        for (word, at) in plan.hidden.0.iter().zip((0..).step_by(size_of::<u32>())) {
+            half(offset_of!(VmPage, cpuid_hidden) + at, *word)?;
+        }
         self.put(field(offset_of!(VmPage, tsc_khz)), &[plan.tsc_khz])?;
         self.put(field(offset_of!(VmPage, hole)), hole)?;
         let core_cr3 = if plan.isolate { self.root() } else { 0 };

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ResumeError;
 use crate::builder::{self, Domain};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, HIDES, Names, Profile, listed};
 use crate::devices::Devices;
 use crate::instance::{Instance, Running};
 use crate::sync::lock;
@@ -42,6 +42,10 @@ pub struct Machine {
     pub macs: Vec<(u32, String)>,
     /// The CPU that it has found.
     pub cpu: Cpu,
+    /// It was given less than its host's, and has nothing else wherever it goes. Programs that do
+    /// not know of this refuse it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub lesser: bool,
     /// The components of XCR0 that it may have found.
     pub xcr0_mask: u64,
     /// Version of its core's state.
@@ -50,6 +54,11 @@ pub struct Machine {
     pub boot: BTreeMap<String, u64>,
     /// Frames of its rings: the xenstore's, the console's.
     pub rings: [u64; 2],
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde asks for")]
+fn is_false(it: &bool) -> bool {
+    !it
 }
 
 /// The boot record as names and numbers; how it started is of no use any more.
@@ -71,6 +80,8 @@ impl Machine {
         let spec = instance.spec();
         let domain = &running.domain;
         let named = |(name, word): (&str, u64)| (name.to_owned(), word);
+        let only = instance.only();
+        let profile = instance.profile_of(only.as_ref());
         Self {
             name: spec.name.clone(),
             uuid: instance.uuid(),
@@ -83,12 +94,18 @@ impl Machine {
             content: Vec::new(),
             bases: devices.bases(),
             macs: devices.macs(),
-            cpu: instance.cpu(),
-            xcr0_mask: instance.xcr0_mask(),
+            cpu: profile.cpu,
+            lesser: only.is_some(),
+            xcr0_mask: profile.xcr0_mask,
             core: state::VERSION,
             boot: words(&domain.boot).map(named).into(),
             rings: [domain.store.0, domain.console.0],
         }
+    }
+
+    /// All that it has of its host's CPU, if it was given less.
+    pub(super) fn only(&self) -> Option<&Names> {
+        self.lesser.then_some(&self.cpu.features)
     }
 
     /// The same, with the content of these disks.
@@ -124,16 +141,7 @@ impl Machine {
                 spec.most_memory() >> 20
             ));
         }
-        if let Some(why) = instance.cpu().lacks(&self.cpu) {
-            return impossible(why);
-        }
-        let here = instance.xcr0_mask();
-        if self.xcr0_mask & !here != 0 || (self.xcr0_mask == 0) != (here == 0) {
-            return impossible(format!(
-                "its guest has found the CPU's XSAVE components {:#x}, and this host has {here:#x}",
-                self.xcr0_mask
-            ));
-        }
+        self.finds_the_same(&instance.profile_of(self.only()))?;
         let (there, sizes) = {
             let devices = lock(&instance.devices);
             (devices.numbers(), devices.sizes())
@@ -159,6 +167,27 @@ impl Machine {
         self.stands_on_the_same(instance, &self.content)?;
         if let Some(more) = there.iter().find(|it| !self.devices.contains(it)) {
             return impossible(format!("it had no {}; add it when it runs", named(more)));
+        }
+        Ok(())
+    }
+
+    /// Whether its guest goes on with a CPU as it has found it: `here` is what this host gives it.
+    fn finds_the_same(&self, here: &Profile) -> Result<(), ResumeError> {
+        let impossible = |why: String| Err(ResumeError::Impossible(why));
+        if let Some(why) = here.cpu.lacks(&self.cpu) {
+            return impossible(why);
+        }
+        if self.xcr0_mask & !here.xcr0_mask != 0 || (self.xcr0_mask == 0) != (here.xcr0_mask == 0) {
+            return impossible(format!(
+                "its guest has found the CPU's XSAVE components {:#x}, and this host has {:#x}",
+                self.xcr0_mask, here.xcr0_mask
+            ));
+        }
+        if !here.bare.is_empty() {
+            return impossible(format!(
+                "it was given a CPU without {}, and its programs would find that here: {HIDES}",
+                listed(&here.bare)
+            ));
         }
         Ok(())
     }
@@ -263,6 +292,80 @@ impl Machine {
 mod tests {
     use super::super::testing::{of_size, sample as machine};
     use super::*;
+    use crate::console::Console;
+    use crate::instance::Spec;
+    use crate::testing::{Fake, Guest};
+
+    /// A process that a VM like the sample may come to, on a host with everything, which hides from
+    /// programs what their CPU has not if it `binds` them.
+    fn host(binds: bool) -> std::sync::Arc<Instance> {
+        let sample = machine();
+        let spec = Spec {
+            memory: sample.memory,
+            max_memory: Some(sample.max_memory),
+            ..Spec::default()
+        };
+        let fake = Fake::new(|_, _| Box::new(|_: &Guest| unreachable!("no vCPU runs")));
+        let cpu = move |only: Option<&Names>| Profile::new(0xe7, binds, only, |_, _| [u32::MAX; 4]);
+        let fake = fake.with_cpu(Box::new(cpu));
+        Instance::new(spec, fake, Console::new().expect("a console")).expect("an instance")
+    }
+
+    /// The sample, with a CPU without these.
+    fn without(names: &[&str]) -> Machine {
+        let host = host(true);
+        let mut only = host.profile_of(None).cpu.features;
+        only.retain(|name| !names.contains(&name.as_str()));
+        let given = host.profile_of(Some(&only));
+        Machine {
+            cpu: given.cpu,
+            lesser: true,
+            xcr0_mask: given.xcr0_mask,
+            devices: Vec::new(),
+            disks: Vec::new(),
+            ..machine()
+        }
+    }
+
+    #[test]
+    fn a_lesser_cpu_goes_where_it_stays_one() {
+        let fits = |machine: &Machine, binds| machine.fits(&host(binds)).map_err(|e| e.to_string());
+        for gone in ["avx", "avx512f", "xsave"] {
+            for binds in [false, true] {
+                assert_eq!(fits(&without(&[gone]), binds), Ok(()), "{gone}, {binds}");
+            }
+        }
+        let less = without(&["avx", "bmi1"]);
+        assert_eq!(fits(&less, true), Ok(()));
+        let why = fits(&less, false).expect_err("programs would find BMI1");
+        assert!(why.contains("a CPU without bmi1, and"), "{why}");
+        // One that was given all that there was may find more later.
+        let whole = Machine {
+            lesser: false,
+            ..less.clone()
+        };
+        assert_eq!(fits(&whole, false), Ok(()));
+        assert_eq!(less.only(), Some(&less.cpu.features));
+        assert_eq!(whole.only(), None);
+        // No host gives what it has not.
+        let mut more = less;
+        more.cpu.features.insert("avx10".into());
+        let why = fits(&more, true).expect_err("it is not there");
+        assert!(why.contains("has found avx10"), "{why}");
+    }
+
+    #[test]
+    fn a_lesser_cpu_is_written_down_and_others_are_as_before() {
+        let text = |machine: &Machine| serde_json::to_string(machine).expect("text");
+        let (less, whole) = (without(&["avx"]), machine());
+        assert!(!text(&whole).contains("lesser"), "older programs take it");
+        assert!(text(&less).contains("\"lesser\":true"), "and refuse this");
+        for machine in [less, whole] {
+            let back: Machine = serde_json::from_str(&text(&machine)).expect("it is one");
+            assert_eq!(back, machine);
+        }
+    }
+
     #[test]
     fn a_domain_of_numbers_that_fit() {
         let domain = machine().domain(false).expect("it fits");

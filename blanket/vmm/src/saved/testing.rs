@@ -21,7 +21,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use super::machine::words;
 use super::{Machine, Moving, ResumeError, State, Stored, read};
 use crate::builder::{self, Domain};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Profile};
 use crate::devices::Devices;
 use crate::hypervisor::{self, Hypervisor as _, Isolation};
 use crate::migration::{Bases, Dirty, Images};
@@ -66,6 +66,7 @@ pub(super) fn of_size(start: u64, most: u64, ram: u64) -> Machine {
         bases: vec![],
         macs: vec![],
         cpu: Cpu::default(),
+        lesser: false,
         xcr0_mask: 7,
         core: state::VERSION,
         boot: BTreeMap::from(words(&boot).map(named)),
@@ -82,7 +83,9 @@ pub(crate) fn domain() -> Domain {
 /// A machine without vCPUs that run.
 fn machine_of(domain: &Domain) -> Arc<dyn hypervisor::Machine> {
     let fake = Fake::new(|_, _| Box::new(|_: &Guest| unreachable!("no vCPU runs")));
-    fake.create(domain, 0, 0, Isolation::Off).expect("a fake")
+    let cpu = Profile::default();
+    fake.create(domain, 0, 0, Isolation::Off, &cpu)
+        .expect("a fake")
 }
 
 /// Machine and state of a VM that has a store and one vCPU, as text.

@@ -9,7 +9,7 @@ use blanket_abi::device::{Audit, Boot, COUNTERS, EXIT_REASONS, Info, VmStats};
 use blanket_abi::trace::kind;
 
 use crate::builder::{Domain, GuestMemory, STORE_PORT};
-use crate::cpu::Cpu;
+use crate::cpu::{Names, Profile};
 use crate::device::Error;
 use crate::hypervisor::{Exit, Hypervisor, Isolation, Kick, Machine, Vcpu};
 use crate::sync::lock;
@@ -22,7 +22,12 @@ pub type Program = Box<dyn FnMut(&Guest) -> Result<Exit, Error> + Send>;
 pub struct Fake<F> {
     programs: F,
     boots: Mutex<u32>,
+    cpu: Mutex<Option<Cpu>>,
+    given: Mutex<Vec<Profile>>,
 }
+
+/// What VMs find in the CPU: all of it, or only these features.
+pub type Cpu = Box<dyn Fn(Option<&Names>) -> Profile + Send>;
 
 /// The guest's view of its VM.
 pub struct Guest {
@@ -84,7 +89,27 @@ impl<F: Fn(u32, u32) -> Program + Send + Sync> Fake<F> {
         Arc::new(Self {
             programs,
             boots: Mutex::new(0),
+            cpu: Mutex::default(),
+            given: Mutex::default(),
         })
+    }
+
+    /// The same, with a CPU.
+    ///
+    /// # Panics
+    /// If another thread of the test panicked.
+    #[must_use]
+    pub fn with_cpu(self: Arc<Self>, cpu: Cpu) -> Arc<Self> {
+        *lock(&self.cpu) = Some(cpu);
+        self
+    }
+
+    /// What its VMs were given of it, in the order in which they were made.
+    ///
+    /// # Panics
+    /// If another thread of the test panicked.
+    pub fn given(&self) -> Vec<Profile> {
+        lock(&self.given).clone()
     }
 }
 
@@ -114,8 +139,9 @@ impl<F: Fn(u32, u32) -> Program + Send + Sync> Hypervisor for Fake<F> {
         }
     }
 
-    fn cpu(&self) -> Cpu {
-        Cpu::default()
+    fn profile(&self, only: Option<&Names>) -> Profile {
+        let here = lock(&self.cpu);
+        here.as_ref().map_or_else(Profile::default, |of| of(only))
     }
 
     fn create(
@@ -124,7 +150,9 @@ impl<F: Fn(u32, u32) -> Program + Send + Sync> Hypervisor for Fake<F> {
         vcpus: u32,
         _: u64,
         _: Isolation,
+        cpu: &Profile,
     ) -> Result<Arc<dyn Machine>, Error> {
+        lock(&self.given).push(cpu.clone());
         let mut boots = lock(&self.boots);
         let programs = (0..vcpus)
             .map(|id| Some((self.programs)(*boots, id)))

@@ -118,6 +118,16 @@ fn run(words: &[String]) -> Done {
     if host.0.join("refuse").exists() {
         return Err("it cannot be started here\n  try something else".into());
     }
+    if let Some(cpu) = option(words, "--cpu") {
+        for other in ["--restore", "--incoming"] {
+            if has(words, other) {
+                return Err(format!(
+                    "the argument '--cpu' cannot be used with '{other}'"
+                ));
+            }
+        }
+        fs::write(host.0.join(format!("{name}.cpu")), cpu).map_err(text)?;
+    }
     for (at, word) in words.iter().enumerate() {
         if let ("--disk" | "--kernel" | "--initrd", Some(value)) =
             (word.as_str(), words.get(at + 1))
@@ -454,6 +464,20 @@ fn disk(words: &[String]) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What is in the file `cpu.json` of the host, if there is one.
+fn cpu() -> Done {
+    let file = Host::here()?.0.join("cpu.json");
+    let one = json!({
+        "host": "fake", "vendor": "FakeFakeFake", "features": ["avx", "sse2"],
+        "hides_all": true, "components": {},
+    });
+    println!(
+        "{}",
+        fs::read_to_string(&file).unwrap_or_else(|_| one.to_string())
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let rest = words.get(1..).unwrap_or_default();
@@ -471,6 +495,7 @@ fn main() -> ExitCode {
             println!("{}", json!({ "ok": true, "checks": [check], "facts": {} }));
             Ok(ExitCode::SUCCESS)
         }
+        Some("cpu") => cpu(),
         Some("console") => {
             println!(
                 "console of {}",

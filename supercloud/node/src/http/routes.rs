@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 use supercloud_api::{
     AddImage, Arrival, CloneVm, Code, Drain, Error, ExportTo, Finding, Image, ImportFrom,
     JoinAnswer, JoinCluster, JoinRequest, Members, Method, Migrate, Net, NetMoved, NetNode, Nets,
-    NewNet, NewNetAddress, NewToken, Node, NodeStatus, Operation, Prepare, Prepared, Remove,
-    Restore, Snapshot, Stop, TakeSnapshot, TokenText, Vm, VmSpec, openapi,
+    NewNet, NewNetAddress, NewToken, Node, NodeCpu, NodeStatus, Operation, Prepare, Prepared,
+    Remove, Restore, Snapshot, Stop, TakeSnapshot, TokenText, Vm, VmSpec, openapi,
 };
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::broadcast::error::RecvError;
@@ -87,6 +87,7 @@ fn routes() -> Routes {
         .add(Post, "/v1/net-moves", net_moved)
         .add(Post, "/v1/drain", drain)
         .add(Get, "/v1/doctor", doctor)
+        .add(Get, "/v1/cpu", cpu)
         .add(Get, "/v1/vms", vms)
         .add(Get, "/v1/vms/{name}", vm)
         .add(Put, "/v1/vms/{name}", put_vm)
@@ -240,6 +241,31 @@ async fn drain(State(agent): At, body: Bytes) -> Answer<Operation> {
 
 async fn doctor(State(agent): At) -> Answer<Vec<Finding>> {
     Ok(Json(agent.doctor().await?))
+}
+
+/// On which host.
+#[derive(Deserialize)]
+struct OnHost {
+    #[serde(default)]
+    host: Option<Host>,
+}
+
+/// What VMs run on.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Host {
+    Auto,
+    Module,
+    Kvm,
+}
+
+async fn cpu(State(agent): At, Query(on): Query<OnHost>) -> Answer<NodeCpu> {
+    let host = on.host.map(|host| match host {
+        Host::Auto => "auto",
+        Host::Module => "module",
+        Host::Kvm => "kvm",
+    });
+    Ok(Json(agent.blanket.cpu(host).await?))
 }
 
 /// Of all nodes, or of this one.

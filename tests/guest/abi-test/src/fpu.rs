@@ -451,6 +451,46 @@ fn mxcsr_reserved(_: &Ctx) -> Verdict {
     }))
 }
 
+/// An instruction of each extension, and the bit by which CPUID tells of it.
+const EXTENSIONS: &[(&str, &[u8], u32, usize, u32)] = &[
+    // vaddps ymm0, ymm0, ymm0
+    ("avx", &[0xc5, 0xfc, 0x58, 0xc0], 1, 2, 28),
+    // vpaddd ymm0, ymm0, ymm0
+    ("avx2", &[0xc5, 0xfd, 0xfe, 0xc0], 7, 1, 5),
+    // vfmadd132ps xmm0, xmm0, xmm0
+    ("fma", &[0xc4, 0xe2, 0x79, 0x98, 0xc0], 1, 2, 12),
+    // andn eax, eax, eax: needs no state of XSAVE's (Intel SDM vol. 2A, 2.5.1)
+    ("bmi1", &[0xc4, 0xe2, 0x78, 0xf2, 0xc0], 7, 1, 3),
+    // mov eax, 7; xor edx, edx; xsave64 [rdi]
+    (
+        "xsave",
+        &[0xb8, 7, 0, 0, 0, 0x31, 0xd2, 0x48, 0x0f, 0xae, 0x27],
+        1,
+        2,
+        26,
+    ),
+    // xor ecx, ecx; xgetbv; by OSXSAVE
+    ("xgetbv", &[0x31, 0xc9, 0x0f, 0x01, 0xd0], 1, 2, 27),
+];
+
+/// What a program finds of the CPU's extensions, and what comes of it when it executes one:
+/// `NAME=BIT:ok` or `NAME=BIT:SIGNAL` each; and XCR0.
+pub fn extensions() -> Result<String, String> {
+    probe::install();
+    let page = Region::new(8192)?;
+    let mut line = String::new();
+    for (name, code, leaf, register, bit) in EXTENSIONS {
+        let found = __cpuid_count(*leaf, 0);
+        let found = [found.eax, found.ebx, found.ecx, found.edx][*register] >> bit & 1;
+        let ran = match probe::snippet(code, page.addr(), 0)? {
+            Ran::Returned(_) => "ok".to_string(),
+            Ran::Faulted(fault) => fault.sig.to_string(),
+        };
+        line.push_str(&format!("{name}={found}:{ran} "));
+    }
+    Ok(format!("{line}xcr0={:#x}", xcr0()))
+}
+
 /// What CPUID tells a program; the hypervisor leaf differs by nature.
 fn cpuid_leaves(_: &Ctx) -> Verdict {
     let one = __cpuid_count(1, 0);

@@ -37,7 +37,8 @@ const USAGE: &str = "usage: abi-test [--scale F] [--timeout-scale F] [--only PRE
        abi-test hotplug            take CPUs off line and back (root, more than one CPU)
        abi-test idle SECONDS       print the CPU time that an idle machine used
        abi-test clock              print CLOCK_REALTIME and CLOCK_MONOTONIC
-       abi-test hypervisor         print the hypervisor's name as CPUID tells it to programs";
+       abi-test hypervisor         print the hypervisor's name as CPUID tells it to programs
+       abi-test cpu                print which of its extensions a program finds, and which it can execute";
 
 /// Every check, grouped by area.
 const GROUPS: &[&[Check]] = &[
@@ -70,6 +71,10 @@ fn main() -> ExitCode {
             println!("{}", machine::hypervisor());
             Ok(0)
         }
+        ["cpu"] => fpu::extensions().map(|line| {
+            println!("CPU {line}");
+            0
+        }),
         _ => run(&args),
     };
     match result {

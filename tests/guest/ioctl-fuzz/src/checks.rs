@@ -157,6 +157,16 @@ fn arguments(c: &mut Checks, device: i32, machine: i32, vcpu: i32, good: &Create
         }
         answer
     };
+    for mask in [1, 2, 4, 5, 0x23, 0x27, 0xe3, 0x107, 1 << 9 | 3, u64::MAX] {
+        let answer = create(
+            device,
+            &CreateVm {
+                xcr0_mask: mask,
+                ..*good
+            },
+        );
+        c.refused(&format!("XCR0 of {mask:#x}"), answer, libc::EINVAL);
+    }
     c.refused("unknown flags", with(|r| r.flags = 1 << 31), libc::EINVAL);
     c.refused(
         "flags that exclude each other",

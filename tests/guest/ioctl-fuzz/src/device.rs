@@ -114,6 +114,8 @@ pub fn vm(address: u64, pages: u64, vcpus: u32) -> CreateVm {
             grant_frames: 32,
             ..Boot::default()
         },
+        xcr0_mask: 0,
+        cpuid_hidden: [0; 16],
     }
 }
 

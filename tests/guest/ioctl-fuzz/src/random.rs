@@ -165,9 +165,11 @@ fn request(rng: &mut Rng, pool: &Pool) -> CreateVm {
     boot.cr3 = rng.below(PAGES);
     boot.rip = odd(rng, pool);
     boot.rsp = odd(rng, pool);
+    request.xcr0_mask = rng.pick(&[0, 3, 7]);
+    request.cpuid_hidden = [rng.next() as u32; 16];
     if rng.once_in(4) {
         let value = odd(rng, pool);
-        match rng.below(13) {
+        match rng.below(14) {
             0 => request.user_addr = value,
             // Not so large that making it takes long, or beyond the limit.
             1 => request.nr_frames = rng.pick(&[0, 1 << 14, (1 << 24) + 1, u64::MAX, value >> 20]),
@@ -181,6 +183,7 @@ fn request(rng: &mut Rng, pool: &Pool) -> CreateVm {
             9 => request.boot.grant_frames = value,
             10 => request.boot.cr3 = value,
             11 => request.boot.start_frames = value,
+            12 => request.xcr0_mask = value,
             _ => request.boot.hypercall_page = value,
         }
     }

@@ -78,6 +78,7 @@ pub fn space_of(smap: bool, isolate: bool) -> (Space, Domain) {
         quirks: 0,
         smap,
         isolate,
+        hidden: Hidden::default(),
         cpuid: &[],
     });
     (space.expect("it fits"), domain)
