@@ -39,7 +39,7 @@ fn run(arguments: Arguments) -> Result<(), Error> {
         .map_err(|error| Error::failed(format!("threads: {error}")))?;
     runtime.block_on(async {
         match arguments.command {
-            Command::Serve(arguments) => serve::command(arguments).await,
+            Command::Serve(arguments) => serve::command(arguments, json).await,
             Command::Manifest(arguments) => source::command(arguments, json),
             Command::Profile(arguments) => profile::command(arguments).await,
             Command::Image(arguments) => media::command(arguments, json).await,

@@ -1,6 +1,7 @@
 //! `serve`: an HTTP server of one image.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,11 +18,12 @@ use bytes::Bytes;
 use futures_util::stream;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::args::ServeArgs;
-use crate::exit::{Code, Error, output};
+use crate::exit::{Code, Error, show};
 use crate::machines::{MOST_BYTES, Machines};
 use crate::profile;
 use crate::range::{Answer, asked};
@@ -42,8 +44,16 @@ struct Server {
     machines: Machines,
 }
 
+#[derive(Serialize)]
+struct Serving {
+    image: PathBuf,
+    bytes: u64,
+    id: String,
+    url: String,
+}
+
 /// Carries out `serve`.
-pub async fn command(arguments: ServeArgs) -> Result<(), Error> {
+pub async fn command(arguments: ServeArgs, json: bool) -> Result<(), Error> {
     let image = arguments.image;
     let (path, chunk) = (image.clone(), arguments.cut.chunk);
     let source = tokio::task::spawn_blocking(move || Source::open(&path, chunk))
@@ -61,11 +71,17 @@ pub async fn command(arguments: ServeArgs) -> Result<(), Error> {
         .local_addr()
         .map_err(|error| Error::failed(error.to_string()))?;
     let id = source.manifest.id();
-    let bytes = source.manifest.chunks().image_bytes();
-    output(&format!(
-        "{}: {bytes} bytes, id {id}, at http://{address}\n",
-        image.display()
-    ))?;
+    let serving = Serving {
+        image,
+        bytes: source.manifest.chunks().image_bytes(),
+        id: id.to_string(),
+        url: format!("http://{address}"),
+    };
+    show(&serving, json, |serving| {
+        let Serving { bytes, id, url, .. } = serving;
+        let image = serving.image.display();
+        format!("{image}: {bytes} bytes, id {id}, at {url}\n")
+    })?;
     let server = Arc::new(Server {
         manifest: Bytes::copy_from_slice(source.manifest.as_bytes()),
         manifest_tag: format!("\"{}\"", bmcast_image::Hash::of(source.manifest.as_bytes())),
@@ -92,7 +108,7 @@ fn router(server: Arc<Server>) -> Router {
         .route("/manifest", get(manifest))
         .route("/image", get(image))
         .route("/machines", get(list))
-        .route("/machines/{name}", get(show).put(put))
+        .route("/machines/{name}", get(machine).put(put))
         .layer(DefaultBodyLimit::max(MOST_BYTES))
         .route(
             "/machines/{name}/profile",
@@ -131,7 +147,7 @@ async fn connection(stream: TcpStream, router: Router) {
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE)
-        .pipeline_flush(true)
+        // Not `pipeline_flush`: it keeps all answers in memory while there are requests to be read.
         .max_buf_size(16 << 10)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     if let Err(error) = connection.await {
@@ -233,7 +249,7 @@ async fn list(State(server): State<Arc<Server>>) -> Response {
     Json(server.machines.list()).into_response()
 }
 
-async fn show(State(server): State<Arc<Server>>, Path(name): Path<String>) -> Response {
+async fn machine(State(server): State<Arc<Server>>, Path(name): Path<String>) -> Response {
     match server.machines.get(&name) {
         Some(machine) => Json(machine).into_response(),
         None => (StatusCode::NOT_FOUND, "no such machine\n").into_response(),

@@ -1,11 +1,9 @@
 //! `bmcast manifest` and `bmcast image`.
 
-mod common;
-
 use std::io::{Cursor, Read as _};
 
+use crate::command::{Serve, bmcast, content, text};
 use bmcast_image::{BootConfig, Disk, Manifest, Network};
-use common::{Serve, bmcast, content, text};
 
 /// The head of a PE32+ application for AMD64, and something behind it.
 fn application() -> Vec<u8> {

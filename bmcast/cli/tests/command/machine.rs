@@ -1,16 +1,12 @@
 //! A machine without a VMM around it: what decides for one, a disk in memory, and real servers.
 
-#[path = "common/client.rs"]
-mod client;
-mod common;
-
 use std::convert::Infallible;
 
+use crate::client::Client;
+use crate::command::{Serve, bmcast, content, text};
 use bmcast_image::{Key, MachineStatus, Manifest, Sectors};
 use bmcast_install::{Boot, Fetched, Install, Options};
 use bmcast_mediator::{Blocks as _, Verdict, Work};
-use client::Client;
-use common::{Serve, bmcast, content, text};
 
 struct Machine {
     install: Install,

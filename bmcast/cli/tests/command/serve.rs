@@ -1,12 +1,8 @@
 //! `bmcast serve`, by clients that know HTTP only.
 
-#[path = "common/client.rs"]
-mod client;
-mod common;
-
+use crate::client::Client;
+use crate::command::{Serve, bmcast, content, text};
 use bmcast_image::{Hash, Manifest};
-use client::Client;
-use common::{Serve, bmcast, content, text};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 #[tokio::test]
@@ -103,6 +99,36 @@ async fn requests_may_follow_each_other_unanswered() {
         rest = &rest[head + 4096..];
     }
     assert!(rest.is_empty());
+}
+
+/// Whoever asks for much and reads it late costs no memory.
+#[tokio::test]
+async fn answers_are_not_kept_in_memory() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let image = directory.path().join("a.raw");
+    let file = std::fs::File::create(&image).expect("made");
+    file.set_len(64 << 20).expect("long");
+    let server = Serve::start(&image, &[]);
+    let before = server.memory();
+    let stream = tokio::net::TcpStream::connect(server.address)
+        .await
+        .expect("it listens");
+    let (mut read, mut write) = stream.into_split();
+    let requests = "GET /image HTTP/1.1\r\nHost: a\r\nRange: bytes=0-1048575\r\n\r\n".repeat(64);
+    let sent = tokio::spawn(async move {
+        write.write_all(requests.as_bytes()).await.expect("sent");
+        write
+    });
+    let mut bytes = vec![0; 1 << 20];
+    let mut left = 64 << 20;
+    while left > 0 {
+        let got = read.read(&mut bytes).await.expect("answers");
+        assert_ne!(got, 0, "{left} bytes are missing");
+        left -= got.min(left);
+    }
+    sent.await.expect("sent");
+    let more = server.memory() - before;
+    assert!(more < 16 << 10, "{more} KiB");
 }
 
 #[tokio::test]

@@ -58,6 +58,20 @@ impl Serve {
         }
     }
 
+    /// The most memory that it had, KiB.
+    pub fn memory(&self) -> u64 {
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .expect("a line");
+        line.trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .expect("a number")
+    }
+
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }

@@ -1,0 +1,7 @@
+//! The command `bmcast`, as its users and machines meet it.
+
+mod client;
+mod command;
+mod machine;
+mod media;
+mod serve;
