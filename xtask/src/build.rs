@@ -230,20 +230,7 @@ fn freestanding(
 /// Builds BMcast's VMM, a UEFI application.
 pub fn efi(project: &Project) -> Result<PathBuf> {
     let _lock = project.lock("core")?;
-    let sh = project.shell()?;
-    let cargo = project.cargo();
-    let mut build = cmd!(
-        sh,
-        "{cargo} build --quiet -p bmcast-efi --profile efi --target {EFI_TARGET}"
-    );
-    if let CoreToolchain::BuildStd = CoreToolchain::find(project, &sh, EFI_TARGET)? {
-        // As for the core; for this target Debian's linker has another name.
-        build = build
-            .arg("-Zbuild-std=core,alloc")
-            .env("RUSTC_BOOTSTRAP", "1")
-            .env("CARGO_ENCODED_RUSTFLAGS", "-Clinker=lld-link");
-    }
-    build.quiet().run().context("cannot build bmcast-efi")?;
+    cargo_efi(project, "build", &["--profile", "efi"], &[])?;
     let built = project
         .cargo_target
         .join(EFI_TARGET)
@@ -251,6 +238,35 @@ pub fn efi(project: &Project) -> Result<PathBuf> {
     let to = project.out_dir("bin")?.join("bmcast.efi");
     copy_if_changed(&built, &to)?;
     Ok(to)
+}
+
+/// Has clippy look at BMcast's VMM.
+pub fn clippy_efi(project: &Project) -> Result<()> {
+    let _lock = project.lock("core")?;
+    cargo_efi(project, "clippy", &[], &["--", "-D", "warnings"])
+}
+
+/// Cargo on BMcast's VMM for its own target.
+fn cargo_efi(project: &Project, verb: &str, options: &[&str], behind: &[&str]) -> Result<()> {
+    let sh = project.shell()?;
+    let cargo = project.cargo();
+    let toolchain = CoreToolchain::find(project, &sh, EFI_TARGET)?;
+    let mut command = cmd!(
+        sh,
+        "{cargo} {verb} --quiet -p bmcast-efi --target {EFI_TARGET} {options...}"
+    );
+    if let CoreToolchain::BuildStd = toolchain {
+        // As for the core; for this target Debian's linker has another name.
+        command = command
+            .arg("-Zbuild-std=core,alloc")
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("CARGO_ENCODED_RUSTFLAGS", "-Clinker=lld-link");
+    }
+    command
+        .args(behind)
+        .quiet()
+        .run()
+        .with_context(|| format!("cannot {verb} bmcast-efi"))
 }
 
 /// How to compile for a target without an operating system.

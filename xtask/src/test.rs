@@ -249,6 +249,7 @@ fn clippy(project: &Project) -> Result<Tally> {
     )
     .quiet()
     .run()?;
+    build::clippy_efi(project)?;
     Ok(Tally {
         passed: 1,
         failed: 0,

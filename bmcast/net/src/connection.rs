@@ -163,11 +163,12 @@ impl Connection {
         now: u64,
         done: &mut VecDeque<(Ticket, Result<Vec<u8>, FetchError>)>,
     ) -> Turn {
-        if !self.out.is_empty() && socket.can_send() {
-            if let Ok(sent) = socket.send_slice(&self.out) {
-                self.out.drain(..sent);
-                self.since = now;
-            }
+        if !self.out.is_empty()
+            && socket.can_send()
+            && let Ok(sent) = socket.send_slice(&self.out)
+        {
+            self.out.drain(..sent);
+            self.since = now;
         }
         let mut turn = Turn::Goes;
         while turn == Turn::Goes && socket.can_recv() {

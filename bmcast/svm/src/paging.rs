@@ -83,7 +83,7 @@ pub fn set(
             let large = if shift == 30 { LARGE } else { 0 };
             let flags = entry & !ADDRESS & !LARGE;
             for (number, lower) in (0..).zip(frames.table(lower).iter_mut()) {
-                *lower = (entry & ADDRESS) + number * step | flags | large;
+                *lower = ((entry & ADDRESS) + number * step) | flags | large;
             }
             frames.table(table)[slot] = lower | flags;
             lower

@@ -59,7 +59,7 @@ pub fn walk(mode: Mode, linear: u64, mut read: impl FnMut(u64) -> Option<u64>) -
 fn walk_32(mode: Mode, linear: u64, read: &mut impl FnMut(u64) -> Option<u64>) -> Option<u64> {
     let mut entry_at = |address: u64| {
         let both = read(address & !7)?;
-        Some(both >> (address & 4) * 8 & 0xffff_ffff)
+        Some(both >> ((address & 4) * 8) & 0xffff_ffff)
     };
     let entry = entry_at((mode.cr3 & 0xffff_f000) + (linear >> 22) * 4)?;
     if entry & 1 == 0 {

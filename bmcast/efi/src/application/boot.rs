@@ -119,10 +119,11 @@ fn start_os(disk: Option<Handle>) -> Result<(), Error> {
             continue;
         };
         let mut buffer = Vec::new();
-        let builder = path.node_iter().fold(
-            Ok(DevicePathBuilder::with_vec(&mut buffer)),
-            |builder, node| builder.and_then(|builder| builder.push(&node)),
-        );
+        let builder = path
+            .node_iter()
+            .try_fold(DevicePathBuilder::with_vec(&mut buffer), |builder, node| {
+                builder.push(&node)
+            });
         let Ok(whole) = builder
             .and_then(|builder| builder.push(&FilePath { path_name: LOADER }))
             .and_then(DevicePathBuilder::finalize)

@@ -178,7 +178,8 @@ impl Network {
         while let Some((ticket, result)) = self.client.take() {
             match (self.asked.remove(&ticket), result) {
                 (Some(Asked::Chunk(chunk)), Ok(data)) => {
-                    if install.fetched(chunk, data) == Fetched::Wrong {
+                    let taken = install.fetched(chunk, data);
+                    if taken == Fetched::Wrong {
                         say!("chunk {chunk} is not what it should be: again");
                     }
                 }

@@ -188,7 +188,7 @@ impl<P: Platform, B: Blocks + ?Sized> Mediator<P, B> for Ahci {
         let at = offset & !3;
         let value = match width {
             8 => u64::from(whole(at)) | u64::from(whole(at + 4)) << 32,
-            _ => u64::from(whole(at)) >> (offset & 3) * 8,
+            _ => u64::from(whole(at)) >> ((offset & 3) * 8),
         };
         match width {
             1 => value & 0xff,
