@@ -1,6 +1,7 @@
 //! How far it is.
 
 use alloc::string::ToString as _;
+use alloc::vec::Vec;
 
 use bmcast_image::{MachineState, MachineStatus};
 use bmcast_mediator::Failed;
@@ -132,5 +133,12 @@ impl Install {
     #[must_use]
     pub fn order(&self) -> &[u32] {
         &self.pipeline.order
+    }
+
+    /// The same as the server takes it at `PUT /machines/NAME/profile`.
+    #[must_use]
+    pub fn order_bytes(&self) -> Vec<u8> {
+        let bytes = self.order().iter().flat_map(|chunk| chunk.to_le_bytes());
+        bytes.collect()
     }
 }

@@ -30,6 +30,21 @@ impl Client {
         headers: &[(&str, &str)],
         body: &str,
     ) -> (StatusCode, HeaderMap, Bytes) {
+        let body = Bytes::copy_from_slice(body.as_bytes());
+        self.send(method, path, headers, body).await
+    }
+
+    pub async fn put(&mut self, path: &str, body: Vec<u8>) -> (StatusCode, HeaderMap, Bytes) {
+        self.send("PUT", path, &[], body.into()).await
+    }
+
+    async fn send(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Bytes,
+    ) -> (StatusCode, HeaderMap, Bytes) {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
@@ -37,8 +52,7 @@ impl Client {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let body = Full::new(Bytes::copy_from_slice(body.as_bytes()));
-        let request = request.body(body).expect("a request");
+        let request = request.body(Full::new(body)).expect("a request");
         self.0.ready().await.expect("the connection stays");
         let answer = self.0.send_request(request).await.expect("an answer");
         let (head, body) = answer.into_parts();

@@ -125,6 +125,19 @@ async fn a_machine_boots_installs_changes_servers_and_is_shown() {
         (&shown["state"], &shown["wrong_chunks"]),
         (&"streaming".into(), &1.into())
     );
+    let profile = machine.install.order_bytes();
+    let to = "/machines/web-1/profile";
+    let (status, ..) = machine.servers[0].put(to, profile).await;
+    assert_eq!(status, 204);
+    let out = directory.path().join("profile").display().to_string();
+    let got = bmcast(&["profile", "web-1", "--server", &server.url(), "--out", &out]);
+    assert!(got.status.success());
+    let image = right.display().to_string();
+    let made = bmcast(&["manifest", &image, "--chunk", "16K", "--profile", &out]);
+    assert!(made.status.success());
+    let next = std::fs::read(format!("{image}.manifest")).expect("it is there");
+    let next = Manifest::parse(next).expect("a manifest");
+    assert_eq!(next.profile(), machine.install.order());
     // The power goes.
     machine.install = open(&machine.disk, manifest);
     assert_eq!(machine.install.read(write), Verdict::Pass);
