@@ -6,10 +6,8 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use bmcast_image::{
-    BootConfig, Hash, MachineState, MachineStatus, Manifest, ManifestError, machine_name_of_mac,
-};
-use bmcast_install::{Fetched, Install, State};
+use bmcast_image::{BootConfig, Hash, Manifest, ManifestError, machine_name_of_mac};
+use bmcast_install::{Fetched, Install};
 use bmcast_net::{
     Client, Configuration, FetchError, Nameless, Options, Ticket, VIRTIO_NET, VirtioError,
     VirtioNet,
@@ -201,14 +199,14 @@ impl Network {
             self.asked.insert(ticket, Asked::Chunk(fetch.chunk));
         }
         if self.farewell.is_none() && now >= self.reported + REPORT {
-            self.report(install, None);
+            self.report(install, false);
         }
     }
 
-    fn report(&mut self, install: &Install, state: Option<MachineState>) {
+    fn report(&mut self, install: &Install, gone: bool) {
         self.reported = millis();
         // One at a time: a server that is slow has the newest of them.
-        if state.is_none()
+        if !gone
             && self
                 .asked
                 .values()
@@ -216,24 +214,7 @@ impl Network {
         {
             return;
         }
-        let progress = install.progress();
-        let status = MachineStatus {
-            machine: self.machine.clone(),
-            manifest: install.manifest().id(),
-            state: state.unwrap_or(match progress.state {
-                State::Streaming => MachineState::Streaming,
-                State::Installing | State::Complete => MachineState::Installing,
-            }),
-            sectors: progress.sectors,
-            sectors_left: progress.sectors_left,
-            fetched_bytes: progress.fetched_bytes,
-            written_bytes: progress.written_bytes,
-            demand_chunks: progress.demand_chunks,
-            background_chunks: progress.background_chunks,
-            wrong_chunks: progress.wrong_chunks,
-            rate: progress.rate,
-            error: progress.failed.map(|failed| failed.to_string()),
-        };
+        let status = install.status(&self.machine, gone);
         let name = format!("machines/{}", self.machine);
         let ticket = self.client.put(&name, status.to_string().into_bytes());
         self.asked.insert(ticket, Asked::Report);
@@ -245,7 +226,11 @@ impl Network {
             Some(since) => since,
             None => {
                 self.asked.clear();
-                self.report(install, Some(MachineState::DeVirtualized));
+                let order = install.order_bytes();
+                let name = format!("machines/{}/profile", self.machine);
+                let ticket = self.client.put(&name, order);
+                self.asked.insert(ticket, Asked::Report);
+                self.report(install, true);
                 *self.farewell.insert(millis())
             }
         };
