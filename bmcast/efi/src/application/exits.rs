@@ -1,12 +1,14 @@
 //! What has exited, and what is done about it.
 
-use bmcast_svm::{Bus, Control, IoExit, Mode, Segment, emulate, walk};
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use bmcast_svm::{Bus, Control, Intercepts1, IoExit, Mode, Segment, emulate, walk};
 
 use super::cpu::{self, LMA, SVME};
 use super::memory::pointer;
 use super::vcpu::Cpu;
 use super::windows::{self, Window, is_guests};
-use super::{apic, machine, pci};
+use super::{apic, clock, machine, pci};
 use crate::say;
 
 /// 8 bytes of guest memory; the VMM's are none.
@@ -134,20 +136,25 @@ pub fn write_device(address: u64, width: u8, value: u64) {
     }
 }
 
-/// HLT: time for work, until there is an interrupt.
+/// A CPU works while it has nothing else to do.
+static WORKER: AtomicBool = AtomicBool::new(false);
+
+/// HLT: time for work, until there is an interrupt. One CPU does it; the others halt as they would, until whatever
+/// makes them exit next.
 pub fn halted(cpu: &mut Cpu) {
+    if WORKER.swap(true, Ordering::AcqRel) {
+        cpu.vmcb.control.intercepts1 &= !Intercepts1::HLT;
+        return;
+    }
     cpu.skip(1);
     // At most a millisecond: what comes through the 8259, and NMIs, are not seen here. The guest's HLT ends then as if by
     // an interrupt that was for nothing, which every idle loop expects.
-    for _ in 0..64 {
-        if apic::pending() {
-            return;
-        }
+    let end = clock::micros() + 1000;
+    while !apic::pending() && clock::micros() < end {
         machine::turn();
-        for _ in 0..64 {
-            core::hint::spin_loop();
-        }
+        core::hint::spin_loop();
     }
+    WORKER.store(false, Ordering::Release);
 }
 
 /// RDMSR or WRMSR of one that is not the guest's as it is.

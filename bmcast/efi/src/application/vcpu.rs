@@ -131,6 +131,7 @@ impl Cpu {
             self.registers[4] = self.vmcb.save.rsp;
             let control = &mut self.vmcb.control;
             control.clean = 0;
+            control.intercepts1 |= Intercepts1::HLT;
             let changes = windows::CHANGES.load(Ordering::Acquire);
             control.tlb_control = u32::from(changes != self.changes);
             self.changes = changes;
