@@ -8,6 +8,7 @@ mod confine;
 mod control;
 mod crash;
 mod disk;
+mod disk_save;
 mod doctor;
 mod exit;
 mod group;
