@@ -135,6 +135,9 @@ pub(crate) fn write<W: Write>(
     size: u64,
     blocks: &[u64],
 ) -> Result<(), SaveError> {
+    if blocks.is_empty() {
+        return Ok(());
+    }
     let most = MAX_PIECE as u64 / BLOCK;
     let mut bytes = vec![0; MAX_PIECE];
     for run in blocks.chunk_by(|a, b| a + 1 == *b && b % most != 0) {
