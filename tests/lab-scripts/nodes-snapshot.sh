@@ -1,7 +1,8 @@
 # Snapshots by the user's commands: of a VM that counts, writes to its disk and serves a page by a published port, while it
 # does. A copy goes on beside it with an address of its own; then everything of the VM is removed, and it goes on from the
 # snapshot on the other node, inside KVM. It comes back before all of its memory is there. The snapshot is
-# carried in a file; one with a flipped byte is refused.
+# carried in a file; one with a flipped byte is refused. When it has ended, a copy of its disks boots beside it, and on the
+# other node it boots itself from a snapshot of them.
 
 two_nodes a b
 supercloud net create demo --subnet 10.5.0.0/16 || fail "no network"
@@ -25,6 +26,10 @@ while :; do
     fi
     sleep 0.5
 done &
+# What another life has left on its disk.
+kept=0
+while [ "$(dd if=/dev/xvda bs=512 skip=$(((kept + 1) * 7)) count=1 2>/dev/null | head -c 6)" = "BLOCK " ]; do kept=$((kept + 1)); done
+echo "KEPT $kept"
 n=0
 until [ -e /tmp/end ]; do
     n=$((n + 1))
@@ -116,6 +121,29 @@ echo end | supercloud vm console web >/dev/null 2>&1 &
 until_true "it does not end" 'supercloud vm list | grep -q "^web .*ended"'
 logs web | grep -qx 'GUEST-EXIT 0' || fail "it did not end well: $(logs web)"
 ! logs web | grep WRONG || fail "it computes wrong"
+
+# ---- it does not run: its disks ----
+wrote=$(last web)
+supercloud vm snapshot web --as rest | grep 'it is stopped' || fail "no snapshot of one that does not run"
+supercloud snapshot list
+boots() {
+    until_true "$1 does not boot: $(logs $1 | tail)" "logs $1 | grep -q '^LEASE $1'"
+    until_true "$1 does not look at its disk" "logs $1 | grep -q '^KEPT'"
+    is "KEPT $wrote" "$(logs $1 | grep '^KEPT')" "what is on the disk of $1"
+    counted $1 "$2"
+}
+supercloud vm clone web --name cold || fail "no copy of one that does not run"
+boots cold "a copy of disks"
+is "web ended" "$(supercloud vm list | awk '$1 == "web" { print $1, $3 }')" "the one that was copied"
+supercloud vm stop cold --now >/dev/null && supercloud vm rm cold && supercloud vm rm web || fail "they cannot be removed"
+supercloud --node b vm restore rest --lazy 2>said && fail "lazily, without memory"
+is 2 $? "lazily, without memory"
+supercloud --node b vm restore rest || fail "it does not boot at b: $(other cat b.log)"
+boots web "from its disks"
+is "the page of web" "$(page)" "the page, from its disks"
+! logs web | grep WRONG || fail "it computes wrong"
+say "web boots on b from a snapshot of its disks, with all of $wrote blocks"
+supercloud vm stop web --now >/dev/null && supercloud snapshot rm rest || fail "they cannot be removed"
 supercloud vm rm web && supercloud net rm demo && supercloud image rm base || fail "something cannot be removed"
 is 0 "$(ls /var/lib/supercloud/images | wc -l)" "images that are left"
 kill $agent

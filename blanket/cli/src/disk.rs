@@ -11,15 +11,17 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use blanket_devices::Limits;
 use blanket_devices::block::{self, Config, Vbd, WhenFull};
 use blanket_devices::bus::{Report, State};
-use blanket_disk::{Backing, Cache, Format, Options};
+use blanket_disk::{Backing, Cache, Format, Image, Options};
 use blanket_vmm::devices::{AnyDevice, DiskFile};
 use blanket_vmm::instance::Instance;
+use blanket_vmm::saved::disks::AtRest;
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 
 use crate::args::{seconds, size};
 use crate::cloud_init::{self, CloudInit};
 use crate::control::{Answer, Request, ask_vm};
+use crate::disk_save;
 use crate::exit::{self, hint, output, show};
 use crate::table::table;
 
@@ -145,22 +147,37 @@ impl DiskSpec {
     /// As [`DiskSpec::open`], and has another name in listings.
     pub fn open_as(&self, name: PathBuf, index: u32, vcpus: u32) -> Result<AnyDevice> {
         let (options, config, base) = self.understand(index).map_err(anyhow::Error::msg)?;
-        let image = blanket_disk::open(&self.path, &options)?;
-        let reader = image.reader();
-        if base.is_some() && !reader.has_backing() {
+        let image = self.opened(&options, base.as_deref())?;
+        let file = DiskFile {
+            path: name,
+            reader: image.reader(),
+            base,
+        };
+        let vbd = Vbd::new(Arc::new(image), config, vcpus);
+        Ok(AnyDevice::Disk(Arc::new(vbd), file))
+    }
+
+    /// Opens the image where no VM uses it.
+    pub fn at_rest(&self, read_only: bool) -> Result<AtRest> {
+        let (options, _, base) = self.understand(0).map_err(anyhow::Error::msg)?;
+        let options = Options {
+            read_only: read_only || options.read_only,
+            ..options
+        };
+        let image = self.opened(&options, base.as_deref())?;
+        Ok(AtRest { image, base })
+    }
+
+    fn opened(&self, options: &Options, base: Option<&str>) -> Result<Image> {
+        let image = blanket_disk::open(&self.path, options)?;
+        if base.is_some() && !image.reader().has_backing() {
             let path = self.path.display();
             return Err(hint(
                 &anyhow!("{path} stands on no other image, and base= says which one it is"),
                 "leave base= out, or make an overlay with `blanket disk create --backing`",
             ));
         }
-        let file = DiskFile {
-            path: name,
-            reader,
-            base,
-        };
-        let vbd = Vbd::new(Arc::new(image), config, vcpus);
-        Ok(AnyDevice::Disk(Arc::new(vbd), file))
+        Ok(image)
     }
 }
 
@@ -242,6 +259,23 @@ pub enum DiskCommand {
         /// Format of the image, if its name does not say it
         #[arg(long)]
         format: Option<Format>,
+    },
+    /// Write what is in disks that no VM uses to a file; of one with base=, only what is its own
+    Save {
+        /// The file, which must not exist
+        file: PathBuf,
+        /// The images, with options as for `run`; they are locked meanwhile
+        disks: Vec<DiskSpec>,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fill new images with what `disk save` has written
+    Restore {
+        /// The file
+        file: PathBuf,
+        /// As many new images, in the same order, each as large at least and with the same base=
+        disks: Vec<DiskSpec>,
     },
     /// Say what an image would boot as a VM, and whether it can; exits with 1 if not
     Boot {
@@ -458,6 +492,8 @@ pub fn command(command: &DiskCommand) -> Result<ExitCode> {
         } => {
             blanket_disk::snapshot(file, *format, overlay)?;
         }
+        DiskCommand::Save { file, disks, json } => disk_save::save(file, disks, *json)?,
+        DiskCommand::Restore { file, disks } => disk_save::restore(file, disks)?,
         DiskCommand::Boot { image, boot_entry } => return boot(image, boot_entry.as_deref()),
         DiskCommand::Info {
             file,

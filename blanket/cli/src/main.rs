@@ -9,6 +9,7 @@ mod control;
 mod cpu;
 mod crash;
 mod disk;
+mod disk_save;
 mod doctor;
 mod exit;
 mod group;

@@ -65,21 +65,22 @@ pub fn save(
     Ok(ExitCode::SUCCESS)
 }
 
-fn there(file: &Path) -> anyhow::Error {
+/// Nothing is written over.
+pub(crate) fn there(file: &Path) -> anyhow::Error {
     let error = anyhow!("{} is there already", file.display());
     hint(&error, "give the name of a new file")
 }
 
 /// A file that has not its name yet. It is never removed when it may be all that is left
 /// of a VM.
-struct Part {
+pub(crate) struct Part {
     file: File,
     path: PathBuf,
 }
 
 impl Part {
     /// Makes it, readable by its owner alone: it holds all of the guest's secrets.
-    fn new(file: &Path) -> Result<Self> {
+    pub(crate) fn new(file: &Path) -> Result<Self> {
         let mut name = file
             .file_name()
             .with_context(|| format!("{} names no file", file.display()))?
@@ -108,8 +109,13 @@ impl Part {
         Ok(part)
     }
 
+    /// What is written to.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Gives it its name, which nothing has.
-    fn name(&self, file: &Path) -> Result<()> {
+    pub(crate) fn name(&self, file: &Path) -> Result<()> {
         renameat_with(CWD, &self.path, CWD, file, RenameFlags::NOREPLACE)
             .map_err(|error| {
                 if error == Errno::EXIST {
@@ -131,7 +137,7 @@ impl Part {
     }
 
     /// Removes it.
-    fn remove(self) {
+    pub(crate) fn remove(self) {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!("{} stays: {error}", self.path.display());
         }
@@ -148,7 +154,7 @@ impl Part {
 }
 
 /// A file that is on its disk when it is flushed, which is before its VM ends.
-struct Kept(BufWriter<File>);
+pub(crate) struct Kept(pub(crate) BufWriter<File>);
 
 impl Write for Kept {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

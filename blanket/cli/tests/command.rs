@@ -150,3 +150,69 @@ fn packages_get_man_pages_and_completions() {
         );
     }
 }
+
+#[test]
+fn what_is_in_disks_is_saved_and_restored() {
+    use blanket_disk::{Options, Writer, open};
+    let directory = tempfile::tempdir().expect("a directory");
+    let here = |name: &str| directory.path().join(name).display().to_string();
+    let disk = |words: &[&str]| blanket(directory.path(), &[&["disk"], words].concat());
+    let good = |words: &[&str]| {
+        let output = disk(words);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let bad = |words: &[&str], word: &str| {
+        let output = disk(words);
+        assert_eq!(output.status.code(), Some(1), "{word}");
+        let error = text(&output.stderr);
+        assert!(error.contains(word), "{word}: {error}");
+    };
+    std::fs::write(here("base.raw"), vec![7; 1 << 20]).expect("written");
+    for name in ["a.qcow2", "b.qcow2"] {
+        good(&["create", "--backing", &here("base.raw"), &here(name)]);
+    }
+    let spec = |name: &str| format!("{},base=blake3:00ff", here(name));
+    let (a, b, file) = (spec("a.qcow2"), spec("b.qcow2"), here("a.disks"));
+
+    // While somebody writes it, and the other way round, it is said who.
+    let image = open(here("a.qcow2"), &Options::default()).expect("opened");
+    bad(&["save", &file, &a], "in use");
+    let mut writer = Writer::new(&image, 4096).expect("made");
+    writer.write(8192, &[9; 4096]).expect("written");
+    writer.flush().expect("flushed");
+    drop((writer, image));
+    bad(
+        &["save", &file, &spec("base.raw")],
+        "stands on no other image",
+    );
+    assert!(!Path::new(&file).exists() && !Path::new(&here("a.disks.part")).exists());
+
+    let said = good(&["save", "--json", &file, &a]);
+    assert!(said.contains("1048576"), "{said}");
+    bad(&["save", &file, &a], "is there already");
+    bad(&["restore", &file, &here("b.qcow2")], "give the same base=");
+    good(&["restore", &file, &b]);
+    let read = open(here("b.qcow2"), &Options::read_only()).expect("opened");
+    let mut bytes = vec![0; 1 << 20];
+    read.reader().read_exact_at(0, &mut bytes).expect("read");
+    let mut wanted = vec![7; 1 << 20];
+    wanted[8192..8192 + 4096].fill(9);
+    assert!(bytes == wanted);
+    drop(read);
+    bad(&["restore", &file, &b], "blocks of its own already");
+
+    good(&["create", "--backing", &here("base.raw"), &here("c.qcow2")]);
+    let c = spec("c.qcow2");
+    let mut bytes = std::fs::read(&file).expect("there");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(here("flipped"), bytes).expect("written");
+    bad(&["restore", &here("flipped"), &c], "is damaged");
+    bad(&["restore", &here("base.raw"), &c], "is no saved VM");
+    // Neither is the one the other.
+    let restored = blanket(directory.path(), &["run", "--restore", &file]);
+    assert_eq!(restored.status.code(), Some(1));
+    let error = text(&restored.stderr);
+    assert!(error.contains("where there must be machine"), "{error}");
+}

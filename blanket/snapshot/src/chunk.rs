@@ -34,6 +34,8 @@ pub const MAX_CHUNK: usize = 64 << 20;
 pub enum Kind {
     /// What the VM is made of, as JSON. The first one.
     Machine,
+    /// Which disks there are, as JSON: the first one where there is no VM beside them.
+    Disks,
     /// Pages of its memory. As many as there are.
     Pages,
     /// Pages that are blocks of what a disk stands on, which whoever reads has too. Among the
@@ -55,6 +57,7 @@ impl Kind {
     const fn tag(self) -> [u8; 4] {
         *match self {
             Self::Machine => b"VM  ",
+            Self::Disks => b"DSKS",
             Self::Pages => b"PAGE",
             Self::Base => b"BASE",
             Self::Disk => b"DISK",
@@ -70,6 +73,7 @@ impl Kind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Machine => "machine",
+            Self::Disks => "disks",
             Self::Pages => "pages",
             Self::Base => "base",
             Self::Disk => "disk",
@@ -83,6 +87,7 @@ impl Kind {
     fn of(tag: [u8; 4]) -> Option<Self> {
         let all = [
             Self::Machine,
+            Self::Disks,
             Self::Pages,
             Self::Base,
             Self::Disk,
@@ -417,6 +422,25 @@ impl<R: Read> Reader<R> {
             first,
             count,
         })))
+    }
+
+    /// The next piece of a disk; `None` at the end.
+    ///
+    /// # Errors
+    /// It is damaged; there is something else than pieces.
+    pub fn piece(&mut self) -> Result<Option<Piece>, Error> {
+        let chunk = self.chunk()?;
+        match chunk.kind {
+            Kind::Disk => {
+                let piece = pieces::unpack(&chunk.bytes);
+                piece.map(Some).ok_or(Error::Pages(self.place - 1))
+            }
+            Kind::End => {
+                self.next = Some(chunk);
+                Ok(None)
+            }
+            kind => Err(self.unexpected(kind, Kind::Disk.name())),
+        }
     }
 
     fn part_of(&mut self, chunk: Chunk) -> Result<Option<Part>, Error> {

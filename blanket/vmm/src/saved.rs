@@ -1,6 +1,7 @@
 //! A VM that was written down: what is in it, and how it is made of it again
 //! (`docs/formats.md`, "A saved VM").
 
+pub mod disks;
 mod machine;
 pub(crate) mod memory;
 mod state;

@@ -29,7 +29,7 @@ pub use operation::{
     new_id,
 };
 pub use route::{Door, Method, ROUTES, Route};
-pub use snapshot::{CloneVm, ExportTo, ImportFrom, Restore, Snapshot, TakeSnapshot};
+pub use snapshot::{CloneVm, ExportTo, ImportFrom, Restore, Snapshot, SnapshotKind, TakeSnapshot};
 pub use token::JoinToken;
 pub use vm::{
     Arrival, ArrivalState, Bootfile, Disk, Keep, Life, NetPort, Place, Prepare, Prepared, Seen,

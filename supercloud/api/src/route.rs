@@ -307,7 +307,7 @@ pub const ROUTES: &[Route] = &[
         Member,
         Some("TakeSnapshot"),
         "Snapshot",
-        "Take a snapshot of a VM that runs",
+        "Take a snapshot of a VM that runs, or is stopped",
     ),
     route(
         Post,
@@ -315,7 +315,7 @@ pub const ROUTES: &[Route] = &[
         Member,
         Some("CloneVm"),
         "Vm",
-        "Make another VM that goes on from the same moment",
+        "Make another VM that goes on from the same moment, or boots with what is in its disks",
     ),
     route(
         Get,
@@ -347,7 +347,7 @@ pub const ROUTES: &[Route] = &[
         Member,
         Some("Restore"),
         "Vm",
-        "Have a VM go on here from a snapshot, whichever node has that",
+        "Have a VM go on here from a snapshot, or boot, whichever node has that",
     ),
     route(
         Post,

@@ -232,7 +232,8 @@ pub enum VmCommand {
         /// The VM
         name: String,
     },
-    /// Take a snapshot of a VM: its memory, and what is in its disks; it runs on
+    /// Take a snapshot of a VM: its memory, and what is in its disks, and it runs on; of one that is
+    /// stopped, what is in its disks
     Snapshot {
         /// The VM
         name: String,
@@ -240,7 +241,8 @@ pub enum VmCommand {
         #[arg(long = "as", value_name = "SNAPSHOT")]
         called: Option<String>,
     },
-    /// Have a VM go on from a snapshot, on this node or with --node on another
+    /// Have a VM go on from a snapshot, on this node or with --node on another; one that was stopped
+    /// boots
     Restore {
         /// The snapshot, whichever node has it
         snapshot: String,
@@ -249,13 +251,15 @@ pub enum VmCommand {
         #[arg(long)]
         name: Option<String>,
         /// Let it go on before its memory is unpacked: what it touches comes from the snapshot at
-        /// once, the rest in the background. Until all has come it can be neither saved nor moved
+        /// once, the rest in the background. Until all has come it can be neither saved nor moved.
+        /// Not for one that was stopped
         #[arg(long)]
         lazy: bool,
     },
-    /// Make another VM that goes on from where a VM is, with an identity and addresses of its own
+    /// Make another VM that goes on from where a VM is, with an identity and addresses of its own; of
+    /// one that is stopped, one that boots
     Clone {
-        /// The VM, which runs on
+        /// The VM, which runs on, or stays stopped
         name: String,
         /// The other one's name
         #[arg(long = "name", value_name = "NAME")]

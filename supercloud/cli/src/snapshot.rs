@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use hyper::Method;
 use serde_json::Value;
-use supercloud_api::{CloneVm, Error, ExportTo, ImportFrom, Restore, Snapshot, TakeSnapshot, Vm};
+use supercloud_api::{
+    CloneVm, Error, ExportTo, ImportFrom, Restore, Snapshot, SnapshotKind, TakeSnapshot, Vm,
+};
 
 use crate::args::SnapshotCommand;
 use crate::ask::To;
@@ -19,12 +21,14 @@ pub async fn take(to: &To, vm: &str, name: Option<String>, json: bool) -> Result
         .ask(Method::POST, &path, Some(&TakeSnapshot { name }))
         .await?;
     show(&it, json, |it| {
+        let how = match it.kind {
+            SnapshotKind::Running => format!("it stood still for {} ms", it.stood_ms),
+            SnapshotKind::Stopped => "of its disks: it is stopped".into(),
+        };
+        let mib = it.saved.bytes.div_ceil(1 << 20);
         format!(
-            "{} is a snapshot of {vm}, {} MiB on {}; it stood still for {} ms\n",
-            it.name,
-            it.saved.bytes.div_ceil(1 << 20),
-            it.node,
-            it.stood_ms
+            "{} is a snapshot of {vm}, {mib} MiB on {}; {how}\n",
+            it.name, it.node
         )
     })
 }
@@ -109,12 +113,13 @@ pub async fn command(to: &To, command: SnapshotCommand, json: bool) -> Result<Ex
 }
 
 fn listing(all: &[Snapshot]) -> String {
-    let header = ["NAME", "VM", "NODE", "SIZE", "TAKEN"];
+    let header = ["NAME", "VM", "KIND", "NODE", "SIZE", "TAKEN"];
     let mut rows = vec![header.map(str::to_owned)];
     rows.extend(all.iter().map(|it| {
         [
             it.name.clone(),
             it.vm.clone(),
+            it.kind.word().to_owned(),
             it.node.clone(),
             format!("{}M", it.saved.bytes.div_ceil(1 << 20)),
             taken(it.taken_ms),

@@ -189,7 +189,21 @@ async fn answers_are_as_the_document_says() {
             "/v1/vms/next/stop",
             Some(json!({})),
         ),
+        (
+            "POST",
+            "/v1/vms/{name}/snapshot",
+            "/v1/vms/next/snapshot",
+            Some(json!({ "name": "six" })),
+        ),
+        ("GET", "/v1/snapshots", "/v1/snapshots", None),
+        ("GET", "/v1/snapshots/{name}", "/v1/snapshots/six", None),
         ("POST", "/v1/vms/{name}/start", "/v1/vms/next/start", None),
+        (
+            "POST",
+            "/v1/snapshots/{name}/restore",
+            "/v1/snapshots/six/restore",
+            Some(json!({ "name": "seven" })),
+        ),
         (
             "POST",
             "/v1/vms/{name}/migrate",

@@ -218,6 +218,63 @@ fn an_agent_dies_when_a_snapshot_is_taken_and_restored() {
 }
 
 #[test]
+fn an_agent_dies_when_a_snapshot_of_a_stopped_vm_is_taken_and_restored() {
+    let disk = |node: &Node, vm: &str| node.data().join("vms").join(vm).join("disk0.qcow2");
+    let stopped = |a: &Node, lab: &Lab| {
+        a.run_vm(lab, "web");
+        a.run(&["vm", "stop", "web"]).ok();
+        let path = disk(a, "web");
+        let image = std::fs::read_to_string(&path).expect("there");
+        // White space is something, too.
+        std::fs::write(path, format!("{image}  ")).expect("written");
+    };
+    for at in ["snapshot.written", "snapshot.named"] {
+        let lab = Lab::new();
+        let mut a = lab.first("a");
+        stopped(&a, &lab);
+        a.kill();
+        a.start(&[], &[("SUPERCLOUD_FAIL_AT", at)]);
+        let _ = a.run(&["vm", "snapshot", "web", "--as", "one"]);
+        until(&format!("{at}: it dies"), || a.has_died());
+        a.restart();
+        a.run(&["vm", "restore", "one"]).fails(3, "no snapshot one");
+        a.run(&["vm", "snapshot", "web", "--as", "one"]).ok();
+        assert!(a.phase("web").is_none(), "{at}");
+        let images = std::fs::read_dir(a.data().join("images")).expect("there");
+        assert_eq!(images.count(), 2, "{at}: the base and the snapshot");
+    }
+    for at in [
+        "restore.recorded",
+        "disks.filled",
+        "disks.named",
+        "vm.furnished",
+        "vm.run",
+        "vm.restored",
+    ] {
+        let lab = Lab::new();
+        let mut a = lab.first("a");
+        stopped(&a, &lab);
+        a.run(&["vm", "snapshot", "web", "--as", "one"]).ok();
+        a.kill();
+        a.start(&[], &[("SUPERCLOUD_FAIL_AT", at)]);
+        let _ = a.run(&["vm", "restore", "one", "--name", "two"]);
+        until(&format!("{at}: it dies"), || a.has_died());
+        a.restart();
+        until(&format!("{at}: it runs"), || {
+            a.vm("two").is_some_and(|vm| vm["life"] == "running")
+        });
+        assert_eq!(a.phase("two").as_deref(), Some("running"), "{at}");
+        assert!(!a.vms().join("two.nets").exists(), "{at}: it boots");
+        let bytes = |vm: &str| std::fs::read(disk(&a, vm)).expect("there");
+        assert_eq!(bytes("two"), bytes("web"), "{at}");
+        assert!(!a.data().join("vms/two/filling").exists(), "{at}");
+        a.run(&["snapshot", "rm", "one"]).ok();
+        a.run(&["vm", "stop", "two"]).ok();
+        a.run(&["vm", "start", "two"]).ok();
+    }
+}
+
+#[test]
 fn an_agent_dies_when_a_copy_is_made() {
     for (at, made) in [
         ("snapshot.named", false),

@@ -12,8 +12,8 @@ use supercloud_api::{Code, Error, Image, Snapshot};
 
 use crate::images::{Part, is_hash};
 
-/// The version of the file.
-const VERSION: u32 = 1;
+/// The version of the file. Version 1 had no snapshots of VMs that did not run, and is read as well.
+const VERSION: u32 = 2;
 /// Its first entry.
 const HEAD: &str = "supercloud.json";
 /// Most bytes of that.
@@ -118,9 +118,9 @@ pub(crate) fn read(path: &Path, images: &Path) -> Result<Snapshot, Error> {
         }
         let head: Head = serde_json::from_reader(first.take(MOST))
             .map_err(|error| bad(&format!("{HEAD}: {error}")))?;
-        if head.version != VERSION {
+        if !(1..=VERSION).contains(&head.version) {
             return Err(bad(&format!(
-                "has version {}, and this program reads {VERSION}",
+                "has version {}, and this program reads 1 to {VERSION}",
                 head.version
             )));
         }
@@ -166,7 +166,7 @@ pub(crate) fn read(path: &Path, images: &Path) -> Result<Snapshot, Error> {
 
 #[cfg(test)]
 mod tests {
-    use supercloud_api::{ImageFormat, VmSpec};
+    use supercloud_api::{ImageFormat, SnapshotKind, VmSpec};
 
     use super::*;
 
@@ -186,6 +186,7 @@ mod tests {
         Snapshot {
             name: "one".into(),
             node: "a".into(),
+            kind: SnapshotKind::Stopped,
             vm: "web".into(),
             uuid: "u".into(),
             spec: VmSpec::default(),
@@ -238,6 +239,45 @@ mod tests {
                 0,
                 "{at}"
             );
+        }
+    }
+
+    #[test]
+    fn versions_that_are_known() {
+        let here = tempfile::tempdir().expect("a directory");
+        let there = tempfile::tempdir().expect("a directory");
+        let wanted = snapshot(here.path());
+        let written = |version: u32, kind: bool| {
+            let mut head = serde_json::json!({ "version": version, "snapshot": wanted });
+            if !kind {
+                let snapshot = head["snapshot"].as_object_mut().expect("an object");
+                snapshot.remove("kind").expect("there");
+            }
+            let packed = zstd::stream::write::Encoder::new(Vec::new(), 0).expect("memory");
+            let mut archive = tar::Builder::new(packed);
+            let mut add = |name: &str, bytes: &[u8]| {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(bytes.len() as u64);
+                let added = archive.append_data(&mut header, name, bytes);
+                added.expect("memory");
+            };
+            add(HEAD, &serde_json::to_vec(&head).expect("JSON"));
+            for image in wanted.files() {
+                let bytes = fs::read(here.path().join(&image.hash)).expect("there");
+                add(&format!("images/{}", image.hash), &bytes);
+            }
+            let bytes = archive.into_inner().expect("memory").finish();
+            let file = here.path().join("versions");
+            fs::write(&file, bytes.expect("memory")).expect("written");
+            read(&file, there.path())
+        };
+        // All were of VMs that ran.
+        let first = written(1, false).expect("read");
+        assert_eq!(first.kind, SnapshotKind::Running);
+        assert_eq!(written(2, true).expect("read"), wanted);
+        for version in [0, 3] {
+            let error = written(version, true).expect_err("another one");
+            assert!(error.message.contains("and this program reads"), "{error}");
         }
     }
 

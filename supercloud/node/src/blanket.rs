@@ -1,6 +1,8 @@
 //! The `blanket` command, which runs VMs. What it says of them is the truth; an agent only
 //! remembers what they are to be.
 
+mod disk;
+
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -27,6 +29,8 @@ const SAID: u64 = 16 << 20;
 
 /// `blanket migrate` does not know where the VM is.
 const DOUBT: i32 = 9;
+
+pub use disk::{DiskInfo, disk_option};
 
 /// The command.
 #[derive(Clone, Debug)]
@@ -187,15 +191,6 @@ pub enum Outcome {
     Cut(Error),
 }
 
-/// What `blanket disk info --json` says of an image.
-#[derive(Clone, Debug, Deserialize)]
-pub struct DiskInfo {
-    /// Its format.
-    pub format: String,
-    /// Bytes that a guest sees.
-    pub size: u64,
-}
-
 impl Blanket {
     /// The command at a path.
     #[must_use]
@@ -298,16 +293,6 @@ impl Blanket {
         options(&mut command, run);
         self.done(command, LOOK).await?;
         Ok(())
-    }
-
-    /// Writes the disk that a VM's cloud-init reads to a new file.
-    ///
-    /// # Errors
-    /// The command's own.
-    pub async fn seed(&self, file: &Path, vm: &str, cloud_init: &str) -> Result<(), Error> {
-        let mut command = self.command(&["disk", "seed", "--name", vm, "--cloud-init", cloud_init]);
-        command.arg(file);
-        self.done(command, LOOK).await.map(drop)
     }
 
     /// Writes a VM to a new file, with what is in its disks; it runs on. For how many milliseconds
@@ -514,48 +499,6 @@ impl Blanket {
         self.done(command, LOOK).await.map(drop)
     }
 
-    /// Makes an image.
-    ///
-    /// # Errors
-    /// The command's own.
-    pub async fn disk_create(
-        &self,
-        file: &Path,
-        format: &str,
-        size: u64,
-        backing: Option<(&Path, &str)>,
-    ) -> Result<(), Error> {
-        let mut command = self.command(&["disk", "create", "--format", format]);
-        if let Some((backing, format)) = backing {
-            command
-                .arg("--backing")
-                .arg(backing)
-                .args(["--backing-format", format]);
-        }
-        // The size is a multiple of a sector, and the command wants a unit.
-        command.args(["--size", &format!("{}K", size.div_ceil(1024))]);
-        command.arg(file);
-        self.done(command, LOOK).await.map(drop)
-    }
-
-    /// What an image is.
-    ///
-    /// # Errors
-    /// It is none.
-    pub async fn disk_info(&self, file: &Path, format: Option<&str>) -> Result<DiskInfo, Error> {
-        let mut command = self.command(&["disk", "info", "--json"]);
-        if let Some(format) = format {
-            command.args(["--format", format]);
-        }
-        command.arg(file);
-        let output = self.done(command, LOOK).await?;
-        let mut all: Vec<DiskInfo> = self.read(&output.stdout)?;
-        if all.is_empty() {
-            return Err(Error::failed(format!("{} is no image", file.display())));
-        }
-        Ok(all.swap_remove(0))
-    }
-
     /// What VMs find in the CPU, on `module` or `kvm` if that is said.
     ///
     /// # Errors
@@ -699,18 +642,6 @@ fn options(command: &mut Command, run: &Run) {
     command.arg("--console").arg(console);
 }
 
-/// A disk for `--disk`: a comma in a path is written twice. An image that it stands on is named
-/// by its directory and its hash: a VM that moves takes it not along.
-#[must_use]
-pub fn disk_option(path: &str, format: &str, base: Option<(&Path, &str)>) -> String {
-    let mut text = format!("{},format={format}", path.replace(',', ",,"));
-    if let Some((directory, hash)) = base {
-        let directory = directory.display().to_string().replace(',', ",,");
-        text.push_str(&format!(",backing={directory},base=blake3:{hash}"));
-    }
-    text
-}
-
 /// What the command said when it failed: `blanket: MESSAGE`, and in a further line what to do.
 fn said(output: &Output) -> Error {
     words(&output.stderr)
@@ -755,13 +686,5 @@ mod tests {
         assert_eq!(&*error.hint, "do this");
         assert_eq!(words(b"").message, "blanket ended without a word");
         assert_eq!(words(b"Killed\n").message, "Killed");
-    }
-
-    #[test]
-    fn paths_of_disks() {
-        assert_eq!(
-            disk_option("/a,b", "qcow2", Some((Path::new("/i"), "f0"))),
-            "/a,,b,format=qcow2,backing=/i,base=blake3:f0"
-        );
     }
 }

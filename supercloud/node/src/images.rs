@@ -109,6 +109,26 @@ impl Drop for Part {
     }
 }
 
+/// A path for another program to write a file to, which is removed unless it gets its name.
+pub(crate) struct NewPart(PathBuf);
+
+impl NewPart {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for NewPart {
+    fn drop(&mut self) {
+        let mut unfinished = self.0.clone().into_os_string();
+        // As `blanket` calls what it has not written to its end.
+        unfinished.push(".part");
+        for path in [self.0.as_os_str(), &unfinished] {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
 fn copy(from: &Path, directory: &Path) -> Result<(String, u64), Error> {
     let mut source = File::open(from).map_err(|error| {
         Error::new(
@@ -169,19 +189,19 @@ impl Agent {
         Ok(())
     }
 
-    /// A path in the images' directory for another program to write a file to, which is cleared away
-    /// if it does not get its name.
-    pub(crate) fn new_part(&self) -> Result<PathBuf, Error> {
+    /// A path in the images' directory for another program to write a file to.
+    pub(crate) fn new_part(&self) -> Result<NewPart, Error> {
         let directory = self.config.images();
         fs::create_dir_all(&directory).map_err(|error| failed(&directory, &error))?;
-        Ok(directory.join(format!("part-{}", supercloud_api::new_id(random()?))))
+        let name = format!("part-{}", supercloud_api::new_id(random()?));
+        Ok(NewPart(directory.join(name)))
     }
 
     /// Makes the disk that a VM's cloud-init reads; [`Agent::images`] is read meanwhile.
     pub(crate) async fn made_seed(&self, vm: &str, cloud_init: &str) -> Result<Image, Error> {
         let part = self.new_part()?;
         self.blanket
-            .seed(&part, vm, cloud_init)
+            .seed(part.path(), vm, cloud_init)
             .await
             .map_err(|error| Error {
                 code: Code::BadRequest,
@@ -200,16 +220,16 @@ impl Agent {
 
     /// Gives a file that another program has written into the images' directory its hash for a
     /// name. The hash and its bytes.
-    pub(crate) async fn named_by_hash(&self, part: PathBuf) -> Result<(String, u64), Error> {
+    pub(crate) async fn named_by_hash(&self, part: NewPart) -> Result<(String, u64), Error> {
         let directory = self.config.images();
         let named = move || {
-            let io = |error: std::io::Error| failed(&part, &error);
+            let io = |error: std::io::Error| failed(part.path(), &error);
             let mut sum = blake3::Hasher::new();
-            let mut file = File::open(&part).map_err(io)?;
+            let mut file = File::open(part.path()).map_err(io)?;
             std::io::copy(&mut file, &mut sum).map_err(io)?;
             let hash = sum.finalize().to_hex().to_string();
             let bytes = file.metadata().map_err(io)?.len();
-            give_name(&file, &part, &directory.join(&hash))?;
+            give_name(&file, part.path(), &directory.join(&hash))?;
             Ok((hash, bytes))
         };
         let named = tokio::task::spawn_blocking(named).await;

@@ -6,6 +6,7 @@ pub mod blanket;
 pub mod client;
 mod cluster;
 pub mod config;
+mod disks;
 mod doctor;
 mod drain;
 pub mod events;

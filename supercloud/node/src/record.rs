@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use supercloud_api::{
     ArrivalState, Bootfile, Disk, Image, Life, Members, NetPort, Nets, Operation, Place, PostCopy,
-    Prepared, Seen, Snapshot, Vm, VmSpec,
+    Prepared, Seen, Snapshot, SnapshotKind, Vm, VmSpec,
 };
 
 use crate::pki::Identity;
@@ -88,7 +88,8 @@ pub struct VmRecord {
     pub stop_seconds: u64,
     /// Why it does not run although it was to.
     pub trouble: Option<String>,
-    /// From what it goes on when it is started, instead of a boot.
+    /// From what it goes on when it is started, instead of a boot; or what its disks are to be
+    /// filled with before it boots.
     #[serde(default)]
     pub restore: Option<Restoring>,
 }
@@ -96,9 +97,12 @@ pub struct VmRecord {
 /// From what a VM goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Restoring {
-    /// What `blanket save` has written: an image.
+    /// What `blanket save` or `blanket disk save` has written: an image.
     pub saved: String,
-    /// As another VM, with addresses of its own.
+    /// What the VM did then.
+    #[serde(default)]
+    pub kind: SnapshotKind,
+    /// As another VM, whose guest is to get addresses of its own.
     pub other: bool,
     /// Before its memory is unpacked.
     #[serde(default)]

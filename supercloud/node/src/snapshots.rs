@@ -1,13 +1,13 @@
-//! VMs as they were at a moment: taken while they run, restored on any node, copied, and carried
-//! away in a file. What `blanket save` writes is kept as an image, by its hash, with those that the
-//! VM needs.
+//! VMs as they were at a moment: taken while they run or when they do not, restored on any node,
+//! copied, and carried away in a file. What `blanket save` or `blanket disk save` writes is kept as an
+//! image, by its hash, with those that the VM needs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use supercloud_api::{
     CloneVm, Code, Error, ExportTo, Image, ImageFormat, ImportFrom, Life, NetPort, Place, Restore,
-    Snapshot, TakeSnapshot, Vm,
+    Snapshot, SnapshotKind, TakeSnapshot, Vm,
 };
 
 use crate::agent::Agent;
@@ -59,10 +59,11 @@ impl Agent {
         })
     }
 
-    /// Takes a snapshot of a VM, which runs on meanwhile but for a moment.
+    /// Takes a snapshot of a VM: of one that runs, which it does meanwhile but for a moment, or of
+    /// what is in the disks of one that is stopped, which cannot be started meanwhile.
     ///
     /// # Errors
-    /// It does not run, or cannot be written.
+    /// It does neither, or cannot be written.
     pub async fn take_snapshot(
         self: &Arc<Self>,
         name: &str,
@@ -74,20 +75,18 @@ impl Agent {
         };
         supercloud_api::name("a snapshot", &called)?;
         let _alone = self.alone_with(name).await;
-        let vm = self.record(name)?;
-        is_here(&vm)?;
-        let phase = self.observe().await?.get(&vm.uuid).map(|it| it.phase);
-        if phase != Some(Phase::Running) {
-            return Err(Error::new(
-                Code::Conflict,
-                format!("{name} does not run"),
-                format!("a snapshot is of one that does: supercloud vm start {name}"),
-            ));
-        }
+        let kind = self.takes(name).await?;
+        let mut vm = self.record(name)?;
         self.is_free(&called).await?;
         let _stays = self.images.read().await;
         let part = self.new_part()?;
-        let stood_ms = self.blanket.save(name, &part).await?;
+        let stood_ms = match kind {
+            SnapshotKind::Running => self.blanket.save(name, part.path()).await?,
+            SnapshotKind::Stopped => {
+                self.save_disks(&mut vm, part.path()).await?;
+                0
+            }
+        };
         fail::point("snapshot.written");
         let (hash, bytes) = self.named_by_hash(part).await?;
         fail::point("snapshot.named");
@@ -105,6 +104,7 @@ impl Agent {
         let snapshot = Snapshot {
             name: called,
             node: self.name(),
+            kind,
             vm: name.into(),
             uuid: vm.uuid,
             spec: vm.spec,
@@ -119,12 +119,48 @@ impl Agent {
             stood_ms,
         };
         self.note_snapshot(&snapshot)?;
-        self.say(
-            "snapshot.taken",
-            &snapshot.name,
-            format!("of {name}, which stood still for {stood_ms} ms"),
-        );
+        let how = match kind {
+            SnapshotKind::Running => format!("of {name}, which stood still for {stood_ms} ms"),
+            SnapshotKind::Stopped => format!("of the disks of {name}, which is stopped"),
+        };
+        self.say("snapshot.taken", &snapshot.name, how);
         Ok(snapshot)
+    }
+
+    /// What kind of snapshot can be taken of a VM, whose lock is held.
+    async fn takes(&self, name: &str) -> Result<SnapshotKind, Error> {
+        let mut vm = self.record(name)?;
+        is_here(&vm)?;
+        let mut phase = self.phase_of(&vm).await?;
+        if phase.is_none() && vm.life != Life::Stopped {
+            // It has just ended, and nobody has noted it.
+            self.settle_alone(name).await?;
+            vm = self.record(name)?;
+            phase = self.phase_of(&vm).await?;
+        }
+        let waits = vm.restore.as_ref();
+        match (vm.life, phase) {
+            (_, Some(Phase::Running)) => Ok(SnapshotKind::Running),
+            (Life::Stopped, None) if waits.is_none_or(|it| it.kind == SnapshotKind::Stopped) => {
+                Ok(SnapshotKind::Stopped)
+            }
+            (Life::Stopped, None) => Err(Error::new(
+                Code::Conflict,
+                format!("{name} has not gone on yet from the snapshot that it is made of"),
+                format!("have it do that first: supercloud vm start {name}"),
+            )),
+            _ => Err(Error::new(
+                Code::Conflict,
+                format!("{name} neither runs as a whole nor is stopped"),
+                format!("`supercloud vm show {name}` tells how it is; wait, or stop it"),
+            )),
+        }
+    }
+
+    async fn phase_of(&self, vm: &VmRecord) -> Result<Option<Phase>, Error> {
+        let phase = self.observe().await?.get(&vm.uuid).map(|it| it.phase);
+        // A process that has done its work ends by itself.
+        Ok(phase.filter(|phase| *phase != Phase::Ended))
     }
 
     async fn is_free(self: &Arc<Self>, name: &str) -> Result<(), Error> {
@@ -176,12 +212,24 @@ impl Agent {
         self.drop_unneeded(&files)
     }
 
-    /// Has a VM go on here from a snapshot; as another one, if that is wanted.
+    /// Has a VM go on here from a snapshot, or boot if it did not run then; as another one, if that
+    /// is wanted.
     ///
     /// # Errors
     /// There is such a VM, or it cannot go on here: then nothing of it stays.
     pub async fn restore(self: &Arc<Self>, from: &str, wanted: &Restore) -> Result<Vm, Error> {
         let snapshot = self.find_snapshot(from).await?;
+        if wanted.lazy && snapshot.kind == SnapshotKind::Stopped {
+            return Err(Error::new(
+                Code::BadRequest,
+                format!(
+                    "{} did not run when the snapshot {from} was taken: there is no memory in it \
+                     that could come later",
+                    snapshot.vm
+                ),
+                "leave --lazy out: it boots",
+            ));
+        }
         let name = wanted.name.as_ref().unwrap_or(&snapshot.vm);
         supercloud_api::name("a VM", name)?;
         let alone = self.alone_with(name).await;
@@ -267,7 +315,9 @@ impl Agent {
             trouble: None,
             restore: Some(Restoring {
                 saved: snapshot.saved.hash.clone(),
-                other,
+                kind: snapshot.kind,
+                // A guest that boots finds what it has.
+                other: other && snapshot.kind == SnapshotKind::Running,
                 lazy: wanted.lazy,
             }),
         })
@@ -287,7 +337,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Makes a copy of a VM that runs here: it goes on from the same moment, as another one.
+    /// Makes a copy of a VM of this node, as another one: it goes on from the same moment, or boots
+    /// if the VM does not run.
     ///
     /// # Errors
     /// As of a snapshot and its restoring.

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use supercloud_api::{
-    ArrivalState, Bootfile, Code, Disk, Error, Image, ImageFormat, Life, NetPort, Place, Seen,
-    Stop, Vm, VmSpec,
+    ArrivalState, Bootfile, Code, Error, Life, NetPort, Place, Seen, SnapshotKind, Stop, Vm, VmSpec,
 };
 
 use supercloud_network::{Invalid, Protocol, Published};
@@ -34,7 +33,7 @@ const DEEDS: usize = 8;
 /// Processes by the identities of their VMs.
 pub(crate) type Processes = HashMap<String, Process>;
 
-fn io(path: &Path, error: &std::io::Error) -> Error {
+pub(crate) fn io(path: &Path, error: &std::io::Error) -> Error {
     Error::failed(format!("{}: {error}", path.display()))
 }
 
@@ -221,64 +220,12 @@ impl Agent {
         })
     }
 
-    async fn disk_of(&self, vm: &str, index: usize, wanted: &str) -> Result<Disk, Error> {
-        if wanted.starts_with('/') {
-            let info = self.blanket.disk_info(Path::new(wanted), None).await;
-            let info = info.map_err(|error| Error {
-                code: Code::BadRequest,
-                ..error
-            })?;
-            return Ok(Disk {
-                path: wanted.into(),
-                format: info.format,
-                size: info.size,
-                base: None,
-                owned: false,
-            });
-        }
-        let image = self.image(wanted)?.ok_or_else(|| {
-            Error::not_found(
-                format!("there is no image {wanted} on {}", self.name()),
-                format!(
-                    "add it: supercloud image add FILE --name {wanted}; or give the path of a disk"
-                ),
-            )
-        })?;
-        if image.format == ImageFormat::File {
-            return Err(Error::new(
-                Code::BadRequest,
-                format!("{wanted} is no disk"),
-                "",
-            ));
-        }
-        Ok(Disk {
-            path: self.own_disk(vm, index, "qcow2"),
-            format: "qcow2".into(),
-            size: image.size,
-            base: Some(image.hash),
-            owned: true,
-        })
-    }
-
-    pub(crate) fn own_disk(&self, vm: &str, index: usize, format: &str) -> String {
-        let path = self.config.vm(vm).join(format!("disk{index}.{format}"));
-        path.display().to_string()
-    }
-
     /// Makes what a VM's process needs, as far as it is not there yet.
     pub(crate) async fn furnish(&self, vm: &VmRecord) -> Result<Run, Error> {
         let directory = self.config.vm(&vm.name);
         std::fs::create_dir_all(&directory).map_err(|error| io(&directory, &error))?;
-        let images = self.config.images();
-        let mut disks = Vec::new();
-        for disk in &vm.disks {
-            let path = Path::new(&disk.path);
-            if disk.owned && !path.exists() {
-                self.make_disk(disk, path).await?;
-            }
-            let base = disk.base.as_deref().map(|hash| (images.as_path(), hash));
-            disks.push(disk_option(&disk.path, &disk.format, base));
-        }
+        self.have_disks(vm).await?;
+        let mut disks: Vec<String> = vm.disks.iter().map(|disk| self.option(disk)).collect();
         let file = |name: &str, file: &Option<Bootfile>| match file {
             None => Ok(None),
             // In a directory that has nothing of other VMs': the VM's process may read it.
@@ -292,6 +239,9 @@ impl Agent {
         for port in &vm.ports {
             nets.push(self.networks.attach(&vm.name, port).await?);
         }
+        // One that did not run boots.
+        let goes_on = vm.restore.as_ref();
+        let goes_on = goes_on.filter(|it| it.kind == SnapshotKind::Running);
         Ok(Run {
             name: vm.name.clone(),
             uuid: vm.uuid.clone(),
@@ -305,8 +255,8 @@ impl Agent {
             nets,
             host: vm.spec.host.clone(),
             console: directory.join("console.log"),
-            restore: vm.restore.as_ref().map(|it| self.image_path(&it.saved)),
-            lazy: vm.restore.as_ref().is_some_and(|it| it.lazy),
+            restore: goes_on.map(|it| self.image_path(&it.saved)),
+            lazy: goes_on.is_some_and(|it| it.lazy),
         })
     }
 
@@ -315,36 +265,6 @@ impl Agent {
             std::fs::hard_link(self.image_path(hash), &to).map_err(|error| io(&to, &error))?;
         }
         Ok(to)
-    }
-
-    async fn make_disk(&self, disk: &Disk, path: &Path) -> Result<(), Error> {
-        let mut part = path.as_os_str().to_owned();
-        part.push(".part");
-        let part = PathBuf::from(part);
-        if part.exists() {
-            // Of an agent that was killed.
-            std::fs::remove_file(&part).map_err(|error| io(&part, &error))?;
-        }
-        let base = match &disk.base {
-            None => None,
-            Some(hash) => {
-                let image: Option<Image> = self.image(hash)?;
-                let image =
-                    image.ok_or_else(|| Error::failed(format!("the image {hash} is gone")))?;
-                let format = match image.format {
-                    ImageFormat::Qcow2 => "qcow2",
-                    ImageFormat::Raw | ImageFormat::File => "raw",
-                };
-                Some((self.image_path(hash), format))
-            }
-        };
-        let backing = base
-            .as_ref()
-            .map(|(path, format)| (path.as_path(), *format));
-        self.blanket
-            .disk_create(&part, &disk.format, disk.size, backing)
-            .await?;
-        std::fs::rename(&part, path).map_err(|error| io(path, &error))
     }
 
     /// Starts a VM that does not run.

@@ -84,14 +84,7 @@ impl Moving {
     /// All blocks, but for those that the destination finds in what its disk stands on.
     pub(super) fn all(&self) -> Result<Blocks, SaveError> {
         let blocks = |(disk, file): &(Arc<Vbd>, DiskFile)| {
-            let all = 0..disk.disk().size().div_ceil(BLOCK);
-            if file.base.is_none() {
-                return Ok(all.collect());
-            }
-            let own = |block: &u64| file.reader.is_own(block * BLOCK, BLOCK);
-            let own = all.map(|block| own(&block).map(|own| own.then_some(block)));
-            own.filter_map(Result::transpose)
-                .collect::<Result<Vec<u64>, _>>()
+            blocks(&file.reader, disk.disk().size(), file.base.is_some())
                 .map_err(|error| SaveError::Disk(disk.number(), error))
         };
         Ok(Blocks(
@@ -110,29 +103,59 @@ impl Moving {
         writer: &mut Writer<W>,
         blocks: &Blocks,
     ) -> Result<(), SaveError> {
-        let most = MAX_PIECE as u64 / BLOCK;
-        let mut bytes = vec![0; MAX_PIECE];
         for ((disk, file), blocks) in self.disks.iter().zip(&blocks.0) {
-            let size = disk.disk().size();
-            let number = disk.number();
-            for run in blocks.chunk_by(|a, b| a + 1 == *b && b % most != 0) {
-                let (Some(first), Some(last)) = (run.first(), run.last()) else {
-                    continue;
-                };
-                let offset = first * BLOCK;
-                let end = size.min((last + 1) * BLOCK);
-                let length = usize::try_from(end.saturating_sub(offset)).unwrap_or(0);
-                let Some(bytes) = bytes.get_mut(..length).filter(|it| !it.is_empty()) else {
-                    continue;
-                };
-                file.reader
-                    .read_exact_at(offset, bytes)
-                    .map_err(|error| SaveError::Disk(number, error))?;
-                writer.disk(number, offset, bytes)?;
-            }
+            write(
+                writer,
+                disk.number(),
+                &file.reader,
+                disk.disk().size(),
+                blocks,
+            )?;
         }
         Ok(())
     }
+}
+
+/// Blocks of an image of `size` bytes: all, or only its own if what it stands on is there, too.
+pub(crate) fn blocks(reader: &Reader, size: u64, own: bool) -> std::io::Result<Vec<u64>> {
+    let all = 0..size.div_ceil(BLOCK);
+    if !own {
+        return Ok(all.collect());
+    }
+    let own = |block: &u64| reader.is_own(block * BLOCK, BLOCK);
+    let own = all.map(|block| own(&block).map(|own| own.then_some(block)));
+    own.filter_map(Result::transpose).collect()
+}
+
+/// Writes blocks of an image of `size` bytes down, in their order.
+pub(crate) fn write<W: Write>(
+    writer: &mut Writer<W>,
+    number: u32,
+    reader: &Reader,
+    size: u64,
+    blocks: &[u64],
+) -> Result<(), SaveError> {
+    if blocks.is_empty() {
+        return Ok(());
+    }
+    let most = MAX_PIECE as u64 / BLOCK;
+    let mut bytes = vec![0; MAX_PIECE];
+    for run in blocks.chunk_by(|a, b| a + 1 == *b && b % most != 0) {
+        let (Some(first), Some(last)) = (run.first(), run.last()) else {
+            continue;
+        };
+        let offset = first * BLOCK;
+        let end = size.min((last + 1) * BLOCK);
+        let length = usize::try_from(end.saturating_sub(offset)).unwrap_or(0);
+        let Some(bytes) = bytes.get_mut(..length).filter(|it| !it.is_empty()) else {
+            continue;
+        };
+        reader
+            .read_exact_at(offset, bytes)
+            .map_err(|error| SaveError::Disk(number, error))?;
+        writer.disk(number, offset, bytes)?;
+    }
+    Ok(())
 }
 
 impl Blocks {
@@ -154,6 +177,22 @@ struct Image {
 }
 
 impl Image {
+    /// One that is to be filled: of what `stands` on a base, nothing may be its own yet.
+    fn to_fill(
+        number: u32,
+        reader: Reader,
+        disk: &dyn Disk,
+        stands: bool,
+    ) -> Result<Self, ResumeError> {
+        let failed = |error: std::io::Error| ResumeError::Disk(number, error.to_string());
+        if stands && reader.is_own(0, reader.size()).map_err(failed)? {
+            let why = "it stands on its base, and has blocks of its own already: give a new one \
+                       (blanket disk create --backing)";
+            return Err(ResumeError::Disk(number, why.into()));
+        }
+        Self::of(reader, disk).map_err(failed)
+    }
+
     fn of(reader: Reader, disk: &dyn Disk) -> std::io::Result<Self> {
         Ok(Self {
             reader,
@@ -181,22 +220,27 @@ impl Images {
                 && wanted(disk.number())
             {
                 let number = disk.number();
-                let used = match base {
-                    Some(_) => reader.is_own(0, reader.size()),
-                    None => Ok(false),
-                };
-                let used = used.map_err(|error| ResumeError::Disk(number, error.to_string()))?;
-                if used {
-                    let why = "it stands on its base, and has blocks of its own already: give a \
-                               new one (blanket disk create --backing)";
-                    return Err(ResumeError::Disk(number, why.into()));
-                }
-                let image = Image::of(reader.clone(), &**disk.disk())
-                    .map_err(|error| ResumeError::Disk(number, error.to_string()))?;
+                let stands = base.is_some();
+                let image = Image::to_fill(number, reader.clone(), &**disk.disk(), stands)?;
                 all.insert(number, image);
             }
         }
         Ok(Self(all))
+    }
+
+    /// Those that no VM uses, by their place among them, and whether they stand on a base.
+    pub(crate) fn at_rest<'a>(
+        disks: impl Iterator<Item = (&'a blanket_disk::Image, bool)>,
+    ) -> Result<Self, ResumeError> {
+        let image = |(number, (disk, stands)): (u32, (&blanket_disk::Image, bool))| {
+            let image = Image::to_fill(number, disk.reader(), disk, stands)?;
+            Ok((number, image))
+        };
+        (0..)
+            .zip(disks)
+            .map(image)
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 
     /// A piece has come.

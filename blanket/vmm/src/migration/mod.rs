@@ -10,7 +10,7 @@ mod arrival;
 mod bases;
 mod destination;
 mod dirty;
-mod disks;
+pub(crate) mod disks;
 mod faults;
 mod kept;
 mod lanes;

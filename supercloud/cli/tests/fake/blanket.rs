@@ -3,7 +3,7 @@
 //! that all hosts share, with a file for each token of a process that waits.
 //!
 //! A test holds a move at a step by a file `hold-STEP` in `FAKE_WIRE` (begun, copying, received,
-//! committed, given, pulling), until it removes that; a file `cut` breaks the link once the VM is committed.
+//! committed, given, pulling), or disks that are saved or restored (saving, restoring), until it removes that; a file `cut` breaks the link once the VM is committed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -135,6 +135,9 @@ fn run(words: &[String]) -> Done {
             let path = value.split(',').next().unwrap_or_default();
             if !Path::new(path).exists() {
                 return Err(format!("{path}: no such file"));
+            }
+            if word == "--disk" && fs::File::open(path).map_err(text)?.try_lock().is_err() {
+                return Err(format!("the image {path} is in use"));
             }
         }
     }
@@ -434,7 +437,78 @@ fn migrate(words: &[String]) -> Done {
     moved()
 }
 
+/// A disk that no VM uses: its path, and what it stands on.
+fn at_rest(spec: &str) -> (&Path, Option<&str>) {
+    let mut parts = spec.split(',');
+    let path = parts.next().unwrap_or_default();
+    (
+        Path::new(path),
+        parts.find_map(|it| it.strip_prefix("base=")),
+    )
+}
+
+/// What is in disks, as `disk save` and `disk restore` have it in a file.
+#[derive(Debug, Serialize, Deserialize)]
+struct Disks {
+    disks: Vec<(Option<String>, String)>,
+}
+
+fn save_disks(words: &[String]) -> Done {
+    let [json, file, specs @ ..] = words else {
+        return Err("no file".into());
+    };
+    let part = format!("{file}.part");
+    if json != "--json" || Path::new(file).exists() || Path::new(&part).exists() {
+        return Err(format!("{file} is there already"));
+    }
+    fs::write(&part, "").map_err(text)?;
+    let (mut saved, mut sizes, mut locked) = (Vec::new(), Vec::new(), Vec::new());
+    for (path, base) in specs.iter().map(|it| at_rest(it)) {
+        let image = fs::File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        image.try_lock_shared().map_err(text)?;
+        let bytes = fs::read(path).map_err(text)?;
+        let info: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+        sizes.push(info["size"].as_u64().unwrap_or(bytes.len() as u64));
+        let content = String::from_utf8(bytes).map_err(text)?;
+        saved.push((base.map(str::to_owned), content));
+        locked.push(image);
+    }
+    hold(&variable("FAKE_WIRE")?, "saving");
+    let saved = serde_json::to_vec(&Disks { disks: saved }).map_err(text)?;
+    // Whoever wanted it may have removed it.
+    fs::rename(&part, file).map_err(text)?;
+    fs::write(file, saved).map_err(text)?;
+    println!("{}", json!({ "bytes": 1, "sizes": sizes }));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn restore_disks(words: &[String]) -> Done {
+    let [file, specs @ ..] = words else {
+        return Err("no file".into());
+    };
+    let saved: Disks = serde_json::from_slice(&fs::read(file).map_err(text)?)
+        .map_err(|error| format!("{file}: is damaged: {error}"))?;
+    if saved.disks.len() != specs.len() {
+        return Err(format!("{file}: there are other disks"));
+    }
+    hold(&variable("FAKE_WIRE")?, "restoring");
+    for ((there, content), (path, here)) in
+        saved.disks.iter().zip(specs.iter().map(|it| at_rest(it)))
+    {
+        if there.as_deref() != here || !path.exists() {
+            return Err(format!("{} is another disk", path.display()));
+        }
+        fs::write(path, content).map_err(text)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn disk(words: &[String]) -> Done {
+    match words.first().map(String::as_str) {
+        Some("save") => return save_disks(&words[1..]),
+        Some("restore") => return restore_disks(&words[1..]),
+        _ => {}
+    }
     let file = words.last().ok_or("no file")?;
     match words.first().map(String::as_str) {
         Some("create") => {
