@@ -288,7 +288,7 @@ impl Server {
         cmd!(
             sh,
             "{bmcast} image --server {seen} --manifest-id {id} --efi {efi} --out {out}
-             --machine metal --log-serial {rate...}"
+             --machine metal --disk metal --log-serial {rate...}"
         )
         .quiet()
         .ignore_stdout()

@@ -2,7 +2,7 @@
 //! else goes to the APIC as it is (APM volume 2, chapter 16).
 
 use super::cpu::{self, rdmsr, wrmsr};
-use super::exits::{read_device, write_device};
+use super::exits::{self, read_device, write_device};
 use super::start;
 
 /// Where APICs are after a reset.
@@ -16,6 +16,8 @@ const ICR_HIGH: u32 = 0x310;
 const IRR: u32 = 0x200;
 /// In the ICR: the mode of delivery.
 const MODE: u32 = 7 << 8;
+/// INIT.
+const INIT: u32 = 5 << 8;
 /// Start-up.
 const START_UP: u32 = 6 << 8;
 
@@ -40,7 +42,12 @@ pub fn write(offset: u32, value: u32) {
     } else {
         value
     };
-    write_device(PAGE + u64::from(offset), 4, u64::from(value));
+    let send = || write_device(PAGE + u64::from(offset), 4, u64::from(value));
+    if offset == ICR_LOW && value & MODE == INIT {
+        exits::while_nobody_works(send);
+    } else {
+        send();
+    }
 }
 
 /// The guest writes the ICR in x2APIC mode.
@@ -52,7 +59,17 @@ pub fn write_x2apic_icr(value: u64) {
         low
     };
     // SAFETY: the guest itself writes it.
-    unsafe { wrmsr(X2APIC_ICR, u64::from(target) << 32 | u64::from(low)) };
+    let send = || unsafe { wrmsr(X2APIC_ICR, u64::from(target) << 32 | u64::from(low)) };
+    if low & MODE == INIT {
+        exits::while_nobody_works(send);
+    } else {
+        send();
+    }
+}
+
+/// Whether the guest may write this to APIC_BASE: the APIC stays where it is watched.
+pub fn may_be(base: u64) -> bool {
+    base & 0x000f_ffff_ffff_f000 == PAGE
 }
 
 /// Whether an interrupt waits for this CPU.

@@ -157,6 +157,14 @@ pub fn halted(cpu: &mut Cpu) {
     WORKER.store(false, Ordering::Release);
 }
 
+/// Sends an INIT. The CPU that it is for is to hold nothing of the VMM's then: INIT waits for GIF by the manual (APM 15.17),
+/// and the emulator of the tests does not have it wait.
+pub fn while_nobody_works(send: impl FnOnce()) {
+    machine::alone(send);
+    // If it was the one that works, another one does now.
+    WORKER.store(false, Ordering::Release);
+}
+
 /// RDMSR or WRMSR of one that is not the guest's as it is.
 pub fn msr(cpu: &mut Cpu) {
     let write = cpu.vmcb.control.exit_info1 & 1 != 0;
@@ -174,6 +182,11 @@ pub fn msr(cpu: &mut Cpu) {
         // SVM is in use: as if the firmware had switched it off (SVMDIS), and locked that.
         (cpu::VM_CR, false) => Some(1 << 4 | 1 << 3),
         (cpu::VM_CR, true) => Some(0),
+        (cpu::APIC_BASE, true) if apic::may_be(value) => {
+            // SAFETY: the guest itself writes it, and leaves the APIC where it is.
+            unsafe { cpu::wrmsr(msr, value) };
+            Some(0)
+        }
         (apic::X2APIC_ICR, true) => {
             apic::write_x2apic_icr(value);
             Some(0)

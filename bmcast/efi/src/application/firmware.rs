@@ -133,8 +133,37 @@ pub fn let_go(function: Function) {
     }
 }
 
-/// The first disk that can be mediated.
-pub fn disk() -> Result<Option<Disk>, Refused> {
+/// EFI_DISK_INFO_PROTOCOL (PI 1.7, volume 5, 10.7), as much of it as is used.
+#[repr(C)]
+#[unsafe_protocol("d432a67f-14dc-484b-b3bb-3f0291849327")]
+struct DiskInfo {
+    interface: uefi::Guid,
+    inquiry: *const c_void,
+    identify: unsafe extern "efiapi" fn(*const DiskInfo, *mut c_void, *mut u32) -> Status,
+}
+
+/// The serial number of an ATA disk: words 10 to 19 of its identity, two letters each, the first one above (ACS-4,
+/// 7.13.6.7).
+fn serial(handle: Handle) -> Option<String> {
+    let info = open::<DiskInfo>(handle).ok()?;
+    let mut identity = [0u8; 512];
+    let mut size = 512;
+    let into = identity.as_mut_ptr().cast();
+    // SAFETY: the protocol's own function, with room for as many bytes as it is told of.
+    let status = unsafe { (info.identify)(&raw const *info, into, &mut size) };
+    if status != Status::SUCCESS || size < 40 {
+        return None;
+    }
+    let letters = identity[20..40]
+        .chunks_exact(2)
+        .flat_map(|pair| [pair[1], pair[0]])
+        .map(char::from);
+    let text: String = letters.collect();
+    Some(text.trim_matches([' ', '\0']).into())
+}
+
+/// The first disk that can be mediated and is the wanted one.
+pub fn disk(wanted: &bmcast_image::Disk) -> Result<Option<Disk>, Refused> {
     let controllers = functions();
     for handle in boot::find_handles::<BlockIO>().map_err(at("disks"))? {
         let Ok(block) = open::<BlockIO>(handle) else {
@@ -142,6 +171,11 @@ pub fn disk() -> Result<Option<Disk>, Refused> {
         };
         let media = block.media();
         if media.is_logical_partition() || !media.is_media_present() || media.is_read_only() {
+            continue;
+        }
+        if let bmcast_image::Disk::Serial(wanted) = wanted
+            && serial(handle).as_ref() != Some(wanted)
+        {
             continue;
         }
         let Ok(path) = open::<DevicePath>(handle) else {

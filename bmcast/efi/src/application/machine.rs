@@ -178,6 +178,12 @@ pub fn write(offset: u32, width: u8, value: u64) {
         .write(controller, install, offset, width, value);
 }
 
+/// Does something while no CPU is at the machine.
+pub fn alone(act: impl FnOnce()) {
+    let _machine = MACHINE.lock();
+    act();
+}
+
 /// Goes on with whatever can go on, unless another CPU does just now.
 pub fn turn() {
     let Some(mut locked) = MACHINE.try_lock() else {

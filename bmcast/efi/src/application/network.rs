@@ -17,8 +17,8 @@ use super::pci::{Function, Region};
 use super::{clock, cpu, firmware};
 use crate::say;
 
-/// Most bytes of a manifest: that of an image of 64 GiB in chunks of 64 KiB.
-const MOST_MANIFEST: usize = 40 << 20;
+/// Most bytes of a manifest: that of an image of 32 GiB in chunks of 64 KiB, and some. Larger images have larger chunks.
+const MOST_MANIFEST: usize = 18 << 20;
 /// Milliseconds that the manifest may take, from the card's reset on.
 const PATIENCE: u64 = 60_000;
 /// Milliseconds from one report to the next.

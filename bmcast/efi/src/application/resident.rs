@@ -78,7 +78,7 @@ pub enum Error {
     #[error(transparent)]
     BadConfig(#[from] ConfigError),
     /// No disk.
-    #[error("there is no disk that can be mediated: a SATA disk by AHCI")]
+    #[error("there is no disk as bmcast.conf wants it that can be mediated: a SATA disk by AHCI")]
     NoDisk,
     /// The network.
     #[error(transparent)]
@@ -135,7 +135,7 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
     clock::measure();
     host::prepare().map_err(|_| Error::Memory)?;
     firmware::connect_all();
-    let mut disk = firmware::disk()?.ok_or(Error::NoDisk)?;
+    let mut disk = firmware::disk(&config.disk)?.ok_or(Error::NoDisk)?;
     let mut network = Network::start(&config)?;
     let manifest = network.manifest(config.manifest)?;
     let boot = Boot {
@@ -219,6 +219,7 @@ fn guest(handover: &Handover, hidden: &[Region]) -> Result<Box<Cpu>, Error> {
     trap_msr(msrpm, cpu::EFER, true, true);
     trap_msr(msrpm, cpu::HSAVE, true, true);
     trap_msr(msrpm, cpu::VM_CR, true, true);
+    trap_msr(msrpm, cpu::APIC_BASE, false, true);
     trap_msr(msrpm, apic::X2APIC_ICR, false, true);
     COMMON.call_once(|| Common {
         nested: root,
