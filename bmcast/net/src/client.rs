@@ -36,6 +36,8 @@ const BACKOFF_MS: u64 = 200;
 const MOST_BACKOFF_MS: u64 = 5000;
 /// Failures in a row before the next server's turn.
 const STRIKES: u32 = 2;
+/// How often the guest's connection is begun while nobody needs it (ms).
+const WARM_MS: u64 = 1000;
 /// How long another server than the first is used before the first is tried again, and at most (ms).
 const PROBE_MS: u64 = 60_000;
 const MOST_PROBE_MS: u64 = 600_000;
@@ -136,6 +138,8 @@ pub struct Client<D: Device> {
     failures: u32,
     /// No connection is begun before.
     wait: u64,
+    /// The guest's connection is not begun before, if nobody needs it.
+    warm: u64,
     probe: Probe,
     random: u64,
     received: u64,
@@ -203,6 +207,7 @@ impl<D: Device> Client<D> {
             now: 0,
             failures: 0,
             wait: 0,
+            warm: 0,
             probe,
             random: seed | 1,
             received: 0,
@@ -243,6 +248,7 @@ impl<D: Device> Client<D> {
         self.step();
         self.try_first();
         self.assign();
+        self.keep_warm();
         for _ in 0..ROUNDS {
             let (device, sockets) = (&mut self.device, &mut self.sockets);
             match self.interface.poll_egress(instant, device, sockets) {
@@ -502,6 +508,16 @@ impl<D: Device> Client<D> {
             if let Some(job) = self.queue.remove(i) {
                 self.connections[connection].give(job, self.now);
             }
+        }
+    }
+
+    /// The guest's connection is there before it is needed: a handshake would wait behind all that is on its way.
+    fn keep_warm(&mut self) {
+        let last = CONNECTIONS - 1;
+        let wanted = self.received > 0 && self.failures == 0 && self.address.is_some();
+        if wanted && self.now >= self.warm.max(self.wait) && self.connections[last].idle() {
+            self.warm = self.now + WARM_MS;
+            self.connect(last);
         }
     }
 

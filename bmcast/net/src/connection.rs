@@ -15,7 +15,7 @@ pub(crate) const DEPTH: usize = 2;
 /// A connection is given up if it is not there after this time (ms).
 pub(crate) const CONNECT_MS: u64 = 3000;
 /// ... or if less than `STALL_BYTES` of answers came in this time (ms).
-const STALL_MS: u64 = 10_000;
+const STALL_MS: u64 = 6000;
 const STALL_BYTES: usize = 16 << 10;
 
 /// A request, up to its answer.
@@ -191,20 +191,16 @@ impl Connection {
         if self.phase == Phase::Idle {
             return Ok(());
         }
-        let lost = Lost {
-            blame: self.answered == 0,
+        let written = match servers.get(self.server) {
+            Some(server) => self.write(socket, server).is_ok(),
+            None => false,
         };
-        let Some(server) = servers.get(self.server) else {
-            return Err(lost);
-        };
-        if self.write(socket, server).is_err() {
-            return Err(lost);
+        if !written {
+            return Err(self.lost());
         }
         self.read(socket, now, over)?;
         if !socket.may_recv() && !socket.can_recv() {
-            return Err(Lost {
-                blame: self.answered == 0,
-            });
+            return Err(self.lost());
         }
         if self.bytes >= STALL_BYTES {
             self.moved = now;
@@ -214,6 +210,13 @@ impl Connection {
             return Err(Lost { blame: true });
         }
         Ok(())
+    }
+
+    /// A server may end a connection that it has answered on, or that it was not asked on.
+    fn lost(&self) -> Lost {
+        Lost {
+            blame: self.answered == 0 && !self.jobs.is_empty(),
+        }
     }
 
     fn write(
@@ -247,9 +250,7 @@ impl Connection {
         while socket.can_recv() {
             // Nothing was asked for, or not all of it was: this is no answer.
             let Some(job) = self.jobs.front().filter(|_| self.written > 0) else {
-                return Err(Lost {
-                    blame: self.answered == 0,
-                });
+                return Err(self.lost());
             };
             let expect = job.what.expect();
             let answer = self.answer.get_or_insert_with(|| Answer::new(expect));

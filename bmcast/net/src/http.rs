@@ -10,7 +10,7 @@ use crate::Server;
 const HEAD: usize = 8 << 10;
 /// Most fields of a head.
 const FIELDS: usize = 64;
-/// Most bytes of a body nobody wants that are read so that the connection can be used again.
+/// Most bytes of a body that does not matter which are read so that the connection can be used again.
 const UNWANTED: u64 = 64 << 10;
 /// Most interim answers (1xx) before an answer.
 const INTERIM: u32 = 4;
@@ -137,7 +137,10 @@ impl Answer {
                     used += taken;
                     *left -= taken as u64;
                     if *left > 0 {
-                        break;
+                        // What is wrong is told at once, and not after a body that may never come.
+                        let Some(wrong) = *wrong else { break };
+                        self.state = State::Over;
+                        return (used, Some(broken(wrong)));
                     }
                     let result = wrong.map_or_else(|| Ok(core::mem::take(&mut self.body)), Err);
                     Some(Outcome {
@@ -202,9 +205,6 @@ impl Answer {
                 reusable: false,
             });
         };
-        if let Some(wrong) = wrong.filter(|_| left > UNWANTED) {
-            return Some(broken(wrong));
-        }
         if wrong.is_none() {
             match self.expect {
                 Expect::Taken if left > UNWANTED => {
