@@ -170,7 +170,7 @@ pub struct Reply {
     pub then: Then,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
     Keep,
     Close,
