@@ -49,7 +49,9 @@ fn answer() -> impl Strategy<Value = Vec<u8>> {
         "[0-9a-fx +-]{0,25}",
     ];
     let field = prop_oneof![
-        number.clone().prop_map(|length| format!("Content-Length: {length}")),
+        number
+            .clone()
+            .prop_map(|length| format!("Content-Length: {length}")),
         (number.clone(), number.clone(), number)
             .prop_map(|(first, last, all)| format!("Content-Range: bytes {first}-{last}/{all}")),
         Just("Transfer-Encoding: chunked".to_string()),
@@ -76,15 +78,18 @@ fn hostile() -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(any::<u8>(), 0..600),
         answer(),
         // One that is right, with some bytes changed.
-        (answer(), prop::collection::vec(any::<(usize, u8)>(), 0..4)).prop_map(|(mut all, changes)| {
-            for (at, byte) in changes {
-                let at = at % all.len();
-                all[at] = byte;
+        (answer(), prop::collection::vec(any::<(usize, u8)>(), 0..4)).prop_map(
+            |(mut all, changes)| {
+                for (at, byte) in changes {
+                    let at = at % all.len();
+                    all[at] = byte;
+                }
+                all
             }
-            all
-        }),
+        ),
         // Without end.
-        (1..20_000_usize).prop_map(|len| [b"HTTP/1.1 200 OK\r\nX: ".to_vec(), vec![b'x'; len]].concat()),
+        (1..20_000_usize)
+            .prop_map(|len| [b"HTTP/1.1 200 OK\r\nX: ".to_vec(), vec![b'x'; len]].concat()),
     ]
 }
 
