@@ -114,6 +114,8 @@ pub(crate) struct Frame {
 pub struct Card<M: Machine> {
     machine: M,
     function: Function,
+    /// The command register as it was found.
+    command: u16,
     dma: Dma,
     driver: Driver,
     mac: [u8; 6],
@@ -135,7 +137,7 @@ impl<M: Machine> Card<M> {
             return Err(CardError::Unknown { vendor, device });
         };
         dma.clear();
-        pci::set_bus_master(&mut machine, function, true);
+        let command = pci::enable(&mut machine, function);
         let started = match model {
             Model::Virtio => virtio::Driver::start(&mut machine, function, &mut dma)
                 .map(|(driver, mac)| (Driver::Virtio(driver), mac)),
@@ -143,11 +145,12 @@ impl<M: Machine> Card<M> {
                 .map(|(driver, mac)| (Driver::E1000e(driver), mac)),
         };
         let (driver, mac) = started.inspect_err(|_| {
-            pci::set_bus_master(&mut machine, function, false);
+            pci::disable(&mut machine, function, command);
         })?;
         Ok(Self {
             machine,
             function,
+            command,
             dma,
             driver,
             mac,
@@ -178,7 +181,7 @@ impl<M: Machine> Card<M> {
         self.up
     }
 
-    /// Resets the card, turns its bus mastering off and gives back what it was made of. From then on
+    /// Resets the card, sets its command register to what it was but without bus mastering, and gives back what it was made of. From then on
     /// the memory is not the card's, unless the reset failed: then the memory must never be used
     /// for anything else.
     pub fn stop(mut self) -> (M, Dma, Result<(), CardError>) {
@@ -186,7 +189,7 @@ impl<M: Machine> Card<M> {
             Driver::Virtio(driver) => driver.stop(&mut self.machine),
             Driver::E1000e(driver) => driver.stop(&mut self.machine),
         };
-        pci::set_bus_master(&mut self.machine, self.function, false);
+        pci::disable(&mut self.machine, self.function, self.command);
         (self.machine, self.dma, reset)
     }
 

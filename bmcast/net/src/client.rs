@@ -15,7 +15,8 @@ use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
 
 use crate::connection::{CONNECT_MS, Connection, DEPTH, Job, What};
-use crate::{FetchError, Server, UrlError, server};
+use crate::server::{self, is_host};
+use crate::{FetchError, Server, UrlError};
 
 /// Connections to the server. The last one is for what the guest waits for.
 const CONNECTIONS: usize = 4;
@@ -219,7 +220,7 @@ impl<D: Device> Client<D> {
             router,
         } = config.address
         {
-            if prefix > 32 || !host(address) || router.is_some_and(|router| !host(router)) {
+            if prefix > 32 || !is_host(address) || router.is_some_and(|router| !is_host(router)) {
                 return None;
             }
             client.set_address(Some((Ipv4Cidr::new(address, prefix), router)));
@@ -375,8 +376,8 @@ impl<D: Device> Client<D> {
             Some(dhcpv4::Event::Deconfigured) => None,
             // A server's word: an address that is none is not taken.
             Some(dhcpv4::Event::Configured(config)) => Some((config.address, config.router))
-                .filter(|(cidr, _)| host(cidr.address()))
-                .map(|(cidr, router)| (cidr, router.filter(|router| host(*router)))),
+                .filter(|(cidr, _)| is_host(cidr.address()))
+                .map(|(cidr, router)| (cidr, router.filter(|router| is_host(*router)))),
         };
         self.set_address(address);
     }
@@ -616,11 +617,6 @@ fn socket(receive: usize, send: usize) -> tcp::Socket<'static> {
     socket.set_ack_delay(None);
     socket.set_nagle_enabled(false);
     socket
-}
-
-/// Whether it can be a host's address.
-fn host(address: Ipv4Addr) -> bool {
-    !address.is_unspecified() && !address.is_broadcast() && !address.is_multicast()
 }
 
 fn instant(ms: u64) -> Instant {

@@ -16,16 +16,18 @@ pub(crate) fn ids(machine: &mut impl Machine, function: Function) -> (u16, u16) 
     (low(word), low(word >> 16))
 }
 
-/// Turns memory accesses on and INTx off, and bus mastering as asked. Status bits, which a write of 1 clears, are left.
-pub(crate) fn set_bus_master(machine: &mut impl Machine, function: Function, on: bool) {
-    let mut command = low(machine.config_read(function, COMMAND));
-    command |= MEMORY_SPACE | INTERRUPT_DISABLE;
-    command = if on {
-        command | BUS_MASTER
-    } else {
-        command & !BUS_MASTER
-    };
+/// Turns memory accesses and bus mastering on and INTx off; what the command was before.
+pub(crate) fn enable(machine: &mut impl Machine, function: Function) -> u16 {
+    let before = low(machine.config_read(function, COMMAND));
+    let command = before | MEMORY_SPACE | BUS_MASTER | INTERRUPT_DISABLE;
+    // A 0 clears no bit of the status above it.
     machine.config_write(function, COMMAND, u32::from(command));
+    before
+}
+
+/// Sets the command to what it was, without bus mastering.
+pub(crate) fn disable(machine: &mut impl Machine, function: Function, before: u16) {
+    machine.config_write(function, COMMAND, u32::from(before & !BUS_MASTER));
 }
 
 /// The address of a memory BAR, as the firmware has set it.

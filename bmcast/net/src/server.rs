@@ -12,7 +12,7 @@ pub enum UrlError {
     /// It does not begin with `http://`.
     #[error("the URL does not begin with http://")]
     Scheme,
-    /// The host is no IPv4 address.
+    /// The host is no IPv4 address of a host.
     #[error("the host of the URL is no IPv4 address (names are not looked up)")]
     Host,
     /// The port is not one.
@@ -56,8 +56,12 @@ impl Server {
         if !directory.ends_with('/') {
             directory.push('/');
         }
+        let address = name.parse().map_err(|_| UrlError::Host)?;
+        if !is_host(address) {
+            return Err(UrlError::Host);
+        }
         Ok(Self {
-            address: name.parse().map_err(|_| UrlError::Host)?,
+            address,
             port,
             host: host.to_string(),
             directory,
@@ -79,6 +83,11 @@ impl core::fmt::Display for Server {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         write!(f, "http://{}{}", self.host, self.directory)
     }
+}
+
+/// Whether it can be the address of one host.
+pub(crate) fn is_host(address: Ipv4Addr) -> bool {
+    !address.is_unspecified() && !address.is_broadcast() && !address.is_multicast()
 }
 
 /// Whether it can be said in the first line of a request.
@@ -105,6 +114,8 @@ mod tests {
             ("https://10.0.2.2/", UrlError::Scheme),
             ("http://example/", UrlError::Host),
             ("http:///", UrlError::Host),
+            ("http://0.0.0.0/", UrlError::Host),
+            ("http://224.0.0.1/", UrlError::Host),
             ("http://10.0.2.2:0/", UrlError::Port),
             ("http://10.0.2.2:65536/", UrlError::Port),
             ("http://10.0.2.2/a b", UrlError::Path),

@@ -150,9 +150,11 @@ fn nothing_is_sent_without_a_link() {
 
 fn stops<T: Model>(make: fn(Memory) -> T) {
     let (model, card) = start(make);
+    assert_eq!(model.borrow_mut().config().command(), 0x406);
     let (_, dma, stopped) = card.stop();
     assert_eq!(stopped, Ok(()));
     assert!(model.borrow().quiet());
+    assert_eq!(model.borrow_mut().config().command(), 0);
     assert!(!model.borrow_mut().deliver(&frame(1)));
     // And it can be started again.
     let mut card = Card::new(Only(model.clone()), PLACE, dma).unwrap();

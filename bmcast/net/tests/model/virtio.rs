@@ -145,7 +145,7 @@ impl Model for Virtio {
             (0x1c, 2) => queue.enabled = value == 1,
             (0x20..0x38, 4) => {
                 let ring = &mut queue.rings[usize::try_from((offset - 0x20) / 8).unwrap()];
-                if offset % 8 == 0 {
+                if offset.is_multiple_of(8) {
                     *ring = *ring & !0xffff_ffff | u64::from(value);
                 } else {
                     *ring = *ring & 0xffff_ffff | u64::from(value) << 32;

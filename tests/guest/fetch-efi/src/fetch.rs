@@ -11,6 +11,8 @@ use crate::{firmware, say};
 
 /// Bytes of a range.
 const RANGE: u32 = 256 << 10;
+/// Polls with nothing to do, to see what one costs.
+const POLLS: u64 = 10_000;
 /// The whole of it may take so long, in milliseconds.
 const MOST_MS: u64 = 240_000;
 
@@ -60,13 +62,21 @@ pub fn run() -> bool {
         return false;
     };
     say!("FETCH {model:?} at {function:?}");
-    firmware::take(handle);
-    firmware::connect_again(handle);
+    let held = firmware::take(handle);
+    if firmware::connect_again(handle) != 0 {
+        say!("FETCH the card was taken back");
+        return false;
+    }
     let dma = firmware::dma();
-    if task.exit {
+    let held = if task.exit {
+        // There is nobody left to give it back to.
+        core::mem::forget(held);
         firmware::leave();
         say!("FETCH left boot services");
-    }
+        None
+    } else {
+        Some(held)
+    };
     let begin = machine.now();
     let card = match Card::new(machine, function, dma) {
         Ok(card) => card,
@@ -102,8 +112,14 @@ pub fn run() -> bool {
     let (_, _, stopped) = card.stop();
     let command = bmcast_net::Machine::config_read(&mut machine, function, 4) & 0xffff;
     say!("FETCH stopped: {stopped:?}, command {command:#x}");
+    // A card that was given back is one that the firmware can use.
+    let given_back = held.is_none_or(|held| {
+        drop(held);
+        firmware::connect_again(handle) > 0
+    });
+    let right = right && stopped.is_ok() && command & 4 == 0 && given_back;
     say!("FETCH {}", if right { "right" } else { "WRONG" });
-    right && stopped.is_ok() && command & 4 == 0
+    right
 }
 
 struct Fetch {
@@ -115,7 +131,12 @@ struct Fetch {
 
 impl Fetch {
     fn poll(&mut self) -> Option<()> {
-        self.client.poll(self.machine.now());
+        // As a VMM does at an exit: not for ever.
+        for _ in 0..16 {
+            if !self.client.poll(self.machine.now()) {
+                break;
+            }
+        }
         if self.gap > 0 {
             bmcast_net::Machine::wait(&mut self.machine, self.gap);
         }
@@ -183,6 +204,12 @@ impl Fetch {
             hashing / self.machine.ticks / 1000,
             length * 1000 / 1024 / ms
         );
+        let begin = ticks();
+        for _ in 0..POLLS {
+            self.client.poll(self.machine.now());
+        }
+        let idle = (ticks() - begin) * 1000 / self.machine.ticks / POLLS;
+        say!("FETCH a poll with nothing to do: {idle} ns");
         let ticket = self.client.put("/status", b"fetched")?;
         self.result(ticket)?;
         Some(ours.as_str() == sum)

@@ -112,7 +112,7 @@ fn function(handle: Handle) -> Option<Function> {
 /// OVMF's driver of virtio-net refuses to be stopped while its network interface is started. So
 /// what uses the interface is disconnected, the interface stopped, and then the function is opened exclusively,
 /// at which the firmware disconnects the driver.
-pub fn take(handle: Handle) {
+pub fn take(handle: Handle) -> ScopedProtocol<PciIo> {
     let before = networks();
     let card = path(handle);
     for network in boot::find_handles::<SimpleNetwork>().unwrap_or_default() {
@@ -131,11 +131,11 @@ pub fn take(handle: Handle) {
     let disconnected = boot::disconnect_controller(handle, None, None);
     say!("FETCH the card: disconnected {disconnected:?}");
     let held = boot::open_protocol_exclusive::<PciIo>(handle).expect("the card is given");
-    core::mem::forget(held);
     say!(
         "FETCH the firmware had {before} network interfaces, and has {}",
         networks()
     );
+    held
 }
 
 /// The nodes of a handle's device path, without the last one, which is the end.
@@ -158,14 +158,15 @@ fn open<P: ProtocolPointer + ?Sized>(handle: Handle) -> Option<ScopedProtocol<P>
     unsafe { boot::open_protocol::<P>(parameters, boot::OpenProtocolAttributes::GetProtocol) }.ok()
 }
 
-/// Whether the firmware's drivers come back when they are asked to.
-pub fn connect_again(handle: Handle) {
+/// Asks the firmware's drivers to come back to a function; how many network interfaces there are then.
+pub fn connect_again(handle: Handle) -> usize {
     let connected = boot::connect_controller(handle, &[], None, true);
+    let networks = networks();
     say!(
-        "FETCH connected again: {:?}, {} network interfaces",
+        "FETCH connected again: {:?}, {networks} network interfaces",
         connected.map_err(|error| error.status()),
-        networks()
     );
+    networks
 }
 
 fn networks() -> usize {
