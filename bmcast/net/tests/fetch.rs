@@ -455,6 +455,36 @@ fn the_guest_goes_first() {
     assert!(world.now - begin < 80);
 }
 
+/// Frames with any bytes in their heads, which no checksum catches: the client lives, and goes on afterwards.
+#[test]
+fn frames_are_damaged() {
+    let damaged = Weather {
+        damage: 100,
+        delay: 1,
+        ..CLEAR
+    };
+    let mut over = 0;
+    for address in [fixed(), Address::Dhcp] {
+        let mut world = World::new(&["http://10.0.0.1/i"], address, damaged.clone(), proper);
+        world.lease = Some(Ipv4Addr::new(10, 0, 0, 9));
+        for _ in 0..40_000 {
+            if world.client.room(Need::Background) {
+                world.client.fetch(0, 20_000, Need::Background).unwrap();
+            }
+            world.step();
+            while let Some((_, result)) = world.client.take() {
+                over += u32::from(result.is_ok_and(|bytes| bytes.len() == 20_000));
+            }
+        }
+        world.weather(CLEAR);
+        world.run(120_000);
+        while world.client.take().is_some() {}
+        world.fetch(4, 1000, 20_000);
+    }
+    println!("{over} ranges came through");
+    assert!(over > 300, "{over}");
+}
+
 #[test]
 fn it_stops() {
     let mut world = World::usual(CLEAR, proper);

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use bmcast_net::{Address, Client, FetchError, Need, NetConfig, Server, Ticket};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
-use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{tcp, udp};
 use smoltcp::time::Instant;
 use smoltcp::wire::{
@@ -34,6 +34,8 @@ pub struct Weather {
     pub jitter: u64,
     /// Bytes in a millisecond to the client, 0 for no limit.
     pub rate: u64,
+    /// Of a thousand frames to the client, how many have some bytes changed.
+    pub damage: u64,
     /// Addresses from and to which nothing comes through.
     pub dead: Vec<Ipv4Addr>,
 }
@@ -43,6 +45,7 @@ pub const CLEAR: Weather = Weather {
     delay: 0,
     jitter: 0,
     rate: 0,
+    damage: 0,
     dead: Vec::new(),
 };
 
@@ -63,7 +66,7 @@ impl Wire {
         self.random >> 8
     }
 
-    fn send(&mut self, to: usize, now: u64, frame: Vec<u8>) {
+    fn send(&mut self, to: usize, now: u64, mut frame: Vec<u8>) {
         let dead = |at: usize| {
             frame.get(12..14) == Some(&[8, 0])
                 && frame.get(at..at + 4).is_some_and(|address| {
@@ -77,6 +80,18 @@ impl Wire {
         if self.random() % 1000 < self.weather.loss {
             self.dropped += 1;
             return;
+        }
+        if to == 0 && self.random() % 1000 < self.weather.damage {
+            for _ in 0..=self.random() % 3 {
+                // Heads are where it hurts.
+                let most = if self.random() % 4 == 0 { 1514 } else { 80 };
+                let at = usize::try_from(self.random()).unwrap() % frame.len().min(most);
+                frame[at] = self.random().to_le_bytes()[0];
+            }
+            if self.random() % 8 == 0 {
+                let len = usize::try_from(self.random()).unwrap() % frame.len();
+                frame.truncate(len);
+            }
         }
         let mut due = (now + self.weather.delay) * 1000;
         if self.weather.rate > 0 && to == 0 {
@@ -111,6 +126,8 @@ impl Wire {
 pub struct End {
     pub wire: Rc<RefCell<Wire>>,
     side: usize,
+    /// Whether checksums are looked at.
+    checks: bool,
 }
 
 pub struct Came(Vec<u8>);
@@ -150,6 +167,11 @@ impl Device for End {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ethernet;
         capabilities.max_transmission_unit = 1514;
+        if !self.checks {
+            capabilities.checksum.ipv4 = Checksum::Tx;
+            capabilities.checksum.udp = Checksum::Tx;
+            capabilities.checksum.tcp = Checksum::Tx;
+        }
         capabilities
     }
 }
@@ -241,12 +263,14 @@ pub struct World {
 }
 
 impl World {
+    /// If there is damage from the beginning, the client looks at no checksum: the damage gets further.
     pub fn new(
         servers: &[&str],
         address: Address,
         weather: Weather,
         behaviour: impl FnMut(&Asked) -> Reply + 'static,
     ) -> Self {
+        let checks = weather.damage == 0;
         let wire = Rc::new(RefCell::new(Wire {
             ways: [Vec::new(), Vec::new()],
             weather,
@@ -258,6 +282,7 @@ impl World {
         let end = |side| End {
             wire: wire.clone(),
             side,
+            checks: side == 1 || checks,
         };
         let config = NetConfig { mac: MAC, address };
         let servers = servers
