@@ -411,14 +411,15 @@ impl<D: Device> Client<D> {
             let connection = &mut self.connections[i];
             let server = connection.server;
             let socket = self.sockets.get_mut::<tcp::Socket<'_>>(connection.handle);
-            let stepped = connection.step(socket, &self.servers, self.now, &mut over);
+            let stepped =
+                connection.step(socket, &self.servers, self.now, self.failures, &mut over);
             for (job, result) in over.drain(..) {
                 self.settle(job, server, result);
             }
             if let Err(lost) = stepped {
                 self.lose(i);
-                if lost.blame && server == self.server {
-                    self.strike();
+                if lost.blame {
+                    self.doubt(server);
                 }
             } else if self.connections[i].unused() && server != self.server {
                 self.lose(i);
@@ -433,6 +434,19 @@ impl<D: Device> Client<D> {
         for job in connection.end(socket).into_iter().rev() {
             self.retries += 1;
             self.queue.push_front(job);
+        }
+    }
+
+    /// A server is silent, or is not there. Connections with it that nobody uses are as dead, and would only be
+    /// found to be so one after the other.
+    fn doubt(&mut self, server: usize) {
+        for i in 0..self.connections.len() {
+            if self.connections[i].unused() && self.connections[i].server == server {
+                self.lose(i);
+            }
+        }
+        if server == self.server {
+            self.strike();
         }
     }
 

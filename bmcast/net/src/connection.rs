@@ -14,8 +14,10 @@ use crate::{Answer, Expect, FetchError, Need, Server, Ticket, http};
 pub(crate) const DEPTH: usize = 2;
 /// A connection is given up if it is not there after this time (ms).
 pub(crate) const CONNECT_MS: u64 = 3000;
-/// ... or if less than `STALL_BYTES` of answers came in this time (ms).
+/// ... or if less than `STALL_BYTES` of answers came in this time (ms), which doubles with each failure in
+/// a row, `MOST_DOUBLED` times at most: a server that is slow is not one that is gone.
 const STALL_MS: u64 = 6000;
+const MOST_DOUBLED: u32 = 3;
 const STALL_BYTES: usize = 16 << 10;
 
 /// A request, up to its answer.
@@ -170,12 +172,14 @@ impl Connection {
         core::mem::take(&mut self.jobs)
     }
 
-    /// Writes and reads what can be without waiting. Answers that are over go to `over`.
+    /// Writes and reads what can be without waiting, after this many `failures` in a row. Answers that
+    /// are over go to `over`.
     pub(crate) fn step(
         &mut self,
         socket: &mut Socket<'_>,
         servers: &[Server],
         now: u64,
+        failures: u32,
         over: &mut Vec<(Job, Result<Vec<u8>, FetchError>)>,
     ) -> Result<(), Lost> {
         if self.phase == Phase::Connecting {
@@ -206,7 +210,8 @@ impl Connection {
             self.moved = now;
             self.bytes = 0;
         }
-        if !self.jobs.is_empty() && now.saturating_sub(self.moved) >= STALL_MS {
+        let patience = STALL_MS << failures.min(MOST_DOUBLED);
+        if !self.jobs.is_empty() && now.saturating_sub(self.moved) >= patience {
             return Err(Lost { blame: true });
         }
         Ok(())

@@ -227,6 +227,15 @@ fn a_server_that_is_silent() {
     assert_eq!(world.result(ticket, 12_000), Some(Ok(bytes(0, 1000))));
 }
 
+/// It takes longer for each answer than the client waits at first.
+#[test]
+fn a_server_that_is_slow() {
+    let mut world = World::usual(CLEAR, proper);
+    world.thinks = 20_000;
+    let ticket = world.client.fetch(0, 1000, Need::Guest).unwrap();
+    assert_eq!(world.result(ticket, 120_000), Some(Ok(bytes(0, 1000))));
+}
+
 /// The first server is gone, the second has its turn; once the first is back, it is the first again.
 #[test]
 fn to_the_next_server_and_back() {

@@ -84,11 +84,15 @@ impl Wire {
         if to == 0 && self.random() % 1000 < self.weather.damage {
             for _ in 0..=self.random() % 3 {
                 // Heads are where it hurts.
-                let most = if self.random() % 4 == 0 { 1514 } else { 80 };
+                let most = if self.random().is_multiple_of(4) {
+                    1514
+                } else {
+                    80
+                };
                 let at = usize::try_from(self.random()).unwrap() % frame.len().min(most);
                 frame[at] = self.random().to_le_bytes()[0];
             }
-            if self.random() % 8 == 0 {
+            if self.random().is_multiple_of(8) {
                 let len = usize::try_from(self.random()).unwrap() % frame.len();
                 frame.truncate(len);
             }
@@ -238,6 +242,8 @@ struct Served {
     input: Vec<u8>,
     output: VecDeque<u8>,
     then: Then,
+    /// What was asked is answered at this time.
+    busy: u64,
 }
 
 type Behaviour = Box<dyn FnMut(&Asked) -> Reply>;
@@ -256,6 +262,8 @@ pub struct World {
     /// Whether connections are taken.
     pub open: bool,
     pub behaviour: Behaviour,
+    /// How long it thinks before it answers (ms).
+    pub thinks: u64,
     /// How many requests were read.
     pub asked: usize,
     /// Whether the client is polled; if not, the guest runs.
@@ -312,6 +320,7 @@ impl World {
                     input: Vec::new(),
                     output: VecDeque::new(),
                     then: Then::Keep,
+                    busy: 0,
                 }
             })
             .collect();
@@ -331,6 +340,7 @@ impl World {
             lease: None,
             open: true,
             behaviour: Box::new(behaviour),
+            thinks: 0,
             asked: 0,
             polled: true,
         }
@@ -437,11 +447,12 @@ impl World {
                     break;
                 };
                 self.asked += 1;
+                served.busy = self.now + self.thinks;
                 let reply = (self.behaviour)(&asked);
                 served.output.extend(reply.bytes);
                 served.then = reply.then;
             }
-            while !served.output.is_empty() {
+            while !served.output.is_empty() && self.now >= served.busy {
                 let sent = socket.send_slice(served.output.as_slices().0).unwrap_or(0);
                 if sent == 0 {
                     break;
