@@ -15,6 +15,7 @@ mod debian;
 mod demo;
 mod density;
 mod everywhere;
+mod fetch_check;
 mod gdb;
 mod guestware;
 mod initramfs;

@@ -1,243 +1,287 @@
-//! One connection to the server: requests one behind the other, answers in their order.
+//! A TCP connection to a server, with the requests that are on it.
 
 use alloc::collections::VecDeque;
+use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
 use smoltcp::iface::SocketHandle;
-use smoltcp::socket::tcp;
+use smoltcp::socket::tcp::{Socket, State};
 
-use crate::client::{FetchError, Ticket};
-use crate::response::{self, Head, MOST_HEAD};
+use crate::{Answer, Expect, FetchError, Need, Server, Ticket, http};
 
-/// Requests on a connection at once.
-pub const DEPTH: usize = 4;
+/// Most requests on a connection: the one that is being answered, and one that the server may begin with at once.
+pub(crate) const DEPTH: usize = 2;
+/// A connection is given up if it is not there after this time (ms).
+pub(crate) const CONNECT_MS: u64 = 3000;
+/// ... or if less than `STALL_BYTES` of answers came in this time (ms), which doubles with each failure in
+/// a row, `MOST_DOUBLED` times at most: a server that is slow is not one that is gone.
+const STALL_MS: u64 = 6000;
+const MOST_DOUBLED: u32 = 3;
+const STALL_BYTES: usize = 16 << 10;
 
-/// Something that is asked of the server.
-pub struct Request {
-    /// By which the caller knows it.
-    pub ticket: Ticket,
-    /// What is wanted.
-    pub what: What,
+/// A request, up to its answer.
+pub(crate) struct Job {
+    pub(crate) ticket: Ticket,
+    pub(crate) need: Need,
+    pub(crate) what: What,
+    /// How often a server did not give what was asked for.
+    pub(crate) refused: u32,
+    /// Not to be sent before (time of the client).
+    pub(crate) not_before: u64,
 }
 
-/// What is wanted of the server.
-pub enum What {
-    /// A range of the image.
-    Range {
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        length: u32,
-    },
-    /// A file beside it.
-    Get {
-        /// Its name.
-        name: String,
-        /// Most bytes of it.
-        most: usize,
-    },
-    /// To tell it something.
-    Put {
-        /// Where.
-        name: String,
-        /// JSON.
-        body: Vec<u8>,
-    },
+/// What is asked for. Paths were checked.
+pub(crate) enum What {
+    Range { path: String, offset: u64, len: u32 },
+    Get { path: String, limit: u64 },
+    Put { path: String, body: Vec<u8> },
 }
 
-impl Request {
-    /// What goes to the server at `path`.
-    fn write(&self, host: &str, path: &str, out: &mut Vec<u8>) {
-        let text = match &self.what {
-            What::Range { offset, length } => {
-                let last = offset + u64::from(*length) - 1;
-                alloc::format!(
-                    "GET {path}/image HTTP/1.1\r\nhost: {host}\r\nrange: bytes={offset}-{last}\r\n\r\n"
-                )
-            }
-            What::Get { name, .. } => {
-                alloc::format!("GET {path}/{name} HTTP/1.1\r\nhost: {host}\r\n\r\n")
-            }
-            What::Put { name, body } => alloc::format!(
-                "PUT {path}/{name} HTTP/1.1\r\nhost: {host}\r\n\
-                 content-type: application/json\r\ncontent-length: {}\r\n\r\n",
-                body.len()
-            ),
-        };
-        out.extend_from_slice(text.as_bytes());
-        if let What::Put { body, .. } = &self.what {
-            out.extend_from_slice(body);
+impl What {
+    fn expect(&self) -> Expect {
+        match *self {
+            Self::Range { offset, len, .. } => Expect::Range { offset, len },
+            Self::Get { limit, .. } => Expect::Whole { limit },
+            Self::Put { .. } => Expect::Taken,
         }
     }
 
-    /// Bytes that its body may have, if the answer is one to it.
-    fn accepts(&self, head: &Head) -> Result<usize, FetchError> {
-        let length = usize::try_from(head.length).unwrap_or(usize::MAX);
-        match &self.what {
-            What::Range {
-                offset,
-                length: wanted,
-            } => {
-                if head.status != 206 {
-                    return Err(FetchError::Status(head.status));
-                }
-                if head.range != Some(*offset) || head.length != u64::from(*wanted) {
-                    return Err(FetchError::OtherRange);
-                }
+    /// Appends the request.
+    fn write(&self, server: &Server, out: &mut Vec<u8>) {
+        match self {
+            Self::Range { path, offset, len } => {
+                let last = offset + u64::from(*len) - 1;
+                let fields = format!("Range: bytes={offset}-{last}\r\n");
+                out.extend(http::request(server, "GET", path, &fields).into_bytes());
             }
-            What::Get { most, .. } => {
-                if head.status != 200 {
-                    return Err(FetchError::Status(head.status));
-                }
-                if length > *most {
-                    return Err(FetchError::TooLong(head.length));
-                }
+            Self::Get { path, .. } => {
+                out.extend(http::request(server, "GET", path, "").into_bytes());
             }
-            What::Put { .. } => {
-                if !(200..300).contains(&head.status) {
-                    return Err(FetchError::Status(head.status));
-                }
-                if length > MOST_HEAD {
-                    return Err(FetchError::TooLong(head.length));
-                }
+            Self::Put { path, body } => {
+                let fields = format!("Content-Length: {}\r\n", body.len());
+                out.extend(http::request(server, "PUT", path, &fields).into_bytes());
+                out.extend_from_slice(body);
             }
         }
-        Ok(length)
+    }
+
+    /// About how many bytes it moves: who has fewer is done earlier.
+    fn weight(&self) -> u64 {
+        match self {
+            Self::Range { len, .. } => u64::from(*len),
+            Self::Get { .. } => 64 << 10,
+            Self::Put { body, .. } => body.len() as u64,
+        }
     }
 }
 
-/// A connection.
-pub struct Connection {
-    /// Its socket.
-    pub handle: SocketHandle,
-    /// Asked, and not answered.
-    pub requests: VecDeque<Request>,
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// No connection.
+    Idle,
+    Connecting,
+    Open,
+}
+
+/// The connection is of no use any more.
+pub(crate) struct Lost {
+    /// Whether the server is to blame: it does not answer.
+    pub(crate) blame: bool,
+}
+
+pub(crate) struct Connection {
+    pub(crate) handle: SocketHandle,
+    /// Which of the list.
+    pub(crate) server: usize,
+    phase: Phase,
+    /// The first one is being answered.
+    jobs: VecDeque<Job>,
+    /// Of how many jobs the request is in `out`, or was.
+    written: usize,
     out: Vec<u8>,
-    head: Vec<u8>,
-    body: Option<(usize, Vec<u8>, bool)>,
-    /// When something last went on, in milliseconds.
-    pub since: u64,
-}
-
-/// How a connection is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// It goes on.
-    Goes,
-    /// Nothing more comes by it.
-    Ended,
+    sent: usize,
+    answer: Option<Answer>,
+    /// How many answers came.
+    answered: u64,
+    /// When it last moved as it should, and how many bytes since.
+    moved: u64,
+    bytes: usize,
 }
 
 impl Connection {
-    /// Without anything asked.
-    pub fn new(handle: SocketHandle) -> Self {
+    pub(crate) fn new(handle: SocketHandle) -> Self {
         Self {
             handle,
-            requests: VecDeque::new(),
+            server: 0,
+            phase: Phase::Idle,
+            jobs: VecDeque::new(),
+            written: 0,
             out: Vec::new(),
-            head: Vec::new(),
-            body: None,
-            since: 0,
+            sent: 0,
+            answer: None,
+            answered: 0,
+            moved: 0,
+            bytes: 0,
         }
     }
 
-    /// Asks for something.
-    pub fn ask(&mut self, request: Request, host: &str, path: &str) {
-        request.write(host, path, &mut self.out);
-        self.requests.push_back(request);
+    pub(crate) fn idle(&self) -> bool {
+        self.phase == Phase::Idle
     }
 
-    /// Forgets what has come and what was to go; what was asked is the caller's again.
-    pub fn forget(&mut self) -> VecDeque<Request> {
+    /// Whether there is a connection that nobody waits for.
+    pub(crate) fn unused(&self) -> bool {
+        self.phase != Phase::Idle && self.jobs.is_empty()
+    }
+
+    pub(crate) fn jobs(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// About how many bytes are still to come.
+    pub(crate) fn load(&self) -> u64 {
+        self.jobs.iter().map(|job| job.what.weight()).sum()
+    }
+
+    /// A connection to `server` was begun.
+    pub(crate) fn connecting(&mut self, server: usize, now: u64) {
+        self.server = server;
+        self.phase = Phase::Connecting;
+        self.answered = 0;
+        self.moved = now;
+        self.bytes = 0;
+    }
+
+    pub(crate) fn give(&mut self, job: Job, now: u64) {
+        if self.jobs.is_empty() && self.phase == Phase::Open {
+            self.moved = now;
+            self.bytes = 0;
+        }
+        self.jobs.push_back(job);
+    }
+
+    /// Ends it; what was asked for is to be asked for again.
+    pub(crate) fn end(&mut self, socket: &mut Socket<'_>) -> VecDeque<Job> {
+        socket.abort();
+        self.phase = Phase::Idle;
+        self.written = 0;
         self.out.clear();
-        self.head.clear();
-        self.body = None;
-        core::mem::take(&mut self.requests)
+        self.sent = 0;
+        self.answer = None;
+        core::mem::take(&mut self.jobs)
     }
 
-    /// Sends and receives; answers go to `done`.
-    pub fn turn(
+    /// Writes and reads what can be without waiting, after this many `failures` in a row. Answers that
+    /// are over go to `over`.
+    pub(crate) fn step(
         &mut self,
-        socket: &mut tcp::Socket<'_>,
+        socket: &mut Socket<'_>,
+        servers: &[Server],
         now: u64,
-        done: &mut VecDeque<(Ticket, Result<Vec<u8>, FetchError>)>,
-    ) -> Turn {
-        if !self.out.is_empty()
-            && socket.can_send()
-            && let Ok(sent) = socket.send_slice(&self.out)
-        {
-            self.out.drain(..sent);
-            self.since = now;
-        }
-        let mut turn = Turn::Goes;
-        while turn == Turn::Goes && socket.can_recv() {
-            let taken = socket.recv(|bytes| {
-                let (taken, next) = self.take(bytes, done);
-                turn = next;
-                (taken, taken)
-            });
-            self.since = now;
-            if !matches!(taken, Ok(taken) if taken > 0) {
-                break;
+        failures: u32,
+        over: &mut Vec<(Job, Result<Vec<u8>, FetchError>)>,
+    ) -> Result<(), Lost> {
+        if self.phase == Phase::Connecting {
+            match socket.state() {
+                State::SynSent if now.saturating_sub(self.moved) < CONNECT_MS => return Ok(()),
+                State::SynSent | State::Closed => return Err(Lost { blame: true }),
+                _ => {
+                    self.phase = Phase::Open;
+                    self.moved = now;
+                }
             }
         }
-        if turn == Turn::Goes && !socket.may_recv() && socket.state() != tcp::State::SynSent {
-            return Turn::Ended;
+        if self.phase == Phase::Idle {
+            return Ok(());
         }
-        turn
+        let written = match servers.get(self.server) {
+            Some(server) => self.write(socket, server).is_ok(),
+            None => false,
+        };
+        if !written {
+            return Err(self.lost());
+        }
+        self.read(socket, now, over)?;
+        if !socket.may_recv() && !socket.can_recv() {
+            return Err(self.lost());
+        }
+        if self.bytes >= STALL_BYTES {
+            self.moved = now;
+            self.bytes = 0;
+        }
+        let patience = STALL_MS << failures.min(MOST_DOUBLED);
+        if !self.jobs.is_empty() && now.saturating_sub(self.moved) >= patience {
+            return Err(Lost { blame: true });
+        }
+        Ok(())
     }
 
-    /// Takes bytes that have come: how many, and whether more may.
-    fn take(
+    /// A server may end a connection that it has answered on, or that it was not asked on.
+    fn lost(&self) -> Lost {
+        Lost {
+            blame: self.answered == 0 && !self.jobs.is_empty(),
+        }
+    }
+
+    fn write(
         &mut self,
-        bytes: &[u8],
-        done: &mut VecDeque<(Ticket, Result<Vec<u8>, FetchError>)>,
-    ) -> (usize, Turn) {
-        if let Some((wanted, body, closes)) = &mut self.body {
-            let count = bytes.len().min(*wanted - body.len());
-            body.extend_from_slice(&bytes[..count]);
-            if body.len() < *wanted {
-                return (count, Turn::Goes);
-            }
-            let (body, closes) = (core::mem::take(body), *closes);
-            self.body = None;
-            if let Some(request) = self.requests.pop_front() {
-                done.push_back((request.ticket, Ok(body)));
-            }
-            return (count, if closes { Turn::Ended } else { Turn::Goes });
+        socket: &mut Socket<'_>,
+        server: &Server,
+    ) -> Result<(), smoltcp::socket::tcp::SendError> {
+        for job in self.jobs.iter().skip(self.written) {
+            job.what.write(server, &mut self.out);
         }
-        let before = self.head.len();
-        let more = bytes.len().min(MOST_HEAD - before);
-        self.head.extend_from_slice(&bytes[..more]);
-        let parsed = response::parse(&self.head);
-        let Some(request) = self.requests.front() else {
-            // An answer to nothing.
-            return (bytes.len(), Turn::Ended);
-        };
-        let accepted = match parsed {
-            Ok(None) => return (more, Turn::Goes),
-            Ok(Some(head)) => request.accepts(&head).map(|length| (head, length)),
-            Err(bad) => Err(FetchError::Answer(bad.0)),
-        };
-        match accepted {
-            Ok((head, length)) => {
-                self.head.clear();
-                self.body = Some((length, Vec::with_capacity(length), head.closes));
-                let taken = head.bytes.saturating_sub(before);
-                if length == 0 {
-                    let (_, turn) = self.take(&[], done);
-                    return (taken, turn);
-                }
-                (taken, Turn::Goes)
+        self.written = self.jobs.len();
+        if self.sent < self.out.len() {
+            let sent = socket.send_slice(&self.out[self.sent..])?;
+            self.sent += sent;
+            self.bytes += sent;
+        }
+        if self.sent == self.out.len() {
+            self.out.clear();
+            self.sent = 0;
+        }
+        Ok(())
+    }
+
+    /// No more than is in the socket's buffer, which nobody fills meanwhile.
+    fn read(
+        &mut self,
+        socket: &mut Socket<'_>,
+        now: u64,
+        over: &mut Vec<(Job, Result<Vec<u8>, FetchError>)>,
+    ) -> Result<(), Lost> {
+        while socket.can_recv() {
+            // Nothing was asked for, or not all of it was: this is no answer.
+            let Some(job) = self.jobs.front().filter(|_| self.written > 0) else {
+                return Err(self.lost());
+            };
+            let expect = job.what.expect();
+            let answer = self.answer.get_or_insert_with(|| Answer::new(expect));
+            let fed = socket.recv(|bytes| {
+                let (used, outcome) = answer.feed(bytes);
+                (used, (used, outcome))
+            });
+            let Ok((used, outcome)) = fed else {
+                break;
+            };
+            self.bytes += used;
+            let Some(outcome) = outcome else {
+                continue;
+            };
+            self.answer = None;
+            self.written -= 1;
+            self.answered += 1;
+            self.moved = now;
+            self.bytes = 0;
+            if let Some(job) = self.jobs.pop_front() {
+                over.push((job, outcome.result));
             }
-            Err(error) => {
-                // What follows belongs to that answer: another connection is cheaper than to skip it.
-                if let Some(request) = self.requests.pop_front() {
-                    done.push_back((request.ticket, Err(error)));
-                }
-                (bytes.len(), Turn::Ended)
+            if !outcome.reusable {
+                return Err(Lost { blame: false });
             }
         }
+        Ok(())
     }
 }

@@ -9,6 +9,7 @@ use uefi::boot::{self, OpenProtocolAttributes, OpenProtocolParams, ScopedProtoco
 use uefi::proto::device_path::DevicePath;
 use uefi::proto::device_path::DevicePathNodeEnum;
 use uefi::proto::media::block::BlockIO;
+use uefi::proto::network::snp::SimpleNetwork;
 use uefi::proto::pi::mp::MpServices;
 use uefi::proto::unsafe_protocol;
 use uefi::{Handle, Identify as _, Status};
@@ -122,13 +123,26 @@ pub fn connect_all() {
     }
 }
 
-/// Has the firmware's drivers let a function go.
+/// Has the firmware's drivers let a network card go: first what stands on its interfaces, then these, then itself. What they
+/// answer is no matter: a driver that stays does not reach the card any more once there is a guest.
 pub fn let_go(function: Function) {
+    let path = |handle| open::<DevicePath>(handle).map(|path| path.as_bytes().to_vec());
     for (handle, _) in functions()
         .into_iter()
         .filter(|(_, found)| *found == function)
     {
-        // One without a driver says so: no matter.
+        let Ok(card) = path(handle) else { continue };
+        // Without the node that ends every path.
+        let card = &card[..card.len().saturating_sub(4)];
+        for network in boot::find_handles::<SimpleNetwork>().unwrap_or_default() {
+            if path(network).is_ok_and(|path| path.starts_with(card)) {
+                let _ = boot::disconnect_controller(network, None, None);
+                if let Ok(mut interface) = open::<SimpleNetwork>(network) {
+                    let _ = interface.shutdown();
+                    let _ = interface.stop();
+                }
+            }
+        }
         let _ = boot::disconnect_controller(handle, None, None);
     }
 }

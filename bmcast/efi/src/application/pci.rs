@@ -25,11 +25,9 @@ pub struct Function {
 
 /// Command register.
 const COMMAND: u8 = 4;
-/// In it: ports, memory, bus master, no INTx.
+/// In it: ports, memory.
 const PORTS: u32 = 1 << 0;
 const MEMORY: u32 = 1 << 1;
-const MASTER: u32 = 1 << 2;
-const NO_INTX: u32 = 1 << 10;
 /// First base address register.
 const BAR0: u8 = 0x10;
 
@@ -103,11 +101,6 @@ impl Function {
         }
     }
 
-    /// Vendor in the lower half, device in the upper.
-    pub fn id(self) -> u32 {
-        self.read(0)
-    }
-
     fn address(self, register: u8) -> u32 {
         1 << 31
             | u32::from(self.bus) << 16
@@ -139,12 +132,6 @@ impl Function {
             cpu::port_out(DATA, 4, value);
             cpu::port_out(ADDRESS, 4, old);
         }
-    }
-
-    /// Lets it answer to memory and reach memory, without interrupts of the old kind.
-    pub fn enable(self) {
-        let command = self.read(COMMAND) & 0xffff;
-        self.write(COMMAND, command | MEMORY | MASTER | NO_INTX);
     }
 
     /// Where its registers are by base address register `number`; none if it is a port, has no address, or does not
