@@ -14,7 +14,7 @@ use smoltcp::socket::{dhcpv4, tcp};
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
 
-use crate::connection::{CONNECT_MS, Connection, DEPTH, Job, What};
+use crate::connection::{CONNECT_MS, Connection, DEPTH, Job, Lost, What};
 use crate::server::{self, is_host};
 use crate::{FetchError, Server, UrlError};
 
@@ -418,8 +418,8 @@ impl<D: Device> Client<D> {
             }
             if let Err(lost) = stepped {
                 self.lose(i);
-                if lost.blame {
-                    self.doubt(server);
+                if lost != Lost::Ended {
+                    self.doubt(server, lost);
                 }
             } else if self.connections[i].unused() && server != self.server {
                 self.lose(i);
@@ -439,7 +439,7 @@ impl<D: Device> Client<D> {
 
     /// A server is silent, or is not there. Connections with it that nobody uses are as dead, and would only be
     /// found to be so one after the other.
-    fn doubt(&mut self, server: usize) {
+    fn doubt(&mut self, server: usize, lost: Lost) {
         for i in 0..self.connections.len() {
             if self.connections[i].unused() && self.connections[i].server == server {
                 self.lose(i);
@@ -447,6 +447,10 @@ impl<D: Device> Client<D> {
         }
         if server == self.server {
             self.strike();
+            // One that takes connections and is silent has had its time already.
+            if server == self.server && lost == Lost::Silent {
+                self.next_server();
+            }
         }
     }
 

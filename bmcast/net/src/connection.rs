@@ -84,10 +84,15 @@ enum Phase {
     Open,
 }
 
-/// The connection is of no use any more.
-pub(crate) struct Lost {
-    /// Whether the server is to blame: it does not answer.
-    pub(crate) blame: bool,
+/// Why a connection is of no use any more.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lost {
+    /// A server may end a connection that it has answered on, or that it was not asked on.
+    Ended,
+    /// The server is not there, or has ended a connection on which it was asked and did not answer.
+    Failed,
+    /// It says nothing, or hardly anything.
+    Silent,
 }
 
 pub(crate) struct Connection {
@@ -185,7 +190,7 @@ impl Connection {
         if self.phase == Phase::Connecting {
             match socket.state() {
                 State::SynSent if now.saturating_sub(self.moved) < CONNECT_MS => return Ok(()),
-                State::SynSent | State::Closed => return Err(Lost { blame: true }),
+                State::SynSent | State::Closed => return Err(Lost::Failed),
                 _ => {
                     self.phase = Phase::Open;
                     self.moved = now;
@@ -212,15 +217,16 @@ impl Connection {
         }
         let patience = STALL_MS << failures.min(MOST_DOUBLED);
         if !self.jobs.is_empty() && now.saturating_sub(self.moved) >= patience {
-            return Err(Lost { blame: true });
+            return Err(Lost::Silent);
         }
         Ok(())
     }
 
-    /// A server may end a connection that it has answered on, or that it was not asked on.
     fn lost(&self) -> Lost {
-        Lost {
-            blame: self.answered == 0 && !self.jobs.is_empty(),
+        if self.answered == 0 && !self.jobs.is_empty() {
+            Lost::Failed
+        } else {
+            Lost::Ended
         }
     }
 
@@ -279,7 +285,7 @@ impl Connection {
                 over.push((job, outcome.result));
             }
             if !outcome.reusable {
-                return Err(Lost { blame: false });
+                return Err(Lost::Ended);
             }
         }
         Ok(())

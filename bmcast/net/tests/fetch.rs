@@ -236,6 +236,24 @@ fn a_server_that_is_slow() {
     assert_eq!(world.result(ticket, 120_000), Some(Ok(bytes(0, 1000))));
 }
 
+/// The first server takes connections and requests, and is silent.
+#[test]
+fn to_the_next_server_from_a_silent_one() {
+    let urls = ["http://10.0.0.1/i", "http://10.0.0.3/i"];
+    let mut world = World::new(&urls, fixed(), CLEAR, |asked: &Asked| {
+        if asked.server == FIRST {
+            return Reply {
+                bytes: Vec::new(),
+                then: Then::Silent,
+            };
+        }
+        proper(asked)
+    });
+    let ms = world.fetch(20, 1000, 30_000);
+    assert!(ms < 8000, "{ms} ms");
+    assert_eq!(world.client.status().server, 1);
+}
+
 /// The first server is gone, the second has its turn; once the first is back, it is the first again.
 #[test]
 fn to_the_next_server_and_back() {
