@@ -1,12 +1,6 @@
 # Networks of two VMs: with their instance over a tap and in user mode, and with each other
 # over a bridge; IPv4 and IPv6, TCP and UDP, both ways. net-check compares every byte.
 # CPUS is how many vCPUs the first has.
-cd "$(mktemp -d)" || exit 1
-fail() {
-    echo "FAILED: $*"
-    exit 1
-}
-
 brctl addbr br0
 for tap in vm1 vm2; do
     tunctl -t $tap >/dev/null || fail "no tap"
