@@ -10,6 +10,9 @@ done
 ip addr add 10.88.0.254/24 dev br0
 ip addr add fd88::fe/64 dev br0
 ip link set br0 up
+# passt does without IPv6, and binds no address of it, where the interface has no link-local one. The kernel
+# makes that when it has seen the link, up to a second after init has set it up.
+until ip -6 addr show dev eth0 scope link | grep -q inet6; do sleep 0.1; done
 # For user mode a way out, which leads nowhere here. Its gateway is the instance itself.
 # The one that QEMU announces does not stay.
 echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_ra
