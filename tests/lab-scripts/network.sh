@@ -1,12 +1,6 @@
 # Networks of two VMs: with their instance over a tap and in user mode, and with each other
 # over a bridge; IPv4 and IPv6, TCP and UDP, both ways. net-check compares every byte.
 # CPUS is how many vCPUs the first has.
-cd "$(mktemp -d)" || exit 1
-fail() {
-    echo "FAILED: $*"
-    exit 1
-}
-
 brctl addbr br0
 for tap in vm1 vm2; do
     tunctl -t $tap >/dev/null || fail "no tap"
@@ -16,6 +10,9 @@ done
 ip addr add 10.88.0.254/24 dev br0
 ip addr add fd88::fe/64 dev br0
 ip link set br0 up
+# passt does without IPv6, and binds no address of it, where the interface has no link-local one. The kernel
+# makes that when it has seen the link, up to a second after init has set it up.
+until ip -6 addr show dev eth0 scope link | grep -q inet6; do sleep 0.1; done
 # For user mode a way out, which leads nowhere here. Its gateway is the instance itself.
 # The one that QEMU announces does not stay.
 echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_ra

@@ -163,12 +163,9 @@ pub const NODES_NETWORK: &str = with_lease!("nodes-network.sh");
 pub const DEMO_NODES: &str = with_lease!("demo-nodes.sh");
 
 /// Networks of two VMs.
-pub const NETWORK: &str = include_str!("../../tests/lab-scripts/network.sh");
+pub const NETWORK: &str = with_common!("network.sh");
 /// The same with four vCPUs.
-pub const NETWORK_4: &str = concat!(
-    "CPUS=4\n",
-    include_str!("../../tests/lab-scripts/network.sh")
-);
+pub const NETWORK_4: &str = with_common!("CPUS=4\n", "network.sh");
 
 /// The same, shown.
 pub const DEBIAN_DEMO: &str = concat!(
