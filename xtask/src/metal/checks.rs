@@ -36,10 +36,12 @@ while [ $n -lt 12 ]; do block $((n * 2)); echo "SYNCED $((n * 2))"; n=$((n + 1))
 [ -e /wants-all ] && cat $disk >/dev/null &
 while [ $n -lt 24 ]; do block $((n * 2)); echo "SYNCED $((n * 2))"; n=$((n + 1)); done
 until [ $(under) = 0 ]; do sleep 0.2; done
+[ -e /dev/kvm ] && echo KVM-TOO-EARLY $under_at_first
 echo "LEFT $under_at_first of $(nproc) CPUs had a VMM"
 sums && echo SUMS-AFTER
 while [ $n -lt 32 ]; do block $((n * 2)); echo "SYNCED $((n * 2))"; n=$((n + 1)); done
-grep -q svm /proc/cpuinfo && echo SVM-THERE
+insmod /lab/modules.d/kvm-amd.ko 2>/dev/null
+[ -e /dev/kvm ] && echo KVM-THERE
 true"#;
 
 /// A machine with an empty disk and a server.
@@ -153,7 +155,7 @@ pub fn streams(project: &Project) -> Result<u32> {
             "LEFT 2 of 2",
             "SUMS-AFTER",
             "SYNCED 62",
-            "SVM-THERE",
+            "KVM-THERE",
             "METAL-EXIT 0",
         ],
     )?;
@@ -164,6 +166,10 @@ pub fn streams(project: &Project) -> Result<u32> {
         status.to_string().contains("de-virtualized"),
         "the server was not told: {status}"
     );
+    // With the medium still there, BMcast finds that nothing is to be done.
+    let machine = site.machine(project, &Hardware::new(true))?;
+    has(&machine.end(PATIENCE)?, &["LEFT 0 of 2", "METAL-EXIT 0"])?;
+    checked += 1;
     drop(site.server);
     let machine = Machine::start(project, &Hardware::new(false), &site.dir)?;
     let again = machine.end(PATIENCE)?;
