@@ -18,6 +18,8 @@ pub enum Command {
     Trim(u16),
     /// Asks for the identity, which has the capacity.
     Identify,
+    /// No command: the device control register is set, and the device is reset by `true` until `false`.
+    Control(bool),
     /// Touches no sector.
     Other,
     /// Would change the disk past the mediator, or is not known: the device is not to see it.
@@ -26,6 +28,8 @@ pub enum Command {
 
 /// IDENTIFY DEVICE.
 pub const IDENTIFY: u8 = 0xec;
+/// READ FPDMA QUEUED.
+pub const READ_QUEUED: u8 = 0x60;
 /// WRITE DMA EXT.
 pub const WRITE_DMA_EXT: u8 = 0x35;
 /// FLUSH CACHE EXT.
@@ -37,8 +41,17 @@ pub const ABORTED: u8 = 0x7f;
 const LBA: u8 = 1 << 6;
 /// In the device register of queued writes: past the cache.
 const FUA: u8 = 1 << 7;
+/// A FIS of the host's to the device's registers.
+const TO_DEVICE: u8 = 0x27;
+/// In its second byte: it has a command.
+const HAS_COMMAND: u8 = 1 << 7;
+/// In the device control register: software reset.
+const SOFT_RESET: u8 = 1 << 2;
 /// In DATA SET MANAGEMENT's features.
 const TRIM: u8 = 1;
+
+/// Blocks of 512 bytes that a TRIM may list: as many as fit one page, which is what Linux sends at most.
+pub const MOST_TRIM: u16 = 8;
 
 fn number(bytes: &[u8]) -> u64 {
     bytes
@@ -50,8 +63,8 @@ fn number(bytes: &[u8]) -> u64 {
 /// Decodes a command.
 pub fn decode(fis: &Fis) -> Command {
     let [
-        _,
-        _,
+        kind,
+        flags,
         code,
         features,
         lba0,
@@ -64,8 +77,16 @@ pub fn decode(fis: &Fis) -> Command {
         features_high,
         count,
         count_high,
+        _,
+        control,
         ..,
     ] = *fis;
+    if kind != TO_DEVICE {
+        return Command::Refused;
+    }
+    if flags & HAS_COMMAND == 0 {
+        return Command::Control(control & SOFT_RESET != 0);
+    }
     let long = || {
         let lba = number(&[lba0, lba1, lba2, lba3, lba4, lba5]);
         let count = match number(&[count, count_high]) {
@@ -96,8 +117,7 @@ pub fn decode(fis: &Fis) -> Command {
         0x20 | 0x21 | 0xc4 | 0xc8 | 0x40 | 0x41 => read(short()),
         // The same of 48 bits, and READ STREAM.
         0x24 | 0x25 | 0x29 | 0x2a | 0x2b | 0x42 => read(long()),
-        // READ FPDMA QUEUED.
-        0x60 => read(queued()),
+        READ_QUEUED => read(queued()),
         // WRITE SECTOR(S), WRITE MULTIPLE, WRITE DMA.
         0x30 | 0x31 | 0xc5 | 0xca => write(short(), false),
         // The same of 48 bits, and WRITE STREAM.
@@ -110,13 +130,14 @@ pub fn decode(fis: &Fis) -> Command {
         0xe7 | FLUSH_CACHE_EXT => Command::Flush,
         0x06 if features & TRIM != 0 => Command::Trim(u16::from_le_bytes([count, count_high])),
         IDENTIFY => Command::Identify,
-        // NOP, RECALIBRATE, READ LOG, INITIALIZE, NCQ NON-DATA, RECEIVE FPDMA, DIAGNOSTIC, IDENTIFY PACKET, SMART, SET
-        // MULTIPLE, power management, SET FEATURES.
+        // NCQ NON-DATA: to abort, deadlines, SET FEATURES; others of its kind write zeros (7.22).
+        0x63 if matches!(features & 0xf, 0 | 1 | 5) => Command::Other,
+        // NOP, RECALIBRATE, READ LOG, INITIALIZE, RECEIVE FPDMA, DIAGNOSTIC, IDENTIFY PACKET, SMART, SET MULTIPLE,
+        // power management, SET FEATURES. Not SLEEP: the VMM's commands would have no answer.
         0x00
         | 0x10
         | 0x2f
         | 0x47
-        | 0x63
         | 0x65
         | 0x90
         | 0x91
@@ -125,18 +146,49 @@ pub fn decode(fis: &Fis) -> Command {
         | 0xc6
         | 0xe0..=0xe3
         | 0xe5
-        | 0xe6
         | 0xef => Command::Other,
         _ => Command::Refused,
     }
+}
+
+/// Whether a command is one of those that are queued, whose slot is its tag (Serial ATA 3.x, 13.6).
+pub fn is_queued(fis: &Fis) -> bool {
+    fis[1] & HAS_COMMAND != 0 && matches!(fis[2], 0x60 | 0x61 | 0x63..=0x65)
+}
+
+/// The tag of a queued command.
+pub fn tag(fis: &Fis) -> usize {
+    usize::from(fis[12] >> 3)
+}
+
+/// A queued read behind the end of any disk. The device says so, with the tag.
+pub fn behind_the_end(tag: usize) -> Fis {
+    let last = Sectors {
+        start: (1 << 48) - 1,
+        count: 0,
+    };
+    let mut fis = long(READ_QUEUED, last);
+    fis[3] = 1;
+    fis[12] = u8::try_from(tag).unwrap_or(0) << 3;
+    fis
+}
+
+/// The FIS of a command that has nothing but its code.
+pub fn bare(code: u8) -> Fis {
+    let mut fis = [0; 20];
+    fis[..3].copy_from_slice(&[TO_DEVICE, HAS_COMMAND, code]);
+    fis[7] = LBA;
+    fis
 }
 
 /// The FIS of a command on sectors in 48 bits.
 pub fn long(code: u8, sectors: Sectors) -> Fis {
     let [a, b, c, d, e, f, ..] = sectors.start.to_le_bytes();
     let [low, high, ..] = sectors.count.to_le_bytes();
-    let mut fis = [0; 20];
-    fis[..14].copy_from_slice(&[0x27, 0x80, code, 0, a, b, c, LBA, d, e, f, 0, low, high]);
+    let mut fis = bare(code);
+    fis[4..7].copy_from_slice(&[a, b, c]);
+    fis[8..11].copy_from_slice(&[d, e, f]);
+    fis[12..14].copy_from_slice(&[low, high]);
     fis
 }
 
@@ -165,8 +217,18 @@ pub fn shrink(identity: &mut [u8; 512], sectors: u64) {
     for word in [83, 86] {
         clear(word, 1 << 11 | 1);
     }
-    clear(59, 0xff00);
+    clear(59, 0xfc00);
     clear(128, 0xffff);
+    // Trusted computing; NCQ NON-DATA, which writes zeros too, and queued TRIM; writing of errors, microcode, the
+    // accessible maximum.
+    clear(48, 1);
+    clear(77, 1 << 6 | 1 << 5);
+    for word in [119, 120] {
+        clear(word, 1 << 8 | 1 << 4 | 1 << 2);
+    }
+    // Blocks of a TRIM's list, at most.
+    let blocks = u16::from_le_bytes([identity[210], identity[211]]).min(MOST_TRIM);
+    identity[210..212].copy_from_slice(&blocks.to_le_bytes());
     // The sum of all bytes is 0, where the signature says that there is a sum (ACS-4, 7.13.6.80).
     if identity[510] == 0xa5 {
         let sum = identity[..511]

@@ -4,8 +4,9 @@ use alloc::vec::Vec;
 
 use bmcast_image::Sectors;
 
-use super::registers::port;
-use super::{Ahci, Held, QUIET, SLOTS, own_memory};
+use super::own::Turn;
+use super::registers::{ERROR, port};
+use super::{Ahci, Held, Identity, QUIET, SLOTS, own_memory};
 use crate::ata::{self, Command, Fis};
 use crate::{Blocks, Platform, Verdict};
 
@@ -15,8 +16,10 @@ const HEADER: u64 = 32;
 const REGIONS: u64 = 0x80;
 /// Bytes of an entry of it.
 const REGION: u64 = 16;
-/// Blocks of 512 bytes that a TRIM may list: as many as fit one page, which is what Linux sends at most.
-const MOST_TRIM: u16 = 8;
+/// Dwords of the FIS of a command, which is all of a register FIS.
+const FIS_WORDS: u32 = 5;
+/// In a header: dwords of the FIS.
+const FIS_LENGTH: u32 = 0x1f;
 
 /// A command whose table is the VMM's.
 #[derive(Clone, Copy, Debug)]
@@ -50,10 +53,6 @@ impl Header {
     fn regions(&self) -> u64 {
         u64::from(self.word(0) >> 16)
     }
-
-    fn is_packet(&self) -> bool {
-        self.word(0) & 1 << 5 != 0
-    }
 }
 
 impl Ahci {
@@ -63,21 +62,32 @@ impl Ahci {
         for slot in (0..SLOTS).filter(|slot| new & 1 << slot != 0) {
             let queued = self.queued_next & 1 << slot != 0;
             self.queued_next &= !(1 << slot);
-            let command = match self.header(platform, slot) {
-                Some(header) if header.is_packet() => Command::Other,
-                Some(header) => fis(platform, &header).map_or(Command::Refused, |fis| {
-                    // A FIS that only sets the device's control register is no command.
-                    if fis[1] & 0x80 == 0 {
-                        Command::Other
-                    } else {
-                        ata::decode(&fis)
-                    }
-                }),
-                None => Command::Refused,
-            };
-            self.held[slot] = Some(Held { command, queued });
+            let command = self.command(platform, slot, queued);
+            self.held[slot] = Some(Held {
+                command,
+                queued,
+                trim: None,
+            });
         }
         self.last_used = platform.now();
+    }
+
+    /// What the guest has in a slot.
+    fn command<P: Platform>(&mut self, platform: &mut P, slot: usize, queued: bool) -> Command {
+        let Some(header) = self.header(platform, slot) else {
+            return Command::Refused;
+        };
+        if header.word(0) & FIS_LENGTH < FIS_WORDS {
+            return Command::Refused;
+        }
+        let Some(fis) = fis(platform, &header) else {
+            return Command::Refused;
+        };
+        // When a command is done is told by PxSACT if it is queued, by its tag, and by PxCI if not.
+        if ata::is_queued(&fis) != queued || queued && ata::tag(&fis) != slot {
+            return Command::Refused;
+        }
+        ata::decode(&fis)
     }
 
     fn header<P: Platform>(&mut self, platform: &mut P, slot: usize) -> Option<Header> {
@@ -99,8 +109,13 @@ impl Ahci {
         if !self.finish(platform, blocks) {
             return;
         }
-        let active = self.port.read(platform, port::CI) | self.port.read(platform, port::SACT);
-        self.observe(platform, blocks, active);
+        let active = self.observe(platform, blocks);
+        if self.wants_turn() && active == 0 {
+            let turn = self.begin(platform, blocks);
+            if self.own.is_some() || turn == Turn::Soon {
+                return;
+            }
+        }
         self.issue(platform, blocks, active);
         if self.next.is_none() {
             let held = self.held.iter().any(Option::is_some);
@@ -108,27 +123,45 @@ impl Ahci {
             let quiet = !held && self.issued == 0 && since > QUIET;
             self.next = blocks.next(quiet);
         }
-        if self.issued == 0 {
+        if active == 0 && self.issued == 0 {
             self.begin(platform, blocks);
         }
     }
 
-    /// Commands that are on the device no more.
-    fn observe<P: Platform, B: Blocks + ?Sized>(
+    /// Whether the VMM has something for the device. What the guest issues waits then.
+    pub(super) fn wants_turn(&self) -> bool {
+        self.next.is_some() || matches!(self.identity, Identity::Wanted)
+    }
+
+    /// Looks what is on the device, and for commands that are there no more.
+    pub(super) fn observe<P: Platform, B: Blocks + ?Sized>(
         &mut self,
         platform: &mut P,
         blocks: &mut B,
-        active: u32,
+    ) -> u32 {
+        // PxSACT of a queued command is set before PxCI and cleared after it.
+        let active = self.port.read(platform, port::CI) | self.port.read(platform, port::SACT);
+        self.gone(platform, blocks, self.issued & !active);
+        active
+    }
+
+    /// Commands that are on the device no more.
+    pub(super) fn gone<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+        done: u32,
     ) {
-        let done = self.issued & !active;
-        self.issued &= active;
+        self.issued &= !done;
         for slot in (0..SLOTS).filter(|slot| done & 1 << slot != 0) {
-            if let Some(sectors) = self.writes[slot].take() {
+            for sectors in self.writes[slot].drain(..) {
                 blocks.written(sectors);
             }
             if let Some(answer) = self.answer.take_if(|answer| answer.slot == slot) {
-                // A list that is memory no more needs it no more.
-                let _ = platform.write_memory(answer.header, &answer.saved);
+                // The bytes between are the device's (4.2.2: PRDBC). A list that is memory no more needs it no more.
+                let [flags, table] = [&answer.saved[..4], &answer.saved[8..]];
+                let _ = platform.write_memory(answer.header, flags);
+                let _ = platform.write_memory(answer.header + 8, table);
             }
         }
     }
@@ -140,39 +173,32 @@ impl Ahci {
         blocks: &mut B,
         active: u32,
     ) {
+        if self.held.iter().all(Option::is_none) {
+            return;
+        }
         // The VMM's own turn comes when these are done.
-        if self.next.is_some() && active != 0 {
+        if self.wants_turn() && active != 0 {
+            return;
+        }
+        // After an error a port does nothing until it is started anew (6.2.2): what is given to it is lost.
+        if active != 0 && self.port.read(platform, port::TFD) & ERROR != 0 {
             return;
         }
         for slot in 0..SLOTS {
-            let Some(held) = self.held[slot] else {
+            let Some(mut held) = self.held[slot].take() else {
                 continue;
             };
-            let end = blocks.visible();
-            let verdict = match held.command {
-                Command::Read(sectors) | Command::Write(sectors, _) if sectors.end() > end => {
-                    self.refuse(platform, slot)
-                }
-                Command::Read(sectors) => blocks.read(sectors),
-                Command::Write(sectors, fua) => {
-                    let verdict = blocks.write(sectors, fua);
-                    if verdict == Verdict::Pass {
-                        self.writes[slot] = Some(sectors);
-                    }
-                    verdict
-                }
-                Command::Flush => blocks.flush(),
-                Command::Trim(count) => self.trim(platform, blocks, slot, count),
-                Command::Identify => self.identify(platform, blocks, slot),
-                Command::Other => Verdict::Pass,
-                Command::Refused => self.refuse(platform, slot),
-            };
-            if verdict == Verdict::Hold {
+            if self.verdict(platform, blocks, slot, &mut held) == Verdict::Hold {
+                self.held[slot] = Some(held);
                 continue;
             }
+            if let Command::Control(reset) = held.command {
+                self.resetting = reset;
+            }
             let bit = 1 << slot;
-            self.held[slot] = None;
             self.issued |= bit;
+            self.task = None;
+            self.waits_since = None;
             if held.queued {
                 self.port.write(platform, port::SACT, bit);
             }
@@ -180,11 +206,41 @@ impl Ahci {
         }
     }
 
-    /// Has the device abort a command, by a code that it does not know.
-    fn refuse<P: Platform>(&mut self, platform: &mut P, slot: usize) -> Verdict {
-        let mut fis = [0; 20];
-        fis[..3].copy_from_slice(&[0x27, 0x80, ata::ABORTED]);
-        self.replace(platform, slot, &fis, 0)
+    fn verdict<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+        slot: usize,
+        held: &mut Held,
+    ) -> Verdict {
+        let end = blocks.visible();
+        match held.command {
+            Command::Read(sectors) | Command::Write(sectors, _) if sectors.end() > end => {
+                self.refuse(platform, slot, held.queued)
+            }
+            Command::Read(sectors) => blocks.read(sectors),
+            Command::Write(sectors, fua) => {
+                let verdict = blocks.write(sectors, fua);
+                if verdict == Verdict::Pass {
+                    self.writes[slot].push(sectors);
+                }
+                verdict
+            }
+            Command::Flush => blocks.flush(),
+            Command::Trim(count) => self.trim(platform, blocks, slot, count, held),
+            Command::Identify => self.identify(platform, blocks, slot),
+            Command::Control(_) | Command::Other => Verdict::Pass,
+            Command::Refused => self.refuse(platform, slot, held.queued),
+        }
+    }
+
+    /// Has the device abort a command: by a code that it does not know, or sectors that it has not.
+    fn refuse<P: Platform>(&mut self, platform: &mut P, slot: usize, queued: bool) -> Verdict {
+        if queued {
+            self.replace(platform, slot, &ata::behind_the_end(slot), 512)
+        } else {
+            self.replace(platform, slot, &ata::bare(ata::ABORTED), 0)
+        }
     }
 
     fn identify<P: Platform, B: Blocks + ?Sized>(
@@ -196,24 +252,27 @@ impl Ahci {
         if self.answer.is_some() {
             return Verdict::Hold;
         }
-        let Some(identity) = &self.identity else {
-            self.identity_wanted = true;
-            return Verdict::Hold;
+        let mut identity = match core::mem::replace(&mut self.identity, Identity::Wanted) {
+            Identity::None | Identity::Wanted => return Verdict::Hold,
+            Identity::Known(identity) => {
+                self.identity = Identity::None;
+                identity
+            }
+            Identity::Failed => {
+                self.identity = Identity::None;
+                return self.refuse(platform, slot, false);
+            }
         };
-        let mut identity = **identity;
         ata::shrink(&mut identity, blocks.visible());
-        let Some(header) = self.header(platform, slot) else {
-            return self.refuse(platform, slot);
-        };
-        if !scatter(platform, &header, &identity) {
-            return self.refuse(platform, slot);
+        let header = self.header(platform, slot);
+        if !header.is_some_and(|header| scatter(platform, &header, &*identity)) {
+            return self.refuse(platform, slot, false);
         }
-        let mut fis: Fis = [0; 20];
-        fis[..3].copy_from_slice(&[0x27, 0x80, ata::IDENTIFY]);
-        self.replace(platform, slot, &fis, 512)
+        self.replace(platform, slot, &ata::bare(ata::IDENTIFY), 512)
     }
 
-    /// Puts a table of the VMM's under the guest's header: a command, and `bytes` of data to nowhere.
+    /// Puts a table of the VMM's under the guest's header: a command, and `bytes` of data to nowhere. A command
+    /// whose header is not memory of the guest's is never done.
     fn replace<P: Platform>(
         &mut self,
         platform: &mut P,
@@ -225,8 +284,7 @@ impl Ahci {
             return Verdict::Hold;
         }
         let Some(header) = self.header(platform, slot) else {
-            // There is no list: the device finds that out by itself.
-            return Verdict::Pass;
+            return Verdict::Hold;
         };
         let own = platform.own_address();
         put_table(
@@ -240,10 +298,10 @@ impl Ahci {
         let regions = if bytes == 0 { 0 } else { 1u32 };
         // Of the guest's flags only the length of the FIS, which is 5 words.
         let mut new = [0; 16];
-        new[..4].copy_from_slice(&(5 | regions << 16).to_le_bytes());
+        new[..4].copy_from_slice(&(FIS_WORDS | regions << 16).to_le_bytes());
         new[8..].copy_from_slice(&table.to_le_bytes());
         if !platform.write_memory(header.at, &new) {
-            return Verdict::Pass;
+            return Verdict::Hold;
         }
         self.answer = Some(Answer {
             slot,
@@ -253,38 +311,63 @@ impl Ahci {
         Verdict::Pass
     }
 
+    /// All sectors of a TRIM are asked about before it passes; what has passed is not asked about again.
     fn trim<P: Platform, B: Blocks + ?Sized>(
         &mut self,
         platform: &mut P,
         blocks: &mut B,
         slot: usize,
         count: u16,
+        held: &mut Held,
     ) -> Verdict {
-        let header = self.header(platform, slot);
-        let list = header
-            .filter(|_| count <= MOST_TRIM)
-            .and_then(|header| gather(platform, &header, usize::from(count) * 512));
-        let Some(list) = list else {
-            return self.refuse(platform, slot);
-        };
-        let entries = list.chunks_exact(8).filter_map(|entry| {
-            let sectors = ata::trimmed(entry.try_into().ok()?)?;
-            (!sectors.is_empty()).then_some(sectors)
-        });
-        let sectors: Vec<Sectors> = entries.collect();
-        let end = blocks.visible();
-        if sectors.iter().any(|sectors| sectors.end() > end) {
-            return self.refuse(platform, slot);
+        // Two that have passed in part would wait for each other if only so many sectors may be written at once.
+        let mut others = self.held.iter().zip(&self.writes);
+        if others.any(|(held, writes)| held.is_some() && !writes.is_empty()) {
+            return Verdict::Hold;
         }
-        for sectors in sectors {
-            if blocks.write(sectors, false) == Verdict::Hold {
+        let sectors = match &mut held.trim {
+            Some(sectors) => sectors,
+            none => {
+                let header = self.header(platform, slot);
+                let list = header
+                    .filter(|_| count <= ata::MOST_TRIM)
+                    .and_then(|header| gather(platform, &header, usize::from(count) * 512));
+                let Some(list) = list else {
+                    return self.refuse(platform, slot, held.queued);
+                };
+                let sectors = trimmed(&list);
+                let end = blocks.visible();
+                if sectors.iter().any(|sectors| sectors.end() > end) {
+                    return self.refuse(platform, slot, held.queued);
+                }
+                none.insert(sectors)
+            }
+        };
+        while let Some(next) = sectors.last() {
+            if blocks.write(*next, false) == Verdict::Hold {
                 return Verdict::Hold;
             }
-            // What the device makes of them is the guest's affair from here on.
-            blocks.written(sectors);
+            self.writes[slot].extend(sectors.pop());
         }
         Verdict::Pass
     }
+}
+
+/// What a TRIM's list names. Entries that go on where the one before ends are one.
+fn trimmed(list: &[u8]) -> Vec<Sectors> {
+    let mut all: Vec<Sectors> = Vec::new();
+    for entry in list.chunks_exact(8) {
+        let sectors = entry.try_into().ok().and_then(ata::trimmed);
+        match (sectors, all.last_mut()) {
+            (Some(sectors), _) if sectors.is_empty() => {}
+            (Some(sectors), Some(last)) if last.end() == sectors.start => {
+                last.count += sectors.count;
+            }
+            (Some(sectors), _) => all.push(sectors),
+            (None, _) => {}
+        }
+    }
+    all
 }
 
 fn fis<P: Platform>(platform: &mut P, header: &Header) -> Option<Fis> {
@@ -295,6 +378,8 @@ fn fis<P: Platform>(platform: &mut P, header: &Header) -> Option<Fis> {
 }
 
 /// The pieces of memory of a command, as many as make `bytes` bytes.
+///
+/// There are at most as many as bytes: an entry has one or more.
 fn pieces<P: Platform>(
     platform: &mut P,
     header: &Header,

@@ -16,6 +16,10 @@ pub mod port {
     pub const CLB: u32 = 0x00;
     /// Its upper half.
     pub const CLBU: u32 = 0x04;
+    /// Where received FISes go, lower half.
+    pub const FB: u32 = 0x08;
+    /// Its upper half.
+    pub const FBU: u32 = 0x0c;
     /// Interrupt status.
     pub const IS: u32 = 0x10;
     /// Interrupt enable.
@@ -24,6 +28,8 @@ pub mod port {
     pub const CMD: u32 = 0x18;
     /// Task file.
     pub const TFD: u32 = 0x20;
+    /// SATA status.
+    pub const SSTS: u32 = 0x28;
     /// SATA control.
     pub const SCTL: u32 = 0x2c;
     /// SATA errors.
@@ -38,18 +44,32 @@ pub mod port {
 pub const START: u32 = 1 << 0;
 /// PxCMD: command list override: BSY and DRQ are cleared.
 pub const OVERRIDE: u32 = 1 << 3;
+/// PxCMD: received FISes are written to memory.
+pub const RECEIVE: u32 = 1 << 4;
+/// PxCMD: they are.
+pub const RECEIVING: u32 = 1 << 14;
 /// PxCMD: the list is being processed.
 pub const RUNNING: u32 = 1 << 15;
 /// PxIS: task file, host bus and interface errors that stop the port.
 pub const FATAL: u32 = 1 << 30 | 1 << 29 | 1 << 28 | 1 << 27;
-/// PxTFD: busy, data requested, error.
+/// PxIS: what commands make, and no change of the link or of what is at it (3.3.5).
+pub const OF_COMMANDS: u32 = FATAL | 1 << 26 | 1 << 24 | 1 << 23 | 0x3f;
+/// PxSERR: another device may be at the link, PhyRdy has changed (3.3.12).
+pub const LINK_CHANGED: u32 = 1 << 26 | 1 << 16;
+/// PxSSTS, PxSCTL: what DET is in.
+pub const DETECTION: u32 = 0xf;
+/// PxSSTS.DET: a device is there, and can be talked to.
+pub const PRESENT: u32 = 3;
+/// GHC: the controller is reset.
+pub const RESET: u32 = 1 << 0;
+/// GHC: interrupts of the controller are on.
+pub const INTERRUPTS: u32 = 1 << 1;
+/// PxTFD: busy.
 pub const BUSY: u32 = 1 << 7;
 /// Data are requested.
 pub const REQUEST: u32 = 1 << 3;
 /// The command has failed.
 pub const ERROR: u32 = 1 << 0;
-/// PxTFD of a disk that is ready and has nothing to do.
-pub const READY: u32 = 0x50;
 
 /// A port's registers.
 #[derive(Clone, Copy, Debug)]
