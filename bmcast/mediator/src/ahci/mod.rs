@@ -232,6 +232,12 @@ impl Ahci {
         value: u32,
     ) {
         match register {
+            // A list is not moved while it is used (10.3.1): commands were looked at where it is.
+            port::CLB | port::CLBU
+                if self.read_port(platform, port::CMD) & registers::START != 0 =>
+            {
+                return;
+            }
             // A port that does not run takes no commands (3.3.13, 3.3.14), whatever a controller makes of them.
             port::CI | port::SACT
                 if self.read_port(platform, port::CMD) & registers::START == 0 =>

@@ -221,12 +221,16 @@ impl Ahci {
     ) {
         let Some(own) = self.own.take() else { return };
         let saved = own.saved;
+        // The device may be at it still.
+        let is_at_it = self.port.read(platform, port::CI) != 0
+            && self.port.read(platform, port::IS) & FATAL == 0;
         let mut is_stopped = self.stop(platform, saved.command);
         if failed.is_some() {
             let mut mine = !saved.errors & !LINK_CHANGED;
             let is_busy = self.port.read(platform, port::TFD) & (BUSY | REQUEST) != 0;
-            if is_busy || !is_stopped {
-                // It may be at it still. It must not be when the guest writes there.
+            let link = self.port.read(platform, port::SSTS) & DETECTION;
+            if (is_at_it || is_busy || !is_stopped) && link == PRESENT {
+                // It must not be when the guest writes there.
                 self.reset_link(platform);
                 is_stopped = self.stop(platform, saved.command);
                 if is_stopped {

@@ -3,6 +3,7 @@
 
 pub mod blocks;
 pub mod hba;
+pub mod hostile;
 
 use std::collections::BTreeSet;
 
@@ -215,11 +216,13 @@ impl World {
         self.slots.iter().any(Option::is_some)
     }
 
-    fn meets(&self, sectors: Sectors) -> bool {
+    /// Whether sectors are those of a command that is outstanding; `writes`: one that writes.
+    fn meets(&self, sectors: &[Sectors], writes: bool) -> bool {
         let commands = self.slots.iter().flatten();
-        commands
-            .flat_map(|command| &command.sectors)
-            .any(|other| other.meets(sectors))
+        let mut others = commands
+            .filter(|command| !writes || command.kind != Kind::Read)
+            .flat_map(|command| &command.sectors);
+        others.any(|other| sectors.iter().any(|sectors| other.meets(*sectors)))
     }
 
     /// Issues a command, unless the rules of ATA or good sense forbid it just now.
@@ -242,8 +245,7 @@ impl World {
         if !has_sectors {
             all.clear();
         }
-        let overlaps = all.iter().any(|sectors| self.meets(*sectors));
-        if overlaps && !matches!(kind, Kind::Read) {
+        if self.meets(&all, matches!(kind, Kind::Read)) {
             return None;
         }
         let slot = u32::try_from(slot).unwrap();
@@ -373,7 +375,7 @@ impl World {
     }
 
     /// Completes what is outstanding no more.
-    fn look(&mut self) {
+    pub fn look(&mut self) {
         let active = self.read(SACT) | self.read(CI);
         for slot in 0..32 {
             let issued = self.slots[usize::try_from(slot).unwrap()].is_some();
