@@ -4,7 +4,10 @@
 # the end is what is in the images.
 cat >work <<'S'
 want() { until [ -b "/dev/$1" ]; do sleep 0.1; done; }
-gone() { while [ -e "/dev/$1" ]; do sleep 0.1; done; }
+# number DISK: the kernel gives a disk one that no other has had. None if it is not there.
+number() { cat "/sys/block/$1/diskseq" 2>/dev/null; }
+# gone DISK NUMBER: when this looks, another one may have that name already.
+gone() { while [ "$(number "$1")" = "$2" ]; do sleep 0.1; done; }
 size() { until [ "$(blockdev --getsize64 "/dev/$1")" = "$2" ]; do sleep 0.1; done; }
 # verified DISK HOW SIZE AT: 8 MiB from AT on, half of them by each CPU.
 verified() {
@@ -23,6 +26,7 @@ verified xvdb randwrite 4k 0 & b=$!
 verified xvdc randwrite 4k 0 & c=$!
 for n in 1 2 3; do
     want xvdd
+    number=$(number xvdd) || exit 1
     head -c 65536 /dev/urandom >block
     dd if=block of=/dev/xvdd bs=4k seek=16 conv=fsync 2>/dev/null || exit 1
     # A part of a block.
@@ -31,7 +35,7 @@ for n in 1 2 3; do
     dd if=/dev/xvdd bs=512 skip=35 count=1 2>/dev/null | cmp -n 512 - block || exit 1
     dd if=/dev/xvdd bs=4k skip=16 count=16 2>/dev/null | cmp - block || exit 1
     echo "USED $n"
-    gone xvdd
+    gone xvdd "$number"
 done
 wait $a || exit 1
 wait $b || exit 1
@@ -46,16 +50,18 @@ verified xvdb randrw 16k 16M
 wait $a || exit 1
 wait $c || exit 1
 for disk in xvda xvdb xvdc; do sum $disk; done
+number=$(number xvdc) || exit 1
 echo "UNDER $(dd if=/dev/xvdc bs=1M skip=24 count=8 2>/dev/null | md5sum | cut -d' ' -f1)"
-gone xvdc
+gone xvdc "$number"
 want xvdc
 echo AGAIN
 sum xvdc
 S
 lab-initrd work >work.img
-# line TEXT: waits for a line of the VM's.
+# line TEXT: waits for a line of the VM's. A little before the case's time is over it says for which.
 line() {
     until tr -d '\r' <vm.log | grep -qx "$1"; do
+        [ "$(cut -d. -f1 /proc/uptime)" -lt 560 ] || { blanket disk list vm; fail "no $1"; }
         blanket stats vm >/dev/null 2>&1 || fail "the VM is gone before $1"
         ! grep -q BAD vm.log || fail "before $1"
         sleep 0.2

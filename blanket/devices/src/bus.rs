@@ -625,6 +625,14 @@ impl Shared {
             // Nothing tells of it.
             std::thread::sleep(LOOK);
         }
+        if !forgotten {
+            tracing::warn!(
+                "{} {}: the guest has not yet seen that it is gone, and may take the next one of that \
+                 number for it",
+                key.0,
+                key.1
+            );
+        }
         self.guest
             .store(&mut |store, _| store.await_no_more(&device));
     }
