@@ -60,7 +60,15 @@ pub fn make(project: &Project, dir: &Path, script: &str) -> Result<PathBuf> {
     let mut archive = Initramfs::with_busybox(project)?;
     archive.text("init", 0o755, INIT);
     archive.text("cmd", 0o644, script);
-    let modules = ["ahci", "nvme", "sd_mod", "crc32c_generic", "ext4", "msr", "kvm_amd"];
+    let modules = [
+        "ahci",
+        "nvme",
+        "sd_mod",
+        "crc32c_generic",
+        "ext4",
+        "msr",
+        "kvm_amd",
+    ];
     archive.modules(project, &kernel, &modules)?;
     let initrd = dir.join("initrd");
     archive.write(&initrd)?;
