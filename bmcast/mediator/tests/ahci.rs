@@ -4,6 +4,7 @@
 mod common;
 
 use bmcast_image::Sectors;
+use bmcast_mediator::Platform as _;
 
 use common::blocks::VISIBLE;
 use common::hba::*;
@@ -307,11 +308,11 @@ fn interrupts_that_nobody_takes() {
     world.hba.port[5] |= 1;
     for start in [0, 40, 80] {
         let slot = world.issue(Kind::Read, start, 8, false).unwrap();
-        let since = bmcast_mediator::Platform::now(&world.hba);
+        let since = world.hba.now();
         while world.read(CI) & 1 << slot != 0 {
             world.world(0);
         }
-        assert!(bmcast_mediator::Platform::now(&world.hba) - since < 2_000_000);
+        assert!(world.hba.now() - since < 2_000_000);
         world.look();
     }
 }
@@ -441,4 +442,128 @@ fn tables_that_make_no_sense() {
     );
     world.stop();
     assert_eq!(world.read(CI), 0);
+}
+
+/// That another disk of the controller's is busy does not keep this one from being installed.
+#[test]
+fn another_port_is_busy() {
+    let mut world = World::new(0);
+    world.start(true);
+    let mut turns = 0;
+    while !world.blocks.complete() {
+        turns += 1;
+        assert!(turns < 5000, "nothing is installed");
+        world.write_global(0x180 + IS, 1);
+        world.write_global(GLOBAL_IS, 2);
+        world.hba.pass(1000);
+        world.world(turns);
+    }
+}
+
+/// A port that has halted after an error gets nothing more, and what was held is dropped with the rest.
+#[test]
+fn a_failure_of_the_device_s() {
+    let mut world = World::new(0);
+    world.blocks.most = 1;
+    world.blocks.is_lazy = true;
+    world.start(true);
+    world.issue(Kind::Write, 10, 4, true).unwrap();
+    world.issue(Kind::Write, 20, 4, true).unwrap();
+    assert!(world.hba.step(0, false));
+    assert!(world.hba.step(0, true));
+    world.blocks.most = 9;
+    for n in 0..10 {
+        world.poll();
+        world.hba.step(n, false);
+    }
+    assert_eq!(world.hba.get(SACT), 1);
+    assert_eq!(world.read(SACT), 3);
+    assert!(world.interrupted());
+    world.handler();
+    assert_eq!((world.failed, world.dropped), (1, 2));
+    assert!(world.blocks.guest.is_empty());
+    assert_eq!(world.blocks.local.iter().filter(|local| **local).count(), 4);
+}
+
+/// The guest may ask the device about its failure before the VMM uses it.
+#[test]
+fn the_log_of_a_failure_is_the_guest_s() {
+    let mut world = World::new(0);
+    world.start(true);
+    world.issue(Kind::Read, 270, 4, true).unwrap();
+    assert!(world.hba.step(0, false));
+    assert!(world.hba.step(0, true));
+    world.write(IE, 0);
+    world.stop();
+    world.abandon();
+    world.write(IS, !0);
+    world.write(CMD, FRE | ST);
+    for n in 0..90 {
+        world.hba.pass(10_000);
+        world.world(n);
+        assert_eq!(world.hba.own_commands, 0);
+    }
+    for n in 0..90 {
+        world.hba.pass(10_000);
+        world.world(n);
+    }
+    assert_ne!(world.hba.own_commands, 0);
+}
+
+#[test]
+fn status_that_a_polling_driver_has_left() {
+    let mut world = World::new(0);
+    world.start(false);
+    let slot = world.issue(Kind::Other, 0, 0, false).unwrap();
+    while world.read(CI) & 1 << slot != 0 {
+        world.world(0);
+    }
+    world.look();
+    world.issue(Kind::Read, 40, 8, false).unwrap();
+    world.blocks.fetched();
+    world.poll();
+    assert_ne!(world.hba.get(CLBU), 0);
+    assert_eq!((world.hba.get(IS), world.read(IS)), (0, 1));
+    // Not enabled: it is no interrupt's.
+    assert_eq!(world.read_global(GLOBAL_IS), 0);
+    while world.hba.own_commands == 0 || world.hba.get(CLBU) != 0 {
+        world.hba.step(0, false);
+        world.poll();
+    }
+    assert_eq!(world.read(IS) & 1, 1);
+    assert!(!world.transparent());
+    world.write(IS, 1);
+    assert_eq!(world.read(IS) & 1, 0);
+}
+
+#[test]
+fn a_trim_that_has_passed_in_part_is_dropped() {
+    let mut world = World::new(0);
+    world.blocks.most = 2;
+    world.blocks.is_lazy = true;
+    world.start(true);
+    world.issue(Kind::Trim, 100, 4, false).unwrap();
+    assert_eq!(world.blocks.guest.len(), 2);
+    world.stop();
+    assert!(world.blocks.guest.is_empty());
+}
+
+/// What the firmware had issued before there was a mediator.
+#[test]
+fn commands_of_before() {
+    let mut world = World::new(0);
+    world.start(true);
+    let mut fis = [0; 20];
+    fis[..3].copy_from_slice(&[0x27, 0x80, 0xe5]);
+    world.build(3, fis, 0, 0);
+    world.hba.write_register(0x100 + CI, 4, 8);
+    for _ in 0..10 {
+        world.hba.pass(10_000);
+        world.poll();
+    }
+    assert_eq!(world.read(CI), 8);
+    world.hba.step(0, false);
+    world.hba.step(0, false);
+    assert_eq!(world.read(CI), 0);
+    world.finish();
 }
