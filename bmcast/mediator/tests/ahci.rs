@@ -390,6 +390,7 @@ fn a_trim_waits_for_all_its_sectors() {
 #[test]
 fn tables_that_make_no_sense() {
     let mut world = World::new(0);
+    world.blocks.is_lazy = true;
     world.start(false);
     // An identity has no room; a FIS is short; a tag is another's; a command is queued and is not.
     for what in 0..4 {
@@ -423,6 +424,7 @@ fn tables_that_make_no_sense() {
         world.write(CMD, FRE | ST);
         world.hba.pass(2_000_000);
     }
+    assert!(world.blocks.local.iter().all(|local| !local));
     // A list that is not memory: nothing goes to the device.
     let seen = world.hba.seen.len();
     world.stop();
@@ -566,4 +568,54 @@ fn commands_of_before() {
     world.hba.step(0, false);
     assert_eq!(world.read(CI), 0);
     world.finish();
+}
+
+/// How long the VMM waits for an interrupt to be taken is counted for each anew.
+#[test]
+fn a_later_interrupt_is_not_lost() {
+    let mut world = World::new(0);
+    world.start(true);
+    world.issue(Kind::Read, 270, 4, true).unwrap();
+    while world.hba.step(0, false) {}
+    world.issue(Kind::Read, 40, 8, true).unwrap();
+    world.blocks.fetched();
+    world.poll();
+    world.hba.pass(6_000);
+    world.issue(Kind::Read, 280, 4, true).unwrap();
+    assert!(world.hba.outstanding(), "the guest goes on meanwhile");
+    world.hba.pass(1_100_000);
+    while world.hba.step(0, false) {}
+    world.poll();
+    assert!(world.hba.line());
+    world.settle();
+    assert_eq!((world.done, world.failed), (3, 0));
+}
+
+#[test]
+fn what_the_vmm_leaves_alone() {
+    let mut world = World::new(0);
+    // A device that is busy with something that nobody has asked for.
+    world.start(true);
+    *world.hba.at(TFD) = 0xd0;
+    for _ in 0..9 {
+        world.hba.pass(10_000);
+        world.poll();
+        assert_eq!(world.hba.get(CLBU), 0);
+    }
+    *world.hba.at(TFD) = 0x50;
+    // A list does not move under its commands.
+    one_own(&mut world);
+    world.write(CLB, 0x8000);
+    assert_eq!(world.read(CLB), 0x1000);
+    assert_ne!(world.hba.get(CLBU), 0);
+    // What happens to the port while the VMM has it is the guest's to know.
+    *world.hba.at(IS) |= 1 << 7;
+    assert_eq!(world.read(IS), 1 << 7);
+    while world.hba.get(CLBU) != 0 {
+        world.hba.step(0, false);
+        world.poll();
+    }
+    assert_eq!(world.read(IS), 1 << 7);
+    world.write(CLB, 0x8000);
+    assert_eq!(world.hba.get(CLB), 0x1000);
 }
