@@ -206,6 +206,8 @@ fn what_is_refused_leaves_no_trace() {
         world.world(n);
     }
     assert!(world.interrupted());
+    // By a command of the same kind, so that the error's log names it.
+    assert_eq!(world.hba.seen, [0x60]);
     assert_eq!(world.read(SACT), 7);
     assert_eq!(world.read(TFD) & 1, 1);
     // The header is the guest's again as soon as the port is stopped: `abandon` looks.
