@@ -283,6 +283,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_command_or_refused() {
+        let mut fis = bare(0x25);
+        fis[1] = 0;
+        assert_eq!(decode(&fis), Command::Control(false));
+        fis[15] = SOFT_RESET;
+        assert_eq!(decode(&fis), Command::Control(true));
+        fis[0] = 0x46;
+        assert_eq!(decode(&fis), Command::Refused);
+        // NCQ NON-DATA that aborts, and that writes zeros; SLEEP; IDLE.
+        let mut other = bare(0x63);
+        assert_eq!(decode(&other), Command::Other);
+        other[3] = 6;
+        assert_eq!(decode(&other), Command::Refused);
+        assert_eq!(decode(&bare(0xe6)), Command::Refused);
+        assert_eq!(decode(&bare(0xe1)), Command::Other);
+        let last = behind_the_end(31);
+        let sectors = sectors((1 << 48) - 1, 1);
+        assert_eq!(decode(&last), Command::Read(sectors));
+        assert!(is_queued(&last) && tag(&last) == 31);
+    }
+
+    #[test]
     fn a_smaller_disk() {
         let mut identity = [0x5a; 512];
         identity[510] = 0xa5;
@@ -293,6 +315,10 @@ mod tests {
             .iter()
             .fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         assert_eq!(sum, 0);
+        let word = |n: usize| u16::from_le_bytes([identity[n * 2], identity[n * 2 + 1]]);
+        assert_eq!((word(105), word(77) & 0x60, word(128)), (MOST_TRIM, 0, 0));
+        // How many sectors PIO moves at once is the guest's to know.
+        assert_eq!(word(59), 0x5a5a & 0x3ff);
     }
 
     proptest! {

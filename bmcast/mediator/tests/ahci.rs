@@ -4,6 +4,7 @@
 mod common;
 
 use bmcast_image::Sectors;
+use bmcast_mediator::Platform as _;
 
 use common::blocks::VISIBLE;
 use common::hba::*;
@@ -205,6 +206,8 @@ fn what_is_refused_leaves_no_trace() {
         world.world(n);
     }
     assert!(world.interrupted());
+    // By a command of the same kind, so that the error's log names it.
+    assert_eq!(world.hba.seen, [0x60]);
     assert_eq!(world.read(SACT), 7);
     assert_eq!(world.read(TFD) & 1, 1);
     // The header is the guest's again as soon as the port is stopped: `abandon` looks.
@@ -307,11 +310,11 @@ fn interrupts_that_nobody_takes() {
     world.hba.port[5] |= 1;
     for start in [0, 40, 80] {
         let slot = world.issue(Kind::Read, start, 8, false).unwrap();
-        let since = bmcast_mediator::Platform::now(&world.hba);
+        let since = world.hba.now();
         while world.read(CI) & 1 << slot != 0 {
             world.world(0);
         }
-        assert!(bmcast_mediator::Platform::now(&world.hba) - since < 2_000_000);
+        assert!(world.hba.now() - since < 2_000_000);
         world.look();
     }
 }
@@ -389,6 +392,7 @@ fn a_trim_waits_for_all_its_sectors() {
 #[test]
 fn tables_that_make_no_sense() {
     let mut world = World::new(0);
+    world.blocks.is_lazy = true;
     world.start(false);
     // An identity has no room; a FIS is short; a tag is another's; a command is queued and is not.
     for what in 0..4 {
@@ -422,6 +426,7 @@ fn tables_that_make_no_sense() {
         world.write(CMD, FRE | ST);
         world.hba.pass(2_000_000);
     }
+    assert!(world.blocks.local.iter().all(|local| !local));
     // A list that is not memory: nothing goes to the device.
     let seen = world.hba.seen.len();
     world.stop();
@@ -441,4 +446,178 @@ fn tables_that_make_no_sense() {
     );
     world.stop();
     assert_eq!(world.read(CI), 0);
+}
+
+/// That another disk of the controller's is busy does not keep this one from being installed.
+#[test]
+fn another_port_is_busy() {
+    let mut world = World::new(0);
+    world.start(true);
+    let mut turns = 0;
+    while !world.blocks.complete() {
+        turns += 1;
+        assert!(turns < 5000, "nothing is installed");
+        world.write_global(0x180 + IS, 1);
+        world.write_global(GLOBAL_IS, 2);
+        world.hba.pass(1000);
+        world.world(turns);
+    }
+}
+
+/// A port that has halted after an error gets nothing more, and what was held is dropped with the rest.
+#[test]
+fn a_failure_of_the_device_s() {
+    let mut world = World::new(0);
+    world.blocks.most = 1;
+    world.blocks.is_lazy = true;
+    world.start(true);
+    world.issue(Kind::Write, 10, 4, true).unwrap();
+    world.issue(Kind::Write, 20, 4, true).unwrap();
+    assert!(world.hba.step(0, false));
+    assert!(world.hba.step(0, true));
+    world.blocks.most = 9;
+    for n in 0..10 {
+        world.poll();
+        world.hba.step(n, false);
+    }
+    assert_eq!(world.hba.get(SACT), 1);
+    assert_eq!(world.read(SACT), 3);
+    assert!(world.interrupted());
+    world.handler();
+    assert_eq!((world.failed, world.dropped), (1, 2));
+    assert!(world.blocks.guest.is_empty());
+    assert_eq!(world.blocks.local.iter().filter(|local| **local).count(), 4);
+}
+
+/// The guest may ask the device about its failure before the VMM uses it.
+#[test]
+fn the_log_of_a_failure_is_the_guest_s() {
+    let mut world = World::new(0);
+    world.start(true);
+    world.issue(Kind::Read, 270, 4, true).unwrap();
+    assert!(world.hba.step(0, false));
+    assert!(world.hba.step(0, true));
+    world.write(IE, 0);
+    world.stop();
+    world.abandon();
+    world.write(IS, !0);
+    world.write(CMD, FRE | ST);
+    for n in 0..90 {
+        world.hba.pass(10_000);
+        world.world(n);
+        assert_eq!(world.hba.own_commands, 0);
+    }
+    for n in 0..90 {
+        world.hba.pass(10_000);
+        world.world(n);
+    }
+    assert_ne!(world.hba.own_commands, 0);
+}
+
+#[test]
+fn status_that_a_polling_driver_has_left() {
+    let mut world = World::new(0);
+    world.start(false);
+    let slot = world.issue(Kind::Other, 0, 0, false).unwrap();
+    while world.read(CI) & 1 << slot != 0 {
+        world.world(0);
+    }
+    world.look();
+    world.issue(Kind::Read, 40, 8, false).unwrap();
+    world.blocks.fetched();
+    world.poll();
+    assert_ne!(world.hba.get(CLBU), 0);
+    assert_eq!((world.hba.get(IS), world.read(IS)), (0, 1));
+    // Not enabled: it is no interrupt's.
+    assert_eq!(world.read_global(GLOBAL_IS), 0);
+    while world.hba.own_commands == 0 || world.hba.get(CLBU) != 0 {
+        world.hba.step(0, false);
+        world.poll();
+    }
+    assert_eq!(world.read(IS) & 1, 1);
+    assert!(!world.transparent());
+    world.write(IS, 1);
+    assert_eq!(world.read(IS) & 1, 0);
+}
+
+#[test]
+fn a_trim_that_has_passed_in_part_is_dropped() {
+    let mut world = World::new(0);
+    world.blocks.most = 2;
+    world.blocks.is_lazy = true;
+    world.start(true);
+    world.issue(Kind::Trim, 100, 4, false).unwrap();
+    assert_eq!(world.blocks.guest.len(), 2);
+    world.stop();
+    assert!(world.blocks.guest.is_empty());
+}
+
+/// What the firmware had issued before there was a mediator.
+#[test]
+fn commands_of_before() {
+    let mut world = World::new(0);
+    world.start(true);
+    let mut fis = [0; 20];
+    fis[..3].copy_from_slice(&[0x27, 0x80, 0xe5]);
+    world.build(3, fis, 0, 0);
+    world.hba.write_register(0x100 + CI, 4, 8);
+    for _ in 0..10 {
+        world.hba.pass(10_000);
+        world.poll();
+    }
+    assert_eq!(world.read(CI), 8);
+    world.hba.step(0, false);
+    world.hba.step(0, false);
+    assert_eq!(world.read(CI), 0);
+    world.finish();
+}
+
+/// How long the VMM waits for an interrupt to be taken is counted for each anew.
+#[test]
+fn a_later_interrupt_is_not_lost() {
+    let mut world = World::new(0);
+    world.start(true);
+    world.issue(Kind::Read, 270, 4, true).unwrap();
+    while world.hba.step(0, false) {}
+    world.issue(Kind::Read, 40, 8, true).unwrap();
+    world.blocks.fetched();
+    world.poll();
+    world.hba.pass(6_000);
+    world.issue(Kind::Read, 280, 4, true).unwrap();
+    assert!(world.hba.outstanding(), "the guest goes on meanwhile");
+    world.hba.pass(1_100_000);
+    while world.hba.step(0, false) {}
+    world.poll();
+    assert!(world.hba.line());
+    world.settle();
+    assert_eq!((world.done, world.failed), (3, 0));
+}
+
+#[test]
+fn what_the_vmm_leaves_alone() {
+    let mut world = World::new(0);
+    // A device that is busy with something that nobody has asked for.
+    world.start(true);
+    *world.hba.at(TFD) = 0xd0;
+    for _ in 0..9 {
+        world.hba.pass(10_000);
+        world.poll();
+        assert_eq!(world.hba.get(CLBU), 0);
+    }
+    *world.hba.at(TFD) = 0x50;
+    // A list does not move under its commands.
+    one_own(&mut world);
+    world.write(CLB, 0x8000);
+    assert_eq!(world.read(CLB), 0x1000);
+    assert_ne!(world.hba.get(CLBU), 0);
+    // What happens to the port while the VMM has it is the guest's to know.
+    *world.hba.at(IS) |= 1 << 7;
+    assert_eq!(world.read(IS), 1 << 7);
+    while world.hba.get(CLBU) != 0 {
+        world.hba.step(0, false);
+        world.poll();
+    }
+    assert_eq!(world.read(IS), 1 << 7);
+    world.write(CLB, 0x8000);
+    assert_eq!(world.hba.get(CLB), 0x1000);
 }

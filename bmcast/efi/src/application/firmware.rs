@@ -203,6 +203,10 @@ pub fn disk(wanted: &bmcast_image::Disk) -> Result<Option<Disk>, Refused> {
             _ => None,
         });
         let Some(port) = port else { continue };
+        // The mediator counts sectors of 512 bytes, as commands do on such disks only.
+        if matches!(port, Port::Ahci(_)) && u64::from(media.block_size()) != SECTOR {
+            continue;
+        }
         // Its controller's handle is the nearest one above that is a PCI function.
         let mut above: &DevicePath = &path;
         let Ok(parent) = boot::locate_device_path::<PciIo>(&mut above) else {

@@ -211,6 +211,7 @@ impl Ahci {
     ) {
         if let Some(register) = self.port.register(at) {
             self.write_port(platform, blocks, register, value);
+            self.last_used = platform.now();
         } else if at == GHC && value & registers::RESET != 0 {
             self.finish_now(platform, blocks);
             platform.write_register(at, 4, u64::from(value));
@@ -351,7 +352,6 @@ impl<P: Platform, B: Blocks + ?Sized> Mediator<P, B> for Ahci {
                     None if at == GHC => low(platform.read_register(at, 4)) & !registers::RESET,
                     None => {
                         platform.write_register(offset, width, value);
-                        self.last_used = platform.now();
                         return;
                     }
                 };
@@ -359,7 +359,6 @@ impl<P: Platform, B: Blocks + ?Sized> Mediator<P, B> for Ahci {
             }
             _ => self.write_word(platform, blocks, at, low(value)),
         }
-        self.last_used = platform.now();
     }
 
     fn poll(&mut self, platform: &mut P, blocks: &mut B) {
