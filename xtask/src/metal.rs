@@ -16,7 +16,7 @@ use crate::qemu;
 use crate::setup::{self, Need};
 use machine::{Hardware, Machine, Server};
 
-pub use checks::{power_cuts, power_cuts_long, server_gone, streams};
+pub use checks::{check, power_cuts, power_cuts_long, server_gone, streams};
 pub use demo::run as demo;
 
 /// The machine's disk.

@@ -19,7 +19,7 @@ use crate::initramfs::Initramfs;
 use crate::kernels::{self, Flavour, Kernel};
 use crate::project::{Project, write_if_changed};
 
-pub use outcome::{End, Outcome};
+pub use outcome::{End, Outcome, fault_of};
 
 /// The emulator's name.
 pub const QEMU: &str = "qemu-system-x86_64";

@@ -123,22 +123,22 @@ const STEPS: &[Step] = &[
     Step {
         name: "metal",
         long: false,
-        run: |project| passed(metal::streams(project)?),
+        run: |project| passed(metal::check(project, metal::streams)?),
     },
     Step {
         name: "metal-server-gone",
         long: false,
-        run: |project| passed(metal::server_gone(project)?),
+        run: |project| passed(metal::check(project, metal::server_gone)?),
     },
     Step {
         name: "metal-power-cuts",
         long: false,
-        run: |project| passed(metal::power_cuts(project)?),
+        run: |project| passed(metal::check(project, metal::power_cuts)?),
     },
     Step {
         name: "metal-power-cuts-long",
         long: true,
-        run: |project| passed(metal::power_cuts_long(project)?),
+        run: |project| passed(metal::check(project, metal::power_cuts_long)?),
     },
 ];
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use super::image::{self, SCRATCH};
-use super::machine::{Hardware, Machine, Server};
+use super::machine::{Fault, Hardware, Machine, Server};
 use super::prepare;
 use crate::project::Project;
 
@@ -140,6 +140,17 @@ fn has(said: &str, wanted: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Does a check, once more if the emulator fell over an assertion of its own.
+pub fn check(project: &Project, check: fn(&Project) -> Result<u32>) -> Result<u32> {
+    check(project).or_else(|error| match error.downcast_ref::<Fault>() {
+        Some(fault) => {
+            println!("once more: {fault}");
+            check(project)
+        }
+        None => Err(error),
+    })
+}
+
 /// Streams, installs, leaves; the disk is right; the machine starts from it without a server.
 pub fn streams(project: &Project) -> Result<u32> {
     let site = Site::new(project, SLOWEST)?;
@@ -227,6 +238,7 @@ fn cuts(project: &Project, times: u32) -> Result<u32> {
         let moment = moments[usize::try_from(number)? % moments.len()];
         // Once it is installed there is no VMM that says so.
         if machine.wait_for(moment, PATIENCE).is_err() {
+            machine.end(PATIENCE)?;
             ensure!(moment == "image ", "{}", machine.said());
         }
         all.push_str(&machine.said());

@@ -57,9 +57,15 @@ struct Said {
     more: Condvar,
 }
 
+/// The emulator fell over an assertion of its own, which it says.
+#[derive(Debug, thiserror::Error)]
+#[error("the emulator fell over its own assertion: {0}")]
+pub struct Fault(String);
+
 /// A machine that is on. It is switched off with this.
 pub struct Machine {
     running: Running,
+    dir: PathBuf,
     said: Arc<Said>,
     start: Instant,
 }
@@ -127,6 +133,7 @@ impl Machine {
         thread::spawn(move || listen(out, start, &listener));
         Ok(Self {
             running,
+            dir: dir.to_path_buf(),
             said,
             start,
         })
@@ -144,6 +151,7 @@ impl Machine {
             if lines.1 || left.is_zero() {
                 let what = if lines.1 { "ended" } else { "is not so far" };
                 drop(lines);
+                self.is_sound()?;
                 bail!(
                     "the machine {what} after {:.0} s, and did not say {text:?}. It said:\n{}",
                     self.start.elapsed().as_secs_f64(),
@@ -181,7 +189,16 @@ impl Machine {
                 .0;
         }
         drop(lines);
+        self.is_sound()?;
         Ok(self.said())
+    }
+
+    /// That the emulator has no fault of its own.
+    fn is_sound(&self) -> Result<()> {
+        match qemu::fault_of(&self.dir) {
+            Some(line) => Err(Fault(line).into()),
+            None => Ok(()),
+        }
     }
 
     /// Everything that it has said.

@@ -32,7 +32,7 @@ fn fault_in(log: &str) -> Option<&str> {
 }
 
 /// As [`fault_in`] of the log of the emulator in `dir`.
-fn fault_of(dir: &Path) -> Option<String> {
+pub fn fault_of(dir: &Path) -> Option<String> {
     let bytes = fs::read(dir.join("qemu.log")).ok()?;
     fault_in(&String::from_utf8_lossy(&bytes)).map(str::to_owned)
 }
