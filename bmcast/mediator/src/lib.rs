@@ -13,8 +13,10 @@ extern crate alloc;
 
 mod ahci;
 pub mod ata;
+mod nvme;
 
 pub use ahci::Ahci;
+pub use nvme::Nvme;
 
 use alloc::vec::Vec;
 

@@ -8,12 +8,13 @@ use core::arch::naked_asm;
 
 use bmcast_image::{BootConfig, ConfigError, Key};
 use bmcast_install::{Boot, Install, Options};
-use bmcast_mediator::Ahci;
+use bmcast_mediator::{Ahci, Nvme};
 use bmcast_svm::paging::{self, PRESENT, USER, WRITABLE};
 use bmcast_svm::{IO_PAGES, MSR_PAGES, Segment, trap_msr, trap_port};
 use uefi::{Handle, cstr16};
 
 use super::cpu::{self, SVME};
+use super::exits::read_device;
 use super::firmware::{self, Port, Refused};
 use super::machine::{self, Controller, Machine};
 use super::memory::{self, Tables, address};
@@ -78,7 +79,9 @@ pub enum Error {
     #[error(transparent)]
     BadConfig(#[from] ConfigError),
     /// No disk.
-    #[error("there is no disk as bmcast.conf wants it that can be mediated: a SATA disk by AHCI")]
+    #[error(
+        "there is no disk as bmcast.conf wants it that can be mediated: a SATA disk by AHCI, or an NVMe one"
+    )]
     NoDisk,
     /// The network.
     #[error(transparent)]
@@ -158,16 +161,21 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
     }
     let hidden = network.function();
     let cpu = guest(handover, network.regions())?;
-    let (mediator, register, length): (Box<machine::Disk>, u8, u64) = match disk.port {
-        Port::Ahci(port) => (
-            Box::new(Ahci::new(u8::try_from(port).unwrap_or(0))),
-            5,
-            0x1000,
-        ),
-        Port::Nvme(_) => return Err(Error::NoDisk),
+    let register = match disk.port {
+        Port::Ahci(_) => 5,
+        Port::Nvme(_) => 0,
     };
     let base = disk.controller.bar(register).ok_or(Error::NoDisk)?;
-    windows::device(base, length, register).map_err(|_| Error::Memory)?;
+    let (mediator, length): (Box<machine::Disk>, u32) = match disk.port {
+        Port::Ahci(port) => (Box::new(Ahci::new(u8::try_from(port).unwrap_or(0))), 0x1000),
+        Port::Nvme(nsid) => {
+            // CAP, upper half.
+            let [capabilities, _] = cpu::halves(read_device(base + 4, 4));
+            let window = Nvme::window(capabilities);
+            (Box::new(Nvme::new(nsid, window)), window)
+        }
+    };
+    windows::device(base, length.into(), register).map_err(|_| Error::Memory)?;
     if let Some(base) = firmware::configuration() {
         windows::configuration(base, Some(hidden), disk.controller).map_err(|_| Error::Memory)?;
     }
