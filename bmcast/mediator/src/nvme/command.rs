@@ -103,7 +103,7 @@ impl Entry {
 
     /// PRP entry 1 or 2.
     pub fn prp(&self, number: usize) -> u64 {
-        self.long(4 + number * 2)
+        self.long(6 + number * 2)
     }
 
     /// Sets both.

@@ -245,8 +245,16 @@ impl Nvme {
     }
 
     /// The guest reads a register of 4 bytes.
-    fn read_word<P: Platform>(&self, platform: &mut P, at: u32) -> u32 {
+    fn read_word<P: Platform, B: Blocks + ?Sized>(
+        &mut self,
+        platform: &mut P,
+        blocks: &mut B,
+        at: u32,
+    ) -> u32 {
         let value = registers::read(platform, at);
+        if at == CSTS && value & READY == 0 && matches!(self.state, State::Stopping) {
+            self.stopped(blocks);
+        }
         match (at, &self.state) {
             (CMBLOC | CMBSZ, _) => 0,
             (at, _) if at == CMBMSC || at == CMBMSC + 4 => 0,
@@ -295,9 +303,9 @@ impl<P: Platform, B: Blocks + ?Sized> Mediator<P, B> for Nvme {
     fn read(&mut self, platform: &mut P, blocks: &mut B, offset: u32, width: u8) -> u64 {
         self.go_on(platform, blocks);
         let at = offset & !3;
-        let mut value = u64::from(self.read_word(platform, at));
+        let mut value = u64::from(self.read_word(platform, blocks, at));
         if width == 8 {
-            value |= u64::from(self.read_word(platform, at.wrapping_add(4))) << 32;
+            value |= u64::from(self.read_word(platform, blocks, at.wrapping_add(4))) << 32;
         }
         let value = value >> ((offset & 3) * 8);
         match width {
@@ -324,7 +332,7 @@ impl<P: Platform, B: Blocks + ?Sized> Mediator<P, B> for Nvme {
             }
             1 | 2 if at == CC => {
                 let mask = low((1 << (u32::from(width) * 8)) - 1) << shift;
-                let others = self.read_word(platform, CC) & !mask;
+                let others = self.read_word(platform, blocks, CC) & !mask;
                 let value = low(value << shift) & mask | others;
                 self.write_word(platform, blocks, at, value)
             }
