@@ -16,7 +16,9 @@ use crate::qemu;
 use crate::setup::{self, Need};
 use machine::{Hardware, Machine, Server};
 
-pub use checks::{check, power_cuts, power_cuts_long, server_gone, streams};
+pub use checks::{
+    check, power_cuts, power_cuts_long, power_cuts_nvme, server_gone, streams, streams_to_nvme,
+};
 pub use demo::run as demo;
 
 /// The machine's disk.

@@ -126,6 +126,11 @@ const STEPS: &[Step] = &[
         run: |project| passed(metal::check(project, metal::streams)?),
     },
     Step {
+        name: "metal-nvme",
+        long: false,
+        run: |project| passed(metal::check(project, metal::streams_to_nvme)?),
+    },
+    Step {
         name: "metal-server-gone",
         long: false,
         run: |project| passed(metal::check(project, metal::server_gone)?),
@@ -134,6 +139,11 @@ const STEPS: &[Step] = &[
         name: "metal-power-cuts",
         long: false,
         run: |project| passed(metal::check(project, metal::power_cuts)?),
+    },
+    Step {
+        name: "metal-power-cuts-nvme",
+        long: true,
+        run: |project| passed(metal::check(project, metal::power_cuts_nvme)?),
     },
     Step {
         name: "metal-power-cuts-long",

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::image::{self, SCRATCH};
 use super::machine::{Fault, Hardware, Machine, Server};
-use super::prepare;
+use super::{Disk, prepare};
 use crate::project::Project;
 
 /// How long a machine may take for anything: far more than it does.
@@ -153,10 +153,23 @@ pub fn check(project: &Project, check: fn(&Project) -> Result<u32>) -> Result<u3
 
 /// Streams, installs, leaves; the disk is right; the machine starts from it without a server.
 pub fn streams(project: &Project) -> Result<u32> {
+    streams_to(project, Disk::Ahci)
+}
+
+/// The same with an NVMe disk.
+pub fn streams_to_nvme(project: &Project) -> Result<u32> {
+    streams_to(project, Disk::Nvme)
+}
+
+fn streams_to(project: &Project, disk: Disk) -> Result<u32> {
+    let hardware = |medium| Hardware {
+        disk,
+        ..Hardware::new(medium)
+    };
     let site = Site::new(project, SLOWEST)?;
     let mut checked = 0;
     let said = {
-        let machine = site.machine(project, &Hardware::new(true))?;
+        let machine = site.machine(project, &hardware(true))?;
         machine.end(PATIENCE)?
     };
     has(
@@ -178,11 +191,11 @@ pub fn streams(project: &Project) -> Result<u32> {
         "the server was not told: {status}"
     );
     // With the medium still there, BMcast finds that nothing is to be done.
-    let machine = site.machine(project, &Hardware::new(true))?;
+    let machine = site.machine(project, &hardware(true))?;
     has(&machine.end(PATIENCE)?, &["LEFT 0 of 2", "METAL-EXIT 0"])?;
     checked += 1;
     drop(site.server);
-    let machine = Machine::start(project, &Hardware::new(false), &site.dir)?;
+    let machine = Machine::start(project, &hardware(false), &site.dir)?;
     let again = machine.end(PATIENCE)?;
     has(&again, &["SUMS-BEFORE", "LEFT 0 of 2", "METAL-EXIT 0"])?;
     checked += 1;
@@ -208,12 +221,17 @@ pub fn server_gone(project: &Project) -> Result<u32> {
 
 /// The plug is pulled a few times.
 pub fn power_cuts(project: &Project) -> Result<u32> {
-    cuts(project, 3)
+    cuts(project, Disk::Ahci, 3)
+}
+
+/// The same with an NVMe disk.
+pub fn power_cuts_nvme(project: &Project) -> Result<u32> {
+    cuts(project, Disk::Nvme, 3)
 }
 
 /// The plug is pulled twenty times.
 pub fn power_cuts_long(project: &Project) -> Result<u32> {
-    cuts(project, 20)
+    cuts(project, Disk::Ahci, 20)
 }
 
 /// Pulls the plug while the image is installed and the guest writes, `times` times, each time at another moment of its
@@ -221,7 +239,11 @@ pub fn power_cuts_long(project: &Project) -> Result<u32> {
 ///
 /// What the emulator was told to flush and what it was not are both there afterwards: what a volatile cache loses is for
 /// the model in `bmcast-install` to show.
-fn cuts(project: &Project, times: u32) -> Result<u32> {
+fn cuts(project: &Project, disk: Disk, times: u32) -> Result<u32> {
+    let hardware = Hardware {
+        disk,
+        ..Hardware::new(true)
+    };
     let site = Site::new(project, SLOWEST)?;
     let mut all = String::new();
     let moments = [
@@ -234,7 +256,7 @@ fn cuts(project: &Project, times: u32) -> Result<u32> {
     ];
     let mut seen = 0;
     for number in 0..times {
-        let machine = site.machine(project, &Hardware::new(true))?;
+        let machine = site.machine(project, &hardware)?;
         let moment = moments[usize::try_from(number)? % moments.len()];
         // Once it is installed there is no VMM that says so.
         if machine.wait_for(moment, PATIENCE).is_err() {
@@ -246,7 +268,7 @@ fn cuts(project: &Project, times: u32) -> Result<u32> {
         seen += 1;
     }
     ensure!(seen == times, "{seen} cuts");
-    let machine = site.machine(project, &Hardware::new(true))?;
+    let machine = site.machine(project, &hardware)?;
     let said = machine.end(PATIENCE)?;
     has(&said, &["SUMS-BEFORE", "SUMS-AFTER", "METAL-EXIT 0"])?;
     all.push_str(&said);
