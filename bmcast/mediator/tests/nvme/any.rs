@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::hostile;
 use super::world::{Kind, MOST, World};
 
 #[derive(Clone, Debug)]
@@ -116,5 +117,10 @@ proptest! {
         actions in prop::collection::vec(action(), 1..200),
     ) {
         run(ratio, eager, slowness, sizes, &actions);
+    }
+
+    #[test]
+    fn any_bytes(bytes in prop::collection::vec(any::<u8>(), 0..1500)) {
+        hostile::run(&bytes);
     }
 }

@@ -4,6 +4,7 @@ mod any;
 #[path = "../common/blocks.rs"]
 mod blocks;
 mod controller;
+mod hostile;
 mod world;
 
 use bmcast_image::Sectors;
@@ -254,8 +255,8 @@ fn a_hostile_guest() {
     world.start((32, 32), 2, 8);
     // A queue that is no memory.
     let both = 7 << 16 | 3;
-    assert_eq!(world.admin(5, 0, u64::MAX & !0xfff, both, 1).0, 0);
-    assert_eq!(world.admin(1, 0, u64::MAX & !0xfff, both, 3 << 16 | 1).0, 0);
+    assert_eq!(world.admin(5, 0, !0xfff, both, 1).0, 0);
+    assert_eq!(world.admin(1, 0, !0xfff, both, 3 << 16 | 1).0, 0);
     world.write(0x1000 + 6 * 4, 5);
     world.poll();
     world.write(CC, 0x46_0000);
