@@ -272,3 +272,75 @@ fn a_hostile_guest() {
     }
     let _ = Nvme::new(NSID, 0x2000);
 }
+
+/// Two lists that have passed in part would wait for each other.
+#[test]
+fn lists_do_not_wait_for_each_other() {
+    let mut world = World::new(1, 4);
+    world.start((32, 32), 3, 8);
+    world.device.eager = 0;
+    world.blocks.most = 2;
+    world.issue(3, Kind::Write, 0, 8).unwrap();
+    world.issue(2, Kind::Discard, 100, 8).unwrap();
+    world.issue(1, Kind::Discard, 200, 8).unwrap();
+    world.settle();
+    assert_eq!(world.done, 3);
+}
+
+/// By its completion alone, which of two writes is done would not be known.
+#[test]
+fn an_identifier_is_used_twice() {
+    let mut world = World::new(1, 4);
+    world.start((32, 32), 1, 8);
+    world.device.eager = 0;
+    let first = world.issue(1, Kind::Write, 0, 8).unwrap();
+    world.queues[1].outstanding.clear();
+    world.queues[1].next_cid = first;
+    assert_eq!(world.issue(1, Kind::Write, 100, 8), Some(first));
+    for n in 0..20 {
+        world.device.step(0, false);
+        world.poll();
+        assert_eq!(world.blocks.guest.is_empty(), n >= 3, "{n}");
+    }
+}
+
+/// What was written before is durable before what is to be durable at once goes to the disk.
+#[test]
+fn past_the_cache() {
+    for kind in [Kind::Fua, Kind::Flush] {
+        let mut world = World::new(1, 4);
+        world.blocks.is_lazy = true;
+        world.start((32, 32), 1, 8);
+        world.issue(1, Kind::Write, 0, 8).unwrap();
+        world.settle();
+        assert_eq!(world.device.own_commands, 0);
+        world.issue(1, kind, 100, 8).unwrap();
+        world.settle();
+        assert_eq!(world.device.own_commands, 1);
+    }
+}
+
+/// A controller is told nothing of a queue that it is deleting.
+#[test]
+fn a_queue_is_being_deleted() {
+    let mut world = World::new(1, 4);
+    world.start((32, 32), 2, 8);
+    world.device.eager = 0;
+    world.issue(2, Kind::Read, 0, 8).unwrap();
+    let mut entry = [0; 64];
+    entry[40] = 2;
+    world.submit(0, entry);
+    world.blocks.insert(Sectors { start: 0, count: 8 });
+    world.device.fresh[..8].fill(true);
+    let image: Vec<u8> = (0..8).flat_map(blocks::image).collect();
+    world.device.disk[..image.len()].copy_from_slice(&image);
+    world.poll();
+    assert_eq!(world.device.sqs[&2].tail, 0);
+    // It was not there: the queue stays, and goes on.
+    let queue = world.device.sqs.remove(&2).unwrap();
+    world.device.step(0, false);
+    world.device.step(0, false);
+    world.device.sqs.insert(2, queue);
+    world.settle();
+    assert_eq!(world.done, 1);
+}

@@ -50,7 +50,7 @@ pub struct Queue {
     head: u32,
     next: u32,
     phase: bool,
-    next_cid: u16,
+    pub next_cid: u16,
     pub outstanding: BTreeMap<u16, Command>,
     answers: Vec<(u16, u16, u32)>,
 }
@@ -275,7 +275,7 @@ impl World {
         unreachable!()
     }
 
-    fn submit(&mut self, number: usize, mut entry: [u8; 64]) -> u16 {
+    pub fn submit(&mut self, number: usize, mut entry: [u8; 64]) -> u16 {
         let queue = &mut self.queues[number];
         let cid = queue.next_cid;
         queue.next_cid += 1;
