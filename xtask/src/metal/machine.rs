@@ -57,10 +57,15 @@ struct Said {
     more: Condvar,
 }
 
-/// The emulator fell over an assertion of its own, which it says.
+/// A fault of the emulator's own: an assertion of its, or what its CPU did and no CPU does, which BMcast says.
 #[derive(Debug, thiserror::Error)]
-#[error("the emulator fell over its own assertion: {0}")]
+#[error("the emulator has a fault of its own: {0}")]
 pub struct Fault(String);
+
+/// How BMcast says that the CPU exits in a way in which no CPU does.
+const NO_CPU_DOES: &str = "the VMM's own state was saved as the guest's";
+/// How BMcast says that nothing more will come.
+const OVER: &str = ": cannot go on";
 
 /// A machine that is on. It is switched off with this.
 pub struct Machine {
@@ -195,7 +200,13 @@ impl Machine {
 
     /// That the emulator has no fault of its own.
     fn is_sound(&self) -> Result<()> {
-        match qemu::fault_of(&self.dir) {
+        let exited = || {
+            let said = self.said();
+            said.lines()
+                .find(|line| line.contains(NO_CPU_DOES))
+                .map(str::to_owned)
+        };
+        match qemu::fault_of(&self.dir).or_else(exited) {
             Some(line) => Err(Fault(line).into()),
             None => Ok(()),
         }
@@ -232,6 +243,7 @@ fn listen(out: ChildStdout, start: Instant, said: &Said) {
                 let text = std::mem::take(&mut line);
                 if !text.trim().is_empty() {
                     let mut lines = said.lines.lock().expect("a reader panicked");
+                    lines.1 |= text.contains(OVER);
                     lines.0.push((start.elapsed(), text.trim_end().to_owned()));
                     said.more.notify_all();
                 }

@@ -44,6 +44,8 @@ pub unsafe extern "sysv64" fn run(vmcb: u64, registers: &mut Registers, fx: &mut
         "mov r15, [rsi + 120]",
         "mov rsi, [rsi + 48]",
         "vmrun rax",
+        ".global bmcast_exited",
+        "bmcast_exited:",
         // RAX and RSP are the host's again.
         "mov rax, [rsp]",
         "fxsave64 [rax]",
@@ -72,6 +74,15 @@ pub unsafe extern "sysv64" fn run(vmcb: u64, registers: &mut Registers, fx: &mut
         "cld",
         "ret",
     )
+}
+
+unsafe extern "C" {
+    static bmcast_exited: u8;
+}
+
+/// The instruction behind VMRUN: where the host is when a guest has exited.
+pub fn behind_vmrun() -> u64 {
+    super::memory::address(&raw const bmcast_exited)
 }
 
 /// Calls the resident copy: `entry(handover, stack, resume)`. It returns when it fails, with what it returns; else the

@@ -7,6 +7,7 @@ use bmcast_svm::{Control, Intercepts1, Intercepts2, Registers, Vmcb, exit};
 use spin::Once;
 
 use super::cpu::{self, SVME};
+use super::host;
 use super::leave;
 use super::memory::{address, pages};
 use super::switch::{self, Fx};
@@ -127,6 +128,7 @@ impl Cpu {
                 )
             };
             EXITS.fetch_add(1, Ordering::Relaxed);
+            self.is_guests();
             self.registers[0] = self.vmcb.save.rax;
             self.registers[4] = self.vmcb.save.rsp;
             let control = &mut self.vmcb.control;
@@ -178,6 +180,24 @@ impl Cpu {
             self.vmcb.save.rax = self.registers[0];
             self.vmcb.save.rsp = self.registers[4];
         }
+    }
+
+    /// That the CPU has not saved the VMM's state as the guest's, as QEMU's SVM does once in a great many exits when
+    /// the host is busy: by all signs it exits twice. The guest's state is lost then.
+    fn is_guests(&self) {
+        let save = &self.vmcb.save;
+        if save.cr3 != host::cr3() || save.rip != switch::behind_vmrun() {
+            return;
+        }
+        let control = &self.vmcb.control;
+        say!(
+            "CPU {}: the VMM's own state was saved as the guest's at exit {:#x} ({:#x}, {:#x}): cannot go on",
+            self.id,
+            control.exit_code,
+            control.exit_info1,
+            control.exit_info2
+        );
+        cpu::stop();
     }
 
     /// Goes behind an instruction of `length` bytes.
