@@ -106,20 +106,12 @@ impl<'a> Apt<'a> {
             .collect())
     }
 
-    /// Downloads `packages` and unpacks them to `root`.
-    pub fn unpack(
-        &self,
-        packages: &[String],
-        release: &[&str],
-        dir: &Path,
-        root: &Path,
-    ) -> Result<()> {
+    /// Downloads `packages` to `debs`.
+    pub fn download(&self, packages: &[String], release: &[&str], debs: &Path) -> Result<()> {
         let _lock = self.project.lock("apt")?;
-        let debs = dir.join("debs");
-        fs::create_dir_all(&debs)?;
-        fs::create_dir_all(root)?;
+        fs::create_dir_all(debs)?;
         let sh = self.project.shell()?;
-        sh.change_dir(&debs);
+        sh.change_dir(debs);
         let options = &self.options;
         let download = || {
             cmd!(
@@ -136,6 +128,21 @@ impl<'a> Apt<'a> {
                 .run()
                 .with_context(|| format!("cannot download {}", packages.join(" ")))?;
         }
+        Ok(())
+    }
+
+    /// Downloads `packages` and unpacks them to `root`.
+    pub fn unpack(
+        &self,
+        packages: &[String],
+        release: &[&str],
+        dir: &Path,
+        root: &Path,
+    ) -> Result<()> {
+        let debs = dir.join("debs");
+        fs::create_dir_all(root)?;
+        self.download(packages, release, &debs)?;
+        let sh = self.project.shell()?;
         let mut unpacked = 0;
         for entry in fs::read_dir(&debs)? {
             let deb = entry?.path();

@@ -24,6 +24,8 @@ pub enum Variant {
     Base,
     /// The same with PostgreSQL (and pgbench), fio and iperf3.
     Full,
+    /// The same with the kernel that has the drivers of real machines.
+    Metal,
 }
 
 /// Arguments of `image`.
@@ -41,7 +43,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What both variants have, without what these depend on.
+/// What all variants have but a kernel, without what these depend on.
 const BASE: &[&str] = &[
     "systemd",
     "systemd-sysv",
@@ -49,7 +51,6 @@ const BASE: &[&str] = &[
     "libpam-systemd",
     "dbus",
     "udev",
-    "linux-image-cloud-amd64",
     "initramfs-tools",
     "zstd",
     "grub-cloud-amd64",
@@ -67,7 +68,7 @@ const BASE: &[&str] = &[
     "kmod",
 ];
 
-/// What [`Variant::Full`] has beside that.
+/// What is more in all but [`Variant::Base`].
 const FULL: &[&str] = &["postgresql", "postgresql-contrib", "fio", "iperf3"];
 
 /// Sector of 512 bytes where the EFI system partition starts, and its length.
@@ -75,7 +76,7 @@ const ESP: (u64, u64) = (2048, 64 << 11);
 /// The same for the partition in which GRUB for BIOS would be installed.
 const BIOS_BOOT: (u64, u64) = (ESP.0 + ESP.1, 4 << 11);
 /// Where the root file system starts; it has the rest.
-const ROOT_START: u64 = BIOS_BOOT.0 + BIOS_BOOT.1;
+pub const ROOT_START: u64 = BIOS_BOOT.0 + BIOS_BOOT.1;
 /// Left free for the second copy of the partition table.
 const TAIL: u64 = 2048;
 
@@ -85,27 +86,30 @@ const DISK_UUID: &str = "5C0D1E2F-3A4B-4C5D-9E6F-7A8B9C0D1E2F";
 const ESP_ID: &str = "B1A2C3D4";
 
 impl Variant {
-    /// `base` or `full`.
+    /// As on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Base => "base",
             Self::Full => "full",
+            Self::Metal => "metal",
         }
     }
 
     fn packages(self) -> Vec<&'static str> {
-        let more: &[&str] = match self {
-            Self::Base => &[],
-            Self::Full => FULL,
+        let (kernel, more): (_, &[&str]) = match self {
+            Self::Base => ("linux-image-cloud-amd64", &[]),
+            Self::Full => ("linux-image-cloud-amd64", FULL),
+            Self::Metal => ("linux-image-amd64", FULL),
         };
-        BASE.iter().chain(more).copied().collect()
+        let all = std::iter::once(&kernel).chain(BASE).chain(more);
+        all.copied().collect()
     }
 
     /// Size of the disk, MiB. The files are sparse.
     fn size_mib(self) -> u64 {
         match self {
             Self::Base => 2048,
-            Self::Full => 4096,
+            Self::Full | Self::Metal => 4096,
         }
     }
 }
@@ -359,7 +363,7 @@ fn is_root(sh: &Shell) -> Result<bool> {
 }
 
 /// Debian keeps mkfs and sfdisk where not everyone's path leads.
-fn path_with_sbin() -> String {
+pub fn path_with_sbin() -> String {
     let path = std::env::var("PATH").unwrap_or_default();
     format!("{path}:/usr/sbin:/sbin")
 }
@@ -370,7 +374,7 @@ mod tests {
 
     #[test]
     fn partitions_do_not_overlap() {
-        for variant in [Variant::Base, Variant::Full] {
+        for variant in [Variant::Base, Variant::Full, Variant::Metal] {
             let end = (variant.size_mib() << 11) - TAIL;
             assert!(ESP.0 + ESP.1 <= BIOS_BOOT.0 && BIOS_BOOT.0 + BIOS_BOOT.1 <= ROOT_START);
             assert!(ROOT_START < end);

@@ -2,8 +2,11 @@
 
 mod checks;
 mod demo;
+mod faults;
 mod image;
 mod machine;
+mod trace;
+mod whole;
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -20,6 +23,8 @@ pub use checks::{
     check, power_cuts, power_cuts_long, power_cuts_nvme, server_gone, streams, streams_to_nvme,
 };
 pub use demo::run as demo;
+pub use faults::{ahci as faults, nvme as faults_nvme, too_small};
+pub use whole::{ahci as debian, nvme as debian_nvme, one_cpu as debian_one_cpu};
 
 /// The machine's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -109,8 +114,8 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
         card: args.card,
         smp: args.smp,
         memory: args.memory.clone(),
-        medium: server.is_some(),
         extra: args.qemu.split_whitespace().map(str::to_owned).collect(),
+        ..Hardware::new(server.is_some())
     };
     let machine = Machine::start(project, &hardware, &dir)?;
     let said = machine.end(Duration::from_secs(args.timeout))?;

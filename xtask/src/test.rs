@@ -146,6 +146,36 @@ const STEPS: &[Step] = &[
         run: |project| passed(metal::check(project, metal::power_cuts_nvme)?),
     },
     Step {
+        name: "metal-faults",
+        long: false,
+        run: |project| passed(metal::check(project, metal::faults)?),
+    },
+    Step {
+        name: "metal-faults-nvme",
+        long: false,
+        run: |project| passed(metal::check(project, metal::faults_nvme)?),
+    },
+    Step {
+        name: "metal-too-small",
+        long: false,
+        run: |project| passed(metal::check(project, metal::too_small)?),
+    },
+    Step {
+        name: "metal-debian",
+        long: false,
+        run: |project| passed(metal::check(project, metal::debian)?),
+    },
+    Step {
+        name: "metal-debian-one-cpu",
+        long: true,
+        run: |project| passed(metal::check(project, metal::debian_one_cpu)?),
+    },
+    Step {
+        name: "metal-debian-nvme",
+        long: true,
+        run: |project| passed(metal::check(project, metal::debian_nvme)?),
+    },
+    Step {
         name: "metal-power-cuts-long",
         long: true,
         run: |project| passed(metal::check(project, metal::power_cuts_long)?),

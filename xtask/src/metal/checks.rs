@@ -16,7 +16,7 @@ use crate::project::Project;
 pub const PATIENCE: Duration = Duration::from_secs(400);
 
 /// So little that nothing is installed unless the guest wants it, however busy the host is.
-const SLOWEST: &str = "64K";
+pub const SLOWEST: &str = "64K";
 
 /// What the OS does: reads what it knows the sums of, writes to a partition while the rest is installed (which it
 /// reads for that if it is told to), waits until no CPU has a VMM under it, and does both again.
@@ -55,13 +55,23 @@ pub struct Site {
 impl Site {
     /// With an image in which [`WORK`] is done. At most `rate` bytes a second come that nobody waits for.
     pub fn new(project: &Project, rate: &str) -> Result<Self> {
-        let dir = prepare(project)?;
         let wants_all = if rate == SLOWEST {
             "touch /wants-all\n"
         } else {
             ""
         };
-        let image = image::make(project, &dir, &format!("{wants_all}{WORK}"))?;
+        Self::with_script(project, rate, &format!("{wants_all}{WORK}"))
+    }
+
+    /// With an image in which a script is run.
+    pub fn with_script(project: &Project, rate: &str, script: &str) -> Result<Self> {
+        let dir = prepare(project)?;
+        let image = image::make(project, &dir, script)?;
+        Self::with_image(project, dir, image, rate)
+    }
+
+    /// With this image, in this directory.
+    pub fn with_image(project: &Project, dir: PathBuf, image: PathBuf, rate: &str) -> Result<Self> {
         let size = fs::metadata(&image)?.len();
         File::create(dir.join("disk.raw"))?.set_len(size + (16 << 20))?;
         let server = Server::start(project, &image, &dir)?;
@@ -79,6 +89,11 @@ impl Site {
         &self.image
     }
 
+    /// The machine's disk.
+    pub fn disk(&self) -> PathBuf {
+        self.dir.join("disk.raw")
+    }
+
     /// Ends the server; the directory.
     pub fn without_server(self) -> PathBuf {
         self.dir
@@ -86,13 +101,24 @@ impl Site {
 
     /// That the disk is the image, but for the blocks that the guest has said it wrote.
     pub fn disk_is_right(&self, said: &str) -> Result<()> {
+        self.disk_is_right_without(said, &[])
+    }
+
+    /// The same where the guest has discarded these blocks, which are zeros.
+    pub fn disk_is_right_without(&self, said: &str, discarded: &[usize]) -> Result<()> {
         let mut expected = fs::read(&self.image)?;
-        for number in synced(said) {
-            let block = pattern(number);
+        let mut put = |number: usize, block: &[u8]| -> Result<()> {
             let at = usize::try_from(SCRATCH.0 << 9)? + number * block.len();
-            expected[at..at + block.len()].copy_from_slice(&block);
+            expected[at..at + block.len()].copy_from_slice(block);
+            Ok(())
+        };
+        for number in synced(said) {
+            put(number, &pattern(number))?;
         }
-        same(&self.dir.join("disk.raw"), &expected)
+        for number in discarded {
+            put(*number, &[0; 65536])?;
+        }
+        same(&self.disk(), &expected)
     }
 }
 
@@ -130,7 +156,8 @@ fn same(disk: &Path, expected: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn has(said: &str, wanted: &[&str]) -> Result<()> {
+/// That the machine has said all of this.
+pub fn has(said: &str, wanted: &[&str]) -> Result<()> {
     for text in wanted {
         ensure!(
             said.contains(text),

@@ -18,7 +18,7 @@ const SIZE: u64 = 192;
 /// First sector and sectors of the EFI system partition.
 const ESP: (u64, u64) = (2048, 96 << 11);
 /// The same of the partition with files.
-const DATA: (u64, u64) = (ESP.0 + ESP.1, 72 << 11);
+pub const DATA: (u64, u64) = (ESP.0 + ESP.1, 72 << 11);
 /// The same of one without a file system, for the guest to write to.
 pub const SCRATCH: (u64, u64) = (DATA.0 + DATA.1, 16 << 11);
 

@@ -1,7 +1,7 @@
 //! The machine, and the server that it has its image from.
 
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
@@ -19,6 +19,9 @@ use crate::qemu::{self, Running};
 const FIRMWARE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 
+/// A machine's disk in its directory.
+const DISK_FILE: &str = "file=disk.raw,format=raw,discard=unmap";
+
 /// The machine's hardware.
 #[derive(Clone, Debug)]
 pub struct Hardware {
@@ -32,6 +35,10 @@ pub struct Hardware {
     pub memory: String,
     /// Whether the boot medium is plugged in.
     pub medium: bool,
+    /// The file that the disk is, as QEMU's `-drive` takes it.
+    pub disk_file: String,
+    /// A reset starts the machine anew; else it ends it.
+    pub resets: bool,
     /// More options for QEMU.
     pub extra: Vec<String>,
 }
@@ -45,6 +52,8 @@ impl Hardware {
             smp: 2,
             memory: "1G".into(),
             medium,
+            disk_file: DISK_FILE.into(),
+            resets: false,
             extra: Vec::new(),
         }
     }
@@ -91,7 +100,10 @@ impl Machine {
             &mut command,
             "-machine q35 -cpu EPYC,-smap -accel tcg -display none",
         );
-        words(&mut command, "-nodefaults -no-user-config -no-reboot");
+        words(&mut command, "-nodefaults -no-user-config");
+        if !hardware.resets {
+            command.arg("-no-reboot");
+        }
         words(
             &mut command,
             "-chardev stdio,id=line,signal=off -serial chardev:line",
@@ -101,10 +113,8 @@ impl Machine {
         let firmware = format!("if=pflash,format=raw,readonly=on,file={FIRMWARE}");
         command.args(["-drive", &firmware]);
         words(&mut command, "-drive if=pflash,format=raw,file=vars.fd");
-        words(
-            &mut command,
-            "-drive if=none,id=disk,file=disk.raw,format=raw,discard=unmap",
-        );
+        let disk = format!("if=none,id=disk,{}", hardware.disk_file);
+        command.args(["-drive", &disk]);
         words(
             &mut command,
             match hardware.disk {
@@ -135,7 +145,8 @@ impl Machine {
         let out = running.child.stdout.take().context("no standard output")?;
         let said = Arc::new(Said::default());
         let listener = Arc::clone(&said);
-        thread::spawn(move || listen(out, start, &listener));
+        let serial = File::create(dir.join("serial.log"))?;
+        thread::spawn(move || listen(out, start, &listener, serial));
         Ok(Self {
             running,
             dir: dir.to_path_buf(),
@@ -230,12 +241,13 @@ impl Machine {
     }
 }
 
-/// Takes lines, without what moves a cursor, as they come.
-fn listen(out: ChildStdout, start: Instant, said: &Said) {
+/// Takes lines, without what moves a cursor, as they come; all of it goes to a file.
+fn listen(out: ChildStdout, start: Instant, said: &Said, mut serial: File) {
     let mut line = String::new();
     let mut in_escape = false;
     for byte in BufReader::new(out).bytes() {
         let Ok(byte) = byte else { break };
+        let _ = serial.write_all(&[byte]);
         match byte {
             _ if in_escape => in_escape = !byte.is_ascii_alphabetic(),
             0x1b => in_escape = true,

@@ -244,10 +244,11 @@ fn guest(handover: &Handover, hidden: &[Region]) -> Result<Box<Cpu>, Error> {
     unsafe { start::prepare(handover.start_page) };
     let cpu = Cpu::new(own).ok_or(Error::Memory)?;
     say!(
-        "{} CPUs, {} KiB of {} free",
+        "{} CPUs, {} KiB of {} at {:#x} free",
         others.len() + 1,
         heap::free() >> 10,
-        handover.bytes >> 10
+        handover.bytes >> 10,
+        handover.region
     );
     Ok(cpu)
 }
