@@ -132,6 +132,9 @@ pub fn decode(fis: &Fis) -> Command {
         IDENTIFY => Command::Identify,
         // NCQ NON-DATA: to abort, deadlines, SET FEATURES; others of its kind write zeros (7.22).
         0x63 if matches!(features & 0xf, 0 | 1 | 5) => Command::Other,
+        // READ NATIVE MAX ADDRESS (EXT): how large the disk is without a protected area, as `shrink` says there is one.
+        // What would change that, SET MAX, is refused.
+        0xf8 | 0x27 => Command::Other,
         // NOP, RECALIBRATE, READ LOG, INITIALIZE, RECEIVE FPDMA, DIAGNOSTIC, IDENTIFY PACKET, SMART, SET MULTIPLE,
         // power management, SET FEATURES. Not SLEEP: the VMM's commands would have no answer.
         0x00
@@ -193,6 +196,10 @@ pub fn long(code: u8, sectors: Sectors) -> Fis {
 }
 
 /// Makes an identity that of a disk of `sectors` sectors, without what is [`Command::Refused`] anyway.
+///
+/// It is one whose other sectors are a host protected area (ATA8-ACS, 4.11): a driver may ask how large the disk is without
+/// (READ NATIVE MAX ADDRESS), and takes it for the same disk if it finds it that large later. Without that Linux gives a disk up
+/// that is larger when it is identified anew after an error (`ata_dev_revalidate` in `drivers/ata/libata-core.c`).
 pub fn shrink(identity: &mut [u8; 512], sectors: u64) {
     let mut set = |word: usize, value: u16| {
         identity[word * 2..word * 2 + 2].copy_from_slice(&value.to_le_bytes());
@@ -210,9 +217,9 @@ pub fn shrink(identity: &mut [u8; 512], sectors: u64) {
         let value = u16::from_le_bytes([identity[at], identity[at + 1]]) & !bits;
         identity[at..at + 2].copy_from_slice(&value.to_le_bytes());
     };
-    // Host protected area, security; configuration overlay, microcode, sanitizing, security's state.
+    // Security; configuration overlay, microcode, sanitizing, security's state.
     for word in [82, 85] {
-        clear(word, 1 << 10 | 1 << 1);
+        clear(word, 1 << 1);
     }
     for word in [83, 86] {
         clear(word, 1 << 11 | 1);
@@ -225,6 +232,12 @@ pub fn shrink(identity: &mut [u8; 512], sectors: u64) {
     clear(77, 1 << 6 | 1 << 5);
     for word in [119, 120] {
         clear(word, 1 << 8 | 1 << 4 | 1 << 2);
+    }
+    // The host protected area is there, and on.
+    for word in [82, 85] {
+        let at = word * 2;
+        let value = u16::from_le_bytes([identity[at], identity[at + 1]]) | 1 << 10;
+        identity[at..at + 2].copy_from_slice(&value.to_le_bytes());
     }
     // Blocks of a TRIM's list, at most.
     let blocks = u16::from_le_bytes([identity[210], identity[211]]).min(MOST_TRIM);
@@ -296,6 +309,11 @@ mod tests {
         assert_eq!(decode(&other), Command::Other);
         other[3] = 6;
         assert_eq!(decode(&other), Command::Refused);
+        // READ NATIVE MAX ADDRESS and SET MAX ADDRESS.
+        assert_eq!(decode(&bare(0xf8)), Command::Other);
+        assert_eq!(decode(&bare(0xf9)), Command::Refused);
+        assert_eq!(decode(&bare(0x27)), Command::Other);
+        assert_eq!(decode(&bare(0x37)), Command::Refused);
         assert_eq!(decode(&bare(0xe6)), Command::Refused);
         assert_eq!(decode(&bare(0xe1)), Command::Other);
         let last = behind_the_end(31);
@@ -317,6 +335,8 @@ mod tests {
         assert_eq!(sum, 0);
         let word = |n: usize| u16::from_le_bytes([identity[n * 2], identity[n * 2 + 1]]);
         assert_eq!((word(105), word(77) & 0x60, word(128)), (MOST_TRIM, 0, 0));
+        assert_eq!(word(82) & 0x402, 0x400);
+        assert_eq!(word(85) & 0x402, 0x400);
         // How many sectors PIO moves at once is the guest's to know.
         assert_eq!(word(59), 0x5a5a & 0x3ff);
     }
