@@ -69,6 +69,9 @@ pub struct Args {
     /// `tap/udp-send` and so on.
     #[arg(long)]
     io: bool,
+    /// Instead of all that: what BMcast costs a bare-metal machine; writes its section of docs/benchmarks.md.
+    #[arg(long)]
+    metal: bool,
     /// Compare what the VMs cost against native with docs/benchmarks.tsv, by instruction
     /// count, and fail if a row is more than 5 % dearer.
     #[arg(long)]
@@ -95,6 +98,7 @@ impl Args {
             kind: Vec::new(),
             against: None,
             io: false,
+            metal: false,
             no_kvm: true,
         }
     }
@@ -171,6 +175,9 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     if let Some(rounds) = args.storm {
         return crate::storm::run(project, rounds, &args.kind, args.against.as_deref());
     }
+    if args.metal {
+        return crate::metal::bench(project);
+    }
     if args.io {
         return crate::io_cost::run(project, args.scale, args.reps, !args.no_kvm, &args.only);
     }
@@ -197,7 +204,8 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
             + &crate::page::section(project, crate::storm::TITLE)
             + &crate::page::section(project, crate::density::TITLE)
             + &crate::page::section(project, crate::moves::TITLE)
-            + &crate::page::section(project, crate::io_cost::TITLE);
+            + &crate::page::section(project, crate::io_cost::TITLE)
+            + &crate::page::section(project, crate::metal::BENCH_TITLE);
         write_if_changed(&project.root.join(crate::page::PAGE), page.as_bytes())?;
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! `lab-metal`: a bare-metal machine that QEMU plays, with UEFI firmware and AMD-V, on which BMcast starts an OS.
 
+mod bench;
 mod checks;
 mod demo;
 mod faults;
@@ -14,11 +15,13 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
+use crate::initramfs::Files;
 use crate::project::Project;
 use crate::qemu;
 use crate::setup::{self, Need};
 use machine::{Hardware, Machine, Server};
 
+pub use bench::{TITLE as BENCH_TITLE, run as bench};
 pub use checks::{
     check, power_cuts, power_cuts_long, power_cuts_nvme, server_gone, streams, streams_to_nvme,
 };
@@ -97,7 +100,7 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     } else {
         args.command.join(" ")
     };
-    let image = image::make(project, &dir, &command)?;
+    let image = image::make(project, &dir, &command, &Files::new())?;
     let disk = dir.join("disk.raw");
     let server = if args.native {
         fs::copy(&image, &disk)?;

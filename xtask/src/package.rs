@@ -33,7 +33,12 @@ const SOURCES: &str = concat!("usr/src/blanket-", env!("CARGO_PKG_VERSION"));
 /// The `package` verb.
 pub fn run(project: &Project, args: &Args) -> Result<()> {
     setup::ensure(project, &[Need::Build, Need::Boot])?;
-    let packages = [command(project)?, module(project)?, supercloud(project)?];
+    let packages = [
+        command(project)?,
+        module(project)?,
+        supercloud(project)?,
+        bmcast(project)?,
+    ];
     for package in &packages {
         println!("{}", package.display());
     }
@@ -175,6 +180,21 @@ fn supercloud(project: &Project) -> Result<PathBuf> {
          Description: several instances as nodes, and VMs that move between them\n \
          The agent of a node and the command that talks to it. VMs are run, listed and moved by\n \
          name, while they run, between instances of any provider.\n"
+    );
+    pack(project, &root, &control)
+}
+
+fn bmcast(project: &Project) -> Result<PathBuf> {
+    let program = build::bmcast(project)?;
+    let root = command_tree(project, "bmcast", &program)?;
+    let efi = build::efi(project)?;
+    copy(&root, "usr/lib/bmcast/bmcast.efi", 0o644, &efi)?;
+    let control = format!(
+        "Package: bmcast\nVersion: {VERSION}\nArchitecture: amd64\nSection: admin\n\
+         Priority: optional\nMaintainer: the Blanket contributors <blanket@localhost>\n\
+         Description: bare-metal machines that start at once\n \
+         Serves an image, makes the medium that a machine boots from, and shows how far it is. The\n \
+         medium's thin VMM starts the OS while the image streams in, and then removes itself.\n"
     );
     pack(project, &root, &control)
 }
@@ -387,6 +407,14 @@ chroot /mnt env KERNELS='cloud=/run/it/guest/vmlinuz-cloud generic=/run/it/guest
 # A node of its own, and a VM by its name.
 [ -e /mnt/usr/share/man/man1/supercloud.1.gz ]
 [ -e /mnt/usr/lib/systemd/system/supercloud.service ]
+# A server of an image, and a medium for it, with the VMM that the package has.
+[ -e /mnt/usr/share/man/man1/bmcast.1.gz ]
+chroot /mnt sh -c 'head -c 1000000 /dev/urandom >/run/it/image'
+chroot /mnt bmcast serve /run/it/image --listen 127.0.0.1:7788 >/tmp/serve.log 2>&1 &
+server=$!
+until_works /tmp/serve.log chroot /mnt bmcast image --server http://127.0.0.1:7788 --out /run/it/medium
+kill $server
+wait $server || true
 chroot /mnt supercloud node start --name bare --listen 127.0.0.1:7700 2>/tmp/agent.log &
 agent=$!
 until_works /tmp/agent.log chroot /mnt supercloud node list
@@ -415,7 +443,7 @@ while kill -0 $sshd 2>/dev/null; do sleep 0.1; done
 kill $agent $other
 wait $agent
 wait $other
-chroot /mnt apt-get -q remove -y supercloud blanket blanket-dkms
+chroot /mnt apt-get -q remove -y bmcast supercloud blanket blanket-dkms
 ! grep -q '^blanket ' /proc/modules
 umount /mnt/run /mnt/dev/pts /mnt/dev /mnt/sys /mnt/proc /mnt
 "#;

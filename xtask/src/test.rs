@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -56,12 +57,40 @@ struct Tally {
     failed: u32,
 }
 
+impl Tally {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
 /// A check that is no whole-system case.
 struct Step {
     name: &'static str,
     /// Only with `--long`, or when asked for by its full name.
     long: bool,
     run: fn(&Project) -> Result<Tally>,
+}
+
+/// Steps of which each is a machine of its own, so that they may run side by side, have names that begin so.
+const METAL: &str = "metal";
+
+impl Step {
+    /// Does it, and says how it went.
+    fn done(&self, project: &Project) -> Tally {
+        let start = Instant::now();
+        let tally = (self.run)(project).unwrap_or_else(|error| {
+            println!("{}: {error:#}", self.name);
+            Tally {
+                passed: 0,
+                failed: 1,
+            }
+        });
+        let verdict = if tally.failed == 0 { "PASS" } else { "FAIL" };
+        let seconds = start.elapsed().as_secs_f64();
+        println!("{verdict} {} ({seconds:.1} s)", self.name);
+        tally
+    }
 }
 
 const STEPS: &[Step] = &[
@@ -223,33 +252,29 @@ pub fn run(project: &Project, args: &Args) -> Result<()> {
     }
     setup::ensure(project, &[Need::Build, Need::Boot, Need::Images])?;
     let mut total = Tally::default();
-    for step in steps {
-        let start = Instant::now();
-        let result = (step.run)(project);
-        let verdict = match &result {
-            Ok(tally) => {
-                total.passed += tally.passed;
-                total.failed += tally.failed;
-                if tally.failed == 0 { "PASS" } else { "FAIL" }
-            }
-            Err(error) => {
-                total.failed += 1;
-                println!("{}: {error:#}", step.name);
-                "FAIL"
-            }
-        };
-        println!(
-            "{verdict} {} ({:.1} s)",
-            step.name,
-            start.elapsed().as_secs_f64()
-        );
+    let (machines, alone): (Vec<&Step>, Vec<&Step>) = steps
+        .into_iter()
+        .partition(|step| step.name.starts_with(METAL));
+    for step in alone {
+        total.add(step.done(project));
     }
+    let (machines, sum) = (Mutex::new(machines.into_iter()), Mutex::new(total));
+    thread::scope(|scope| {
+        for _ in 0..args.jobs.max(1) {
+            scope.spawn(|| {
+                let next = || machines.lock().expect("a step panicked").next();
+                while let Some(step) = next() {
+                    let tally = step.done(project);
+                    sum.lock().expect("a step panicked").add(tally);
+                }
+            });
+        }
+    });
+    let mut total = sum.into_inner().expect("a step panicked");
     if !cases.is_empty() {
         match Bench::prepare(project, &cases) {
             Ok(bench) => {
-                let tally = bench.run(&cases, args);
-                total.passed += tally.passed;
-                total.failed += tally.failed;
+                total.add(bench.run(&cases, args));
             }
             Err(error) => {
                 println!("nothing to boot: {error:#}");

@@ -34,7 +34,32 @@ pub enum Command {
     Image(Box<ImageArgs>),
     /// Show how far the machines are
     Status(StatusArgs),
+    /// Write man pages or completions, for packages
+    #[command(hide = true)]
+    Generate {
+        /// What to write
+        #[command(subcommand)]
+        what: Generated,
+    },
 }
+
+/// What can be generated.
+#[derive(Debug, Subcommand)]
+pub enum Generated {
+    /// The man pages, one for each command
+    Man {
+        /// Directory to write them to
+        directory: PathBuf,
+    },
+    /// Completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Where the package has the VMM.
+pub const EFI: &str = "/usr/lib/bmcast/bmcast.efi";
 
 /// What `manifest` is for.
 const MANIFEST: &str = "\
@@ -100,7 +125,7 @@ pub struct ImageArgs {
     #[arg(long, value_name = "ID", value_parser = hash)]
     pub manifest_id: Option<Hash>,
     /// The VMM, a UEFI application
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", default_value = EFI)]
     pub efi: PathBuf,
     /// The medium to write, for `dd` to a USB stick or as a virtual disk
     #[arg(long, value_name = "FILE")]

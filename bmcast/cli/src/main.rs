@@ -14,9 +14,9 @@ mod status;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
-use crate::args::{Arguments, Command};
+use crate::args::{Arguments, Command, Generated};
 use crate::exit::Error;
 
 fn main() -> ExitCode {
@@ -44,8 +44,23 @@ fn run(arguments: Arguments) -> Result<(), Error> {
             Command::Profile(arguments) => profile::command(arguments).await,
             Command::Image(arguments) => media::command(arguments, json).await,
             Command::Status(arguments) => status::command(arguments, json).await,
+            Command::Generate { what } => generate(&what),
         }
     })
+}
+
+/// Writes the man pages or a shell's completions, for packages.
+fn generate(what: &Generated) -> Result<(), Error> {
+    let mut command = Arguments::command();
+    match what {
+        Generated::Man { directory } => clap_mangen::generate_to(command, directory)
+            .map_err(|error| Error::file(directory, &error)),
+        Generated::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut command, "bmcast", &mut text);
+            exit::output(&String::from_utf8_lossy(&text))
+        }
+    }
 }
 
 fn start_log(default: &str) {

@@ -115,7 +115,7 @@ fn application(path: &Path) -> Result<Vec<u8>, Error> {
     Err(Error::new(
         Code::BadRequest,
         format!("{}: it is no UEFI application for x86-64", path.display()),
-        "--efi is the VMM of BMcast, bmcast.efi",
+        "--efi is the VMM of BMcast, bmcast.efi, which the package bmcast has",
     ))
 }
 

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::image::{self, SCRATCH};
 use super::machine::{Fault, Hardware, Machine, Server};
 use super::{Disk, prepare};
+use crate::initramfs::Files;
 use crate::project::Project;
 
 /// How long a machine may take for anything: far more than it does.
@@ -66,7 +67,7 @@ impl Site {
     /// With an image in which a script is run.
     pub fn with_script(project: &Project, rate: &str, script: &str) -> Result<Self> {
         let dir = prepare(project)?;
-        let image = image::make(project, &dir, script)?;
+        let image = image::make(project, &dir, script, &Files::new())?;
         Self::with_image(project, dir, image, rate)
     }
 
@@ -87,6 +88,11 @@ impl Site {
     /// The image.
     pub fn image(&self) -> &Path {
         &self.image
+    }
+
+    /// Where everything of the machine is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// The machine's disk.

@@ -9,7 +9,7 @@ use anyhow::Result;
 use xshell::cmd;
 
 use crate::apt::Apt;
-use crate::initramfs::Initramfs;
+use crate::initramfs::{Files, Initramfs};
 use crate::kernels::{self, Flavour};
 use crate::project::Project;
 
@@ -53,13 +53,14 @@ fn grub(project: &Project) -> Result<PathBuf> {
     Ok(root.join("usr/lib/grub/x86_64-efi/monolithic/grubx64.efi"))
 }
 
-/// The image in `dir`, with what is to run; its file.
-pub fn make(project: &Project, dir: &Path, script: &str) -> Result<PathBuf> {
+/// The image in `dir`, with what is to run and programs for it; its file.
+pub fn make(project: &Project, dir: &Path, script: &str, programs: &Files) -> Result<PathBuf> {
     let sh = project.shell()?;
     let kernel = kernels::fetch(project, Flavour::Generic)?;
     let mut archive = Initramfs::with_busybox(project)?;
     archive.text("init", 0o755, INIT);
     archive.text("cmd", 0o644, script);
+    archive.add(programs);
     let modules = [
         "ahci",
         "nvme",

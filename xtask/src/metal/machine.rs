@@ -39,6 +39,8 @@ pub struct Hardware {
     pub disk_file: String,
     /// A reset starts the machine anew; else it ends it.
     pub resets: bool,
+    /// Its time is the instructions that it does.
+    pub counts: bool,
     /// More options for QEMU.
     pub extra: Vec<String>,
 }
@@ -54,6 +56,7 @@ impl Hardware {
             medium,
             disk_file: DISK_FILE.into(),
             resets: false,
+            counts: false,
             extra: Vec::new(),
         }
     }
@@ -91,16 +94,22 @@ impl Machine {
         if !variables.exists() {
             fs::copy(VARIABLES, &variables)?;
         }
-        let mut command = qemu::command(project, false)?;
+        let mut command = qemu::command(project, hardware.counts)?;
         let smp = hardware.smp.to_string();
         let words = |command: &mut Command, text: &str| {
             command.args(text.split_whitespace());
         };
         words(
             &mut command,
-            "-machine q35 -cpu EPYC,-smap -accel tcg -display none",
+            "-machine q35 -cpu EPYC,-smap -accel tcg,thread=single -display none",
         );
         words(&mut command, "-nodefaults -no-user-config");
+        if hardware.counts {
+            words(
+                &mut command,
+                "-icount shift=0,sleep=off -rtc base=2026-01-01,clock=vm",
+            );
+        }
         if !hardware.resets {
             command.arg("-no-reboot");
         }

@@ -17,7 +17,7 @@ use crate::debian::{self, Variant};
 use crate::project::Project;
 
 /// How long a machine may take for anything: far more than it does.
-const PATIENCE: Duration = Duration::from_secs(1500);
+pub const PATIENCE: Duration = Duration::from_secs(1500);
 
 /// By SATA with two CPUs.
 pub fn ahci(project: &Project) -> Result<u32> {
@@ -34,9 +34,40 @@ pub fn nvme(project: &Project) -> Result<u32> {
     check(project, Disk::Nvme, 4)
 }
 
-/// What cloud-init is given: the script runs once multi-user mode is reached, at each boot.
-fn user_data() -> String {
-    let script: String = include_str!("../../../tests/metal/debian.sh")
+/// A machine that starts a whole Debian, and what runs there once multi-user mode is reached, at each boot.
+pub struct Debian {
+    /// What is plugged in: a disk for cloud-init, and the OS's own network card.
+    plugged: String,
+}
+
+impl Debian {
+    /// With a script, its files in `dir`.
+    pub fn new(project: &Project, dir: &Path, script: &str) -> Result<Self> {
+        let seed = seed(project, dir, script)?;
+        let plugged = format!(
+            "-device qemu-xhci,id=seeds,addr=0x11 -drive if=none,id=seed,file={},format=raw,readonly=on \
+             -device usb-storage,bus=seeds.0,drive=seed,removable=on \
+             -netdev user,id=os,restrict=on -device e1000,netdev=os,mac=52:54:00:0b:0c:0d,addr=0x10,romfile=",
+            seed.display()
+        );
+        Ok(Self { plugged })
+    }
+
+    /// The machine, with more of QEMU's options.
+    pub fn hardware(&self, disk: Disk, smp: u32, medium: bool, more: &str) -> Hardware {
+        let plugged = format!("{} {more}", self.plugged);
+        Hardware {
+            disk,
+            smp,
+            extra: plugged.split_whitespace().map(str::to_owned).collect(),
+            ..Hardware::new(medium)
+        }
+    }
+}
+
+/// What cloud-init is given.
+fn user_data(script: &str) -> String {
+    let script: String = script
         .lines()
         .map(|line| format!("      {line}\n"))
         .collect();
@@ -55,12 +86,12 @@ fn user_data() -> String {
 }
 
 /// A disk with what cloud-init looks for (NoCloud), and a package.
-fn seed(project: &Project, dir: &Path) -> Result<PathBuf> {
+fn seed(project: &Project, dir: &Path, script: &str) -> Result<PathBuf> {
     let sh = project.shell()?;
     let (seed, debs) = (dir.join("seed.img"), dir.join("debs"));
     Apt::new(project)?.download(&["hello".to_owned()], &[], &debs)?;
     let files = [
-        ("user-data", user_data()),
+        ("user-data", user_data(script)),
         (
             "meta-data",
             "instance-id: metal\nlocal-hostname: metal\n".into(),
@@ -89,28 +120,17 @@ fn seed(project: &Project, dir: &Path) -> Result<PathBuf> {
 fn check(project: &Project, disk: Disk, smp: u32) -> Result<u32> {
     let dir = prepare(project)?;
     let image = debian::image(project, Variant::Metal)?;
-    let seed = seed(project, &dir)?;
+    let debian = Debian::new(
+        project,
+        &dir,
+        include_str!("../../../tests/metal/debian.sh"),
+    )?;
     let trace = dir.join("trace.log");
     let events = dir.join("events");
     fs::write(&events, EVENTS.join("\n") + "\n")?;
-    let plugged = format!(
-        "-device qemu-xhci,id=seeds -drive if=none,id=seed,file={},format=raw,readonly=on \
-         -device usb-storage,bus=seeds.0,drive=seed,removable=on \
-         -netdev user,id=os,restrict=on -device e1000,netdev=os,romfile=",
-        seed.display()
-    );
     let traced = format!("-trace events={} -D {}", events.display(), trace.display());
-    let hardware = |medium, more: &str| Hardware {
-        disk,
-        smp,
-        extra: format!("{plugged} {more}")
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect(),
-        ..Hardware::new(medium)
-    };
     let site = Site::with_image(project, dir, image, SLOWEST)?;
-    let machine = site.machine(project, &hardware(true, &traced))?;
+    let machine = site.machine(project, &debian.hardware(disk, smp, true, &traced))?;
     let said = machine.end(PATIENCE)?;
     drop(machine);
     has(
@@ -137,7 +157,7 @@ fn check(project: &Project, disk: Disk, smp: u32) -> Result<u32> {
     let installed = dir.join("disk.raw");
     written.disk_is_right(&installed, &image)?;
     file_system_is_whole(project, &installed)?;
-    let machine = Machine::start(project, &hardware(false, ""), &dir)?;
+    let machine = Machine::start(project, &debian.hardware(disk, smp, false, ""), &dir)?;
     let again = machine.end(PATIENCE)?;
     has(&again, &["FROM-OWN-DISK", "METAL-EXIT 0"])?;
     for said in [&said, &again] {
