@@ -301,7 +301,9 @@ impl Server {
     /// Serves an image on the loopback.
     pub fn start(project: &Project, image: &Path, dir: &Path) -> Result<Self> {
         let command = build::bmcast(project)?;
-        let mut child = Command::new(&command)
+        let mut child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(&command)
             .arg("serve")
             .arg(image)
             .args(["--listen", "127.0.0.1:0"])

@@ -141,7 +141,7 @@ fn check(project: &Project, disk: Disk, smp: u32) -> Result<u32> {
             &format!("FIO-VERIFIED, {smp} CPUs with a VMM"),
             "PACKAGES-DONE",
             "LEFT",
-            "SUMS-AFTER",
+            "VERIFIED-AFTER",
             "METAL-EXIT 0",
         ],
     )?;
