@@ -26,7 +26,7 @@ pub use checks::{
     check, power_cuts, power_cuts_long, power_cuts_nvme, server_gone, streams, streams_to_nvme,
 };
 pub use demo::run as demo;
-pub use faults::{ahci as faults, nvme as faults_nvme, too_small};
+pub use faults::{ahci as faults, next_kernel, nvme as faults_nvme, too_small};
 pub use whole::{ahci as debian, nvme as debian_nvme, one_cpu as debian_one_cpu};
 
 /// The machine's disk.

@@ -61,13 +61,19 @@ impl Site {
         } else {
             ""
         };
-        Self::with_script(project, rate, &format!("{wants_all}{WORK}"))
+        let script = format!("{wants_all}{WORK}");
+        Self::with_script(project, rate, &script, &Files::new())
     }
 
-    /// With an image in which a script is run.
-    pub fn with_script(project: &Project, rate: &str, script: &str) -> Result<Self> {
+    /// With an image in which a script is run, and programs for it.
+    pub fn with_script(
+        project: &Project,
+        rate: &str,
+        script: &str,
+        programs: &Files,
+    ) -> Result<Self> {
         let dir = prepare(project)?;
-        let image = image::make(project, &dir, script, &Files::new())?;
+        let image = image::make(project, &dir, script, programs)?;
         Self::with_image(project, dir, image, rate)
     }
 

@@ -1,5 +1,6 @@
 //! What goes wrong on a machine while its image is installed: chunks that are not what they should be, writes and reads
-//! that the disk fails, a guest that discards, resets its controller and itself, and a disk that is too small.
+//! that the disk fails, a guest that discards, resets its controller and itself, a kernel that starts another one, and a
+//! disk that is too small.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -11,6 +12,8 @@ use super::Disk;
 use super::checks::{PATIENCE, SLOWEST, Site, has};
 use super::image::{self, SCRATCH};
 use super::machine::Hardware;
+use crate::guestware;
+use crate::initramfs::Files;
 use crate::project::Project;
 
 /// What the OS does: at its first start it discards, writes, has its driver reset the controller while there are
@@ -75,7 +78,7 @@ const fn sector_of(block: u64) -> u64 {
 }
 
 fn faults(project: &Project, disk: Disk) -> Result<u32> {
-    let site = Site::with_script(project, SLOWEST, WORK)?;
+    let site = Site::with_script(project, SLOWEST, WORK, &Files::new())?;
     // What the machine asks for first, and something that is in a file.
     let spoilt = [
         Spoilt::chunk_at(site.image(), 2048 << 9)?,
@@ -159,7 +162,7 @@ impl Spoilt {
 
 /// A disk that the image does not fit on is refused before anything is written.
 pub fn too_small(project: &Project) -> Result<u32> {
-    let site = Site::with_script(project, SLOWEST, "true")?;
+    let site = Site::with_script(project, SLOWEST, "true", &Files::new())?;
     let bytes = fs::metadata(site.image())?.len();
     File::create(site.disk())?.set_len(bytes)?;
     let machine = site.machine(project, &Hardware::new(true))?;
@@ -177,6 +180,59 @@ pub fn too_small(project: &Project) -> Result<u32> {
             "something was written to a disk that is too small"
         );
     }
+    fs::remove_dir_all(site.without_server())?;
+    Ok(1)
+}
+
+/// Four CPUs; two of them go and come; then the kernel starts another one in its place, which does not go through the
+/// firmware.
+const NEXT_KERNEL: &str = r#"
+sums() { mount -t ext4 -o ro $part /mnt && cd /mnt || return 1
+    echo 3 >/proc/sys/vm/drop_caches; md5sum -c sums >/tmp/sums || cat /tmp/sums; cd /; umount /mnt; [ $(grep -c OK /tmp/sums) = 4 ]; }
+under() { for c in $(seq 0 $(($(nproc) - 1))); do
+    dd if=/dev/cpu/$c/msr bs=8 iflag=skip_bytes skip=$((0xc0010114)) count=1 2>/dev/null | od -An -tx8
+done | grep -c 18; }
+again() { for c in 1 3; do echo 0 >/sys/devices/system/cpu/cpu$c/online; done
+    for c in 3 1; do echo 1 >/sys/devices/system/cpu/cpu$c/online; done
+    echo "$1: $(under) of $(nproc) CPUs with a VMM"; }
+if grep -q next_kernel /proc/cmdline; then
+    sums && echo SUMS-NEXT
+    again NEXT
+    cat $disk >/dev/null
+    until [ $(under) = 0 ]; do sleep 0.2; done
+    again AFTER
+    sums && echo SUMS-AFTER
+    return 0
+fi
+again FIRST
+mkdir /esp
+mount -t vfat -o ro ${part%?}1 /esp || return 1
+kexec now /esp/vmlinuz /esp/initrd "$(cat /proc/cmdline) next_kernel"
+"#;
+
+/// A kernel in the place of another, and CPUs that come and go, under the VMM.
+pub fn next_kernel(project: &Project) -> Result<u32> {
+    let programs = guestware::instance_programs(project)?;
+    let site = Site::with_script(project, SLOWEST, NEXT_KERNEL, &programs)?;
+    let hardware = Hardware {
+        smp: 4,
+        ..Hardware::new(true)
+    };
+    let machine = site.machine(project, &hardware)?;
+    let said = machine.end(PATIENCE)?;
+    has(
+        &said,
+        &[
+            "FIRST: 4 of 4",
+            "SUMS-NEXT",
+            "NEXT: 4 of 4",
+            "AFTER: 0 of 4",
+            "SUMS-AFTER",
+            "METAL-EXIT 0",
+        ],
+    )?;
+    drop(machine);
+    site.disk_is_right(&said)?;
     fs::remove_dir_all(site.without_server())?;
     Ok(1)
 }

@@ -67,6 +67,9 @@ pub fn make(project: &Project, dir: &Path, script: &str, programs: &Files) -> Re
         "sd_mod",
         "crc32c_generic",
         "ext4",
+        "vfat",
+        "nls_cp437",
+        "nls_ascii",
         "msr",
         "kvm_amd",
     ];
