@@ -9,9 +9,6 @@ use crate::Install;
 
 /// Chunks of zeros that wait for the disk.
 const MOST_ZEROS: usize = 1024;
-/// Chunks in the order in which the guest wanted them that are remembered.
-const MOST_ORDER: usize = 1 << 16;
-
 /// A chunk that is to be fetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fetch {
@@ -79,8 +76,6 @@ pub(crate) struct Pipeline {
     allowance: i64,
     /// and millionths of one.
     millionths: u128,
-    /// As the guest wanted them.
-    pub(crate) order: Vec<u32>,
 }
 
 impl Pipeline {
@@ -111,9 +106,6 @@ impl Pipeline {
             Stage::Wanted => self.demanded.push_back(chunk),
             Stage::Fetching(_) => self.fetching_urgent += 1,
             Stage::Ready(_) => self.urgent.push_back(chunk),
-        }
-        if self.order.len() < MOST_ORDER {
-            self.order.push(chunk);
         }
     }
 

@@ -30,7 +30,7 @@ pub use progress::{Progress, State};
 
 use commits::Commits;
 use fetch::Pipeline;
-use progress::Counters;
+use progress::{Counters, Order};
 use write::{Device, Own};
 
 /// Writes of the guest's that may be on the device at once while their sectors are not durable.
@@ -109,6 +109,7 @@ pub struct Install {
     commits: Commits,
     pipeline: Pipeline,
     counters: Counters,
+    order: Order,
     /// Microseconds, as [`Install::tick`] was told.
     now: u64,
 }
@@ -160,6 +161,7 @@ impl Install {
             commits: Commits::default(),
             pipeline: Pipeline::default(),
             counters: Counters::default(),
+            order: Order::default(),
             manifest,
             now: 0,
         }
@@ -234,6 +236,13 @@ impl Blocks for Install {
     }
 
     fn read(&mut self, sectors: Sectors) -> Verdict {
+        let inside = sectors.and(self.image);
+        if !inside.is_empty() {
+            let first = self.chunks.of_sector(inside.start);
+            let last = self.chunks.of_sector(inside.end() - 1);
+            // A command has at most 65,536 sectors.
+            (first..=last).for_each(|chunk| self.order.note(chunk));
+        }
         if self.local.contains(sectors) {
             return Verdict::Pass;
         }

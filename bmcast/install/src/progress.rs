@@ -11,6 +11,39 @@ use crate::Install;
 /// Microseconds over which a rate is taken.
 const WINDOW: u64 = 1_000_000;
 
+/// Chunks in the order in which the guest wanted them that are remembered: as many as a server takes.
+const MOST_ORDER: usize = 1 << 16;
+
+/// The order in which the guest read the image, whether a chunk was there already or not.
+#[derive(Debug, Default)]
+pub(crate) struct Order {
+    /// Chunks that are in it, a bit each.
+    seen: Vec<u64>,
+    list: Vec<u32>,
+}
+
+impl Order {
+    /// The guest reads this chunk.
+    pub(crate) fn note(&mut self, chunk: u32) {
+        let (word, bit) = (
+            usize::try_from(chunk / 64).unwrap_or(usize::MAX),
+            chunk % 64,
+        );
+        if self.list.len() >= MOST_ORDER {
+            return;
+        }
+        if self.seen.len() <= word {
+            self.seen.resize(word.saturating_add(1), 0);
+        }
+        if let Some(seen) = self.seen.get_mut(word)
+            && *seen & 1 << bit == 0
+        {
+            *seen |= 1 << bit;
+            self.list.push(chunk);
+        }
+    }
+}
+
 /// What an installation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -132,7 +165,7 @@ impl Install {
     /// Chunks in the order in which the guest wanted them, each once: a profile for later boots.
     #[must_use]
     pub fn order(&self) -> &[u32] {
-        &self.pipeline.order
+        &self.order.list
     }
 
     /// The same as the server takes it at `PUT /machines/NAME/profile`.

@@ -123,6 +123,13 @@ fn all_of_it_is_installed() {
         (State::Complete, 0)
     );
     assert_eq!(machine.disk[..machine.image.len()], machine.image[..]);
+    // What was there before the guest wanted it is part of the profile, too: the next boot may want it earlier.
+    let (last, first) = (sectors(99, 1), sectors(0, 1));
+    for read in [last, first, last] {
+        assert_eq!(machine.install.read(read), Verdict::Pass);
+    }
+    let order = machine.install.order();
+    assert!(order.len() == 2 && order[1] == 0, "{order:?}");
     let told = machine.install.status("a", true);
     assert_eq!(
         (told.state.name(), told.sectors_left),

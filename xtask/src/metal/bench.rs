@@ -16,6 +16,7 @@ use super::image;
 use super::machine::{Hardware, Machine};
 use super::whole::{self, Debian};
 use super::{Disk, prepare};
+use crate::build;
 use crate::debian::{self, Variant};
 use crate::guestware;
 use crate::monitor::Monitor;
@@ -24,6 +25,9 @@ use crate::project::Project;
 
 /// What the page's section begins with.
 pub const TITLE: &str = "\n## Machines of metal\n";
+
+/// Most bytes a second in the background while a start is measured.
+const BOOT_RATE: &str = "16M";
 
 /// Most bytes a second in the background while the timeline is drawn, so that it has something to show.
 const TIMELINE_RATE: &str = "24M";
@@ -34,9 +38,11 @@ pub fn run(project: &Project) -> Result<()> {
         "{TITLE}\nMade by `cargo xtask bench --metal`. The machine is QEMU's (q35, OVMF, one thread for all of its CPUs); seconds are \
          those of the emulator on the machine that ran it, and say nothing of hardware. Counts of instructions and bytes are exact.\n\n"
     );
-    text += &starts(project)?;
+    let profile = project.out_dir("bench")?.join("profile");
+    let timeline = timeline(project, &profile)?;
+    text += &starts(project, &profile)?;
     text += &counts(project)?;
-    text += &timeline(project)?;
+    text += &timeline;
     println!("{text}");
     page::write_section(project, TITLE, &text)
 }
@@ -76,70 +82,16 @@ impl Drop for Running {
     }
 }
 
+/// What a machine runs of which only the start is of interest.
+const UP: &str = "exec >/dev/ttyS0 2>&1; echo MULTI-USER";
+
 /// A whole Debian, to multi-user mode.
-fn starts(project: &Project) -> Result<String> {
+fn starts(project: &Project, profile: &Path) -> Result<String> {
     let image = debian::image(project, Variant::Metal)?;
     let bytes = fs::metadata(&image)?.len();
-    let sh = project.shell()?;
-    // From its own disk.
-    let dir = prepare(project)?;
-    let debian = Debian::new(project, &dir, "exec >/dev/ttyS0 2>&1; echo MULTI-USER")?;
-    let disk = dir.join("disk.raw");
-    cmd!(sh, "cp --sparse=always {image} {disk}")
-        .quiet()
-        .run()?;
-    let machine = Machine::start(project, &debian.hardware(Disk::Ahci, 2, false, ""), &dir)?;
-    let local = Start::of(&machine, &dir)?;
-    machine.cut()?;
-    // From one in the network, for as long as it runs.
-    let socket = dir.join("nbd");
-    let mut server = Command::new("qemu-nbd");
-    server.args([
-        "--snapshot",
-        "--format=raw",
-        "--persistent",
-        "--shared=8",
-        "--socket",
-    ]);
-    let _server = Running(
-        server
-            .arg(&socket)
-            .arg(&image)
-            .stdin(Stdio::null())
-            .spawn()
-            .context("cannot start qemu-nbd")?,
-    );
-    while !socket.exists() {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    let mut hardware = debian.hardware(Disk::Ahci, 2, false, "");
-    hardware.disk_file = format!(
-        "format=raw,file.driver=nbd,file.server.type=unix,file.server.path={}",
-        socket.display()
-    );
-    let machine = Machine::start(project, &hardware, &dir)?;
-    let network = Start::of(&machine, &dir)?;
-    machine.cut()?;
-    fs::remove_dir_all(&dir)?;
-    // Streamed.
-    let dir = prepare(project)?;
-    let debian = Debian::new(project, &dir, "exec >/dev/ttyS0 2>&1; echo MULTI-USER")?;
-    let site = Site::with_image(project, dir, image, "8M")?;
-    let machine = site.machine(project, &debian.hardware(Disk::Ahci, 2, true, ""))?;
-    let streamed = Start::of(&machine, site.dir())?;
-    let status: Value = serde_json::from_str(&site.server.status(true)?)?;
-    machine.cut()?;
-    fs::remove_dir_all(site.without_server())?;
-    let machine = status
-        .as_array()
-        .and_then(|machines| machines.first())
-        .unwrap_or(&status);
-    let number = |key: &str| {
-        machine[key]
-            .as_u64()
-            .with_context(|| format!("no {key} in {status}"))
-    };
-    let wanted = number("demand_chunks")? << 16;
+    let (local, network) = (from_disk(project, &image)?, from_network(project, &image)?);
+    let (streamed, first) = from_image(project, &image, None)?;
+    let (again, second) = from_image(project, &image, Some(profile))?;
     let mut text = format!(
         "### Until a whole Debian is in multi-user mode\n\nTwo CPUs, 1 GiB, a SATA disk; an image of {} GiB.\n\n\
          | the disk | GRUB runs | multi-user | of a local disk's time | read of the disk |\n|---|---:|---:|---:|---:|\n",
@@ -152,6 +104,10 @@ fn starts(project: &Project) -> Result<String> {
             &network,
         ),
         ("is empty, the image streams in (BMcast)", &streamed),
+        (
+            "the same, in the order of an earlier boot (`bmcast profile`)",
+            &again,
+        ),
     ] {
         writeln!(
             text,
@@ -162,13 +118,16 @@ fn starts(project: &Project) -> Result<String> {
             start.read >> 20
         )?;
     }
-    writeln!(
-        text,
-        "\nBMcast had fetched {} MiB that the guest waited for ({:.2} of what the start from the local disk read), and {} MiB that nobody waited for.\n",
-        wanted >> 20,
-        quotient(wanted, local.read),
-        number("background_chunks")? << 16 >> 20
-    )?;
+    for (which, fetched) in [("", &first), ("With the profile ", &second)] {
+        writeln!(
+            text,
+            "\n{which}BMcast had fetched {} MiB that the guest waited for ({:.2} of what the start from the local disk read), and {} MiB that nobody waited for.",
+            fetched.wanted >> 20,
+            quotient(fetched.wanted, local.read),
+            fetched.background >> 20
+        )?;
+    }
+    text.push('\n');
     text += "Copying first, at 1 Gbit/s, and starting then: the copy is arithmetic (the ceiling of any such link), what follows are the seconds above, so that the quotient is one of two kinds of seconds.\n\n\
              | image | copied in | and started | BMcast | times |\n|---|---:|---:|---:|---:|\n";
     for gib in [4u64, 32] {
@@ -184,6 +143,90 @@ fn starts(project: &Project) -> Result<String> {
     }
     text.push('\n');
     Ok(text)
+}
+
+/// From its own disk, which holds the image.
+fn from_disk(project: &Project, image: &Path) -> Result<Start> {
+    let dir = prepare(project)?;
+    let debian = Debian::new(project, &dir, UP)?;
+    let (sh, disk) = (project.shell()?, dir.join("disk.raw"));
+    cmd!(sh, "cp --sparse=always {image} {disk}")
+        .quiet()
+        .run()?;
+    let machine = Machine::start(project, &debian.hardware(Disk::Ahci, 2, false, ""), &dir)?;
+    let start = Start::of(&machine, &dir)?;
+    machine.cut()?;
+    fs::remove_dir_all(&dir)?;
+    Ok(start)
+}
+
+/// From a disk in the network, for as long as it runs.
+fn from_network(project: &Project, image: &Path) -> Result<Start> {
+    let dir = prepare(project)?;
+    let debian = Debian::new(project, &dir, UP)?;
+    let socket = dir.join("nbd");
+    let _server = Running(
+        Command::new("qemu-nbd")
+            .args(["--snapshot", "--format=raw", "--persistent", "--shared=8"])
+            .arg("--socket")
+            .arg(&socket)
+            .arg(image)
+            .stdin(Stdio::null())
+            .spawn()
+            .context("cannot start qemu-nbd")?,
+    );
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut hardware = debian.hardware(Disk::Ahci, 2, false, "");
+    hardware.disk_file = format!(
+        "format=raw,file.driver=nbd,file.server.type=unix,file.server.path={}",
+        socket.display()
+    );
+    let machine = Machine::start(project, &hardware, &dir)?;
+    let start = Start::of(&machine, &dir)?;
+    machine.cut()?;
+    fs::remove_dir_all(&dir)?;
+    Ok(start)
+}
+
+/// Bytes that BMcast has fetched until then.
+struct Fetched {
+    wanted: u64,
+    background: u64,
+}
+
+/// From an empty disk, out of an image that streams in.
+fn from_image(project: &Project, image: &Path, profile: Option<&Path>) -> Result<(Start, Fetched)> {
+    let dir = prepare(project)?;
+    let debian = Debian::new(project, &dir, UP)?;
+    // Its manifest is beside it, and others use the image, too.
+    let own = dir.join("image.raw");
+    fs::hard_link(image, &own)?;
+    if let Some(profile) = profile {
+        let (sh, bmcast) = (project.shell()?, build::bmcast(project)?);
+        cmd!(sh, "{bmcast} manifest {own} --profile {profile}")
+            .quiet()
+            .ignore_stdout()
+            .run()?;
+    }
+    let site = Site::with_image(project, dir, own, BOOT_RATE)?;
+    let machine = site.machine(project, &debian.hardware(Disk::Ahci, 2, true, ""))?;
+    let start = Start::of(&machine, site.dir())?;
+    let status: Value = serde_json::from_str(&site.server.status(true)?)?;
+    machine.cut()?;
+    fs::remove_dir_all(site.without_server())?;
+    let machines = status.as_array().and_then(|machines| machines.first());
+    let machine = machines.unwrap_or(&status);
+    let chunks = |key: &str| {
+        let chunks = machine[key].as_u64();
+        chunks.with_context(|| format!("no {key} in {status}"))
+    };
+    let fetched = Fetched {
+        wanted: chunks("demand_chunks")? << 16,
+        background: chunks("background_chunks")? << 16,
+    };
+    Ok((start, fetched))
 }
 
 fn quotient(of: u64, by: u64) -> f64 {
@@ -271,8 +314,8 @@ done
 echo METAL-EXIT 0
 systemctl --no-block poweroff"#;
 
-/// What PostgreSQL and the network notice.
-fn timeline(project: &Project) -> Result<String> {
+/// What PostgreSQL and the network notice; the machine's profile goes to a file.
+fn timeline(project: &Project, profile: &Path) -> Result<String> {
     let image = debian::image(project, Variant::Metal)?;
     let dir = prepare(project)?;
     let debian = Debian::new(project, &dir, ROUNDS)?;
@@ -280,6 +323,7 @@ fn timeline(project: &Project) -> Result<String> {
     let machine = site.machine(project, &debian.hardware(Disk::Ahci, 2, true, ""))?;
     let said = machine.end(whole::PATIENCE)?;
     drop(machine);
+    site.server.profile(project, profile)?;
     fs::remove_dir_all(site.without_server())?;
     let mut text = format!(
         "### What a database and a network notice\n\nPostgreSQL under pgbench (two clients, read and write), and the time of a ping to the next machine, in rounds of some \

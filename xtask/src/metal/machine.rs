@@ -348,6 +348,16 @@ impl Server {
         Ok(())
     }
 
+    /// Writes to a file in which order the machine has read its image.
+    pub fn profile(&self, project: &Project, out: &Path) -> Result<()> {
+        let (sh, bmcast) = (project.shell()?, &self.command);
+        let url = format!("http://127.0.0.1:{}", self.port);
+        cmd!(sh, "{bmcast} profile metal --server {url} --out {out}")
+            .quiet()
+            .run()?;
+        Ok(())
+    }
+
     /// What it has heard of the machines: a table, or JSON.
     pub fn status(&self, json: bool) -> Result<String> {
         let url = format!("http://127.0.0.1:{}", self.port);
