@@ -292,8 +292,8 @@ pub fn apic_ids() -> Result<Vec<u8>, Refused> {
         .collect()
 }
 
-/// Where the PCI configuration of bus 0 is in memory, if it is (MCFG).
-pub fn configuration() -> Option<u64> {
+/// Addresses of the ACPI tables that the XSDT lists (ACPI 6.4, 5.2.5.3 and 5.2.8).
+fn tables() -> Vec<u64> {
     let root = uefi::system::with_config_table(|tables| {
         let wanted = [
             uefi::table::cfg::ConfigTableEntry::ACPI2_GUID,
@@ -303,15 +303,50 @@ pub fn configuration() -> Option<u64> {
             let entry = tables.iter().find(|table| table.guid == *guid)?;
             Some(super::memory::address(entry.address))
         })
-    })?;
-    // ACPI 6.4, 5.2.5.3: XSDT at 24.
+    });
+    let Some(root) = root else {
+        return Vec::new();
+    };
     let xsdt = word(root + 24);
     let length = u64::from(dword(xsdt + 4)).min(1 << 16);
-    (36..length)
-        .step_by(8)
-        .map(|at| word(xsdt + at))
-        .find(|table| dword(*table) == u32::from_le_bytes(*b"MCFG"))
-        .map(|table| word(table + 44))
+    (36..length).step_by(8).map(|at| word(xsdt + at)).collect()
+}
+
+/// Whether a table has this signature.
+fn is(table: u64, signature: [u8; 4]) -> bool {
+    dword(table) == u32::from_le_bytes(signature)
+}
+
+/// Where the PCI configuration of bus 0 is in memory, if it is (MCFG).
+pub fn configuration() -> Option<u64> {
+    let table = tables().into_iter().find(|table| is(*table, *b"MCFG"))?;
+    Some(word(table + 44))
+}
+
+/// Has the OS not find the machine's IOMMUs: their tables (DMAR, IVRS) get a signature that nobody knows. The OS would have them
+/// translate what the VMM's own commands and its network card access, and these would fail. Whether there were any.
+///
+/// # Safety
+///
+/// Nobody uses the tables meanwhile, and the OS is not to use these any more.
+pub unsafe fn hide_iommus() -> bool {
+    let found = tables()
+        .into_iter()
+        .filter(|table| is(*table, *b"DMAR") || is(*table, *b"IVRS"));
+    let mut any = false;
+    for table in found {
+        // SAFETY: as the caller says; a table has a signature of four bytes and a checksum at 9 (ACPI 6.4, 5.2.6), and the sum of all its
+        // bytes stays 0.
+        unsafe {
+            let first = pointer::<u8>(table);
+            let sum = pointer::<u8>(table + 9);
+            let changed = b'X'.wrapping_sub(first.read());
+            first.write(b'X');
+            sum.write(sum.read().wrapping_sub(changed));
+        }
+        any = true;
+    }
+    any
 }
 
 /// The firmware's tables are where it says.

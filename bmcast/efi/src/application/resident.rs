@@ -180,6 +180,10 @@ fn prepare(handover: &mut Handover) -> Result<Ready, Error> {
         windows::configuration(base, Some(hidden), disk.controller).map_err(|_| Error::Memory)?;
     }
     let controller = Controller::new().ok_or(Error::Memory)?;
+    // SAFETY: the firmware has made its tables and uses them no more; one CPU runs.
+    if unsafe { firmware::hide_iommus() } {
+        say!("this machine's IOMMU is hidden from the OS until its next start");
+    }
     let machine = Machine {
         disk: mediator,
         controller,
