@@ -30,7 +30,7 @@ pub const TITLE: &str = "\n## Machines of metal\n";
 const BOOT_RATE: &str = "16M";
 
 /// Most bytes a second in the background while the timeline is drawn, so that it has something to show.
-const TIMELINE_RATE: &str = "24M";
+const TIMELINE_RATE: &str = "4M";
 
 /// Makes all of it, prints the section of the page, and writes it there.
 pub fn run(project: &Project) -> Result<()> {
